@@ -1,0 +1,66 @@
+// The Gaussian likelihood pass on one piece of a row.
+//
+// Included once per instruction set, as latent.h is.
+
+// Returns Σ(½r² + log τ), r = (x − m)/τ, and with gradients writes g_mean = −w·r/τ and
+// g_scale = w(1 − r²)·d(log τ)/ds for the row's weight w. A scalar scale is read once, and its
+// gradient is returned as a sum. Outputs may alias the inputs element for element.
+template <class F, Param P, bool kScalar, Mode kMode>
+VAE_FAST_TARGET LikelihoodTerms<ScalarOf<F>> likelihood_piece(int64_t n, const ScalarOf<F>* x,
+                                                    const ScalarOf<F>* mean,
+                                                    const ScalarOf<F>* scale, ScalarOf<F> lo,
+                                                    ScalarOf<F> hi, ScalarOf<F> weight,
+                                                    ScalarOf<F>* g_mean, ScalarOf<F>* g_scale) {
+  using T = ScalarOf<F>;
+  F value{}, g_scalar{};
+  const F shared = splat<F>(*scale);
+  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+    const F raw = kScalar ? shared : at.load(scale, T(1));
+    const F clamped = clamp(raw, lo, hi);
+    const Scale<F, P> s(clamped);
+    const auto inverse = s.inverse();
+    const F r = inverse.times(at.load(x) - at.load(mean));
+    if constexpr (kMode != Mode::backward) value += at.keep(r * r * T(0.5) + s.log_sigma);
+    if constexpr (kMode != Mode::forward) {
+      at.store(g_mean, inverse.times(r) * -weight);
+      const F g = clamp_gradient((T(1) - r * r) * s.slope * weight, raw, clamped);
+      if constexpr (kScalar) {
+        g_scalar += at.keep(g);
+      } else {
+        at.store(g_scale, g);
+      }
+    }
+  });
+  return {sum_lanes(value), sum_lanes(g_scalar)};
+}
+
+template <class F, Param P>
+LikelihoodPiece<ScalarOf<F>> likelihood_kernel(bool scalar, Mode mode) {
+  switch (mode) {
+#define VAE_FAST_CASE(M)                                  \
+  case Mode::M:                                           \
+    return scalar ? likelihood_piece<F, P, true, Mode::M> \
+                  : likelihood_piece<F, P, false, Mode::M>;
+    VAE_FAST_CASE(forward)
+    VAE_FAST_CASE(backward)
+    VAE_FAST_CASE(forward_grad)
+#undef VAE_FAST_CASE
+  }
+  return nullptr;
+}
+
+template <class F>
+LikelihoodPiece<ScalarOf<F>> likelihood_kernel(Param param, bool scalar, Mode mode) {
+  switch (param) {
+#define VAE_FAST_CASE(P) \
+  case Param::P:         \
+    return likelihood_kernel<F, Param::P>(scalar, mode);
+    VAE_FAST_CASE(logvar)
+    VAE_FAST_CASE(logstd)
+    VAE_FAST_CASE(std)
+    VAE_FAST_CASE(var)
+    VAE_FAST_CASE(softplus)
+#undef VAE_FAST_CASE
+  }
+  return nullptr;
+}

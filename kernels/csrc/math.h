@@ -1,0 +1,315 @@
+// Element functions of both passes, written once for every C++ target.
+//
+// Everything here is branch-free and templated on F: on the CPU a GNU vector of floats as wide as
+// the instruction set's registers, on a GPU a plain float, or a double. fp32 uses our own polynomials, because a libm call per element would undo the
+// vectorisation; fp64 uses the standard library. The names are those of vae_fast/reference.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define VAE_FAST_INLINE __host__ __device__ __forceinline__
+#else
+#define VAE_FAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace vae_fast {
+
+// The order is the op schema's integer code; vae_fast/ops.py holds the same list.
+enum class Param : int { logvar, logstd, std, var, softplus };
+
+constexpr double kHalfLog2Pi = 0.918938533204672741780329736405617640;
+
+// ---- vectors and scalars under one notation ------------------------------------------------
+
+template <class F>
+struct Traits;
+
+template <>
+struct Traits<float> {
+  using Scalar = float;
+  using Int = int32_t;
+  using UInt = uint32_t;
+  static constexpr int width = 1;
+};
+template <>
+struct Traits<double> {
+  using Scalar = double;
+  static constexpr int width = 1;
+};
+
+#if !defined(__CUDACC__)
+// One vector register of each width: SSE and NEON, AVX2, AVX-512.
+#define VAE_FAST_VECTOR(W)                                                                      \
+  typedef float f32x##W __attribute__((vector_size(4 * W)));                                    \
+  typedef int32_t i32x##W __attribute__((vector_size(4 * W)));                                  \
+  typedef uint32_t u32x##W __attribute__((vector_size(4 * W)));                                 \
+  template <>                                                                                   \
+  struct Traits<f32x##W> {                                                                      \
+    using Scalar = float;                                                                       \
+    using Int = i32x##W;                                                                        \
+    using UInt = u32x##W;                                                                       \
+    static constexpr int width = W;                                                             \
+  };                                                                                            \
+  VAE_FAST_INLINE f32x##W to_float(i32x##W v) { return __builtin_convertvector(v, f32x##W); }   \
+  VAE_FAST_INLINE f32x##W square_root(f32x##W v) {                                              \
+    f32x##W out;                                                                                \
+    for (int i = 0; i < W; ++i) out[i] = __builtin_sqrtf(v[i]);                                 \
+    return out;                                                                                 \
+  }                                                                                             \
+  VAE_FAST_INLINE float sum_lanes(f32x##W v) { /* a fixed tree */                               \
+    float lane[W];                                                                              \
+    std::memcpy(lane, &v, sizeof(lane));                                                        \
+    for (int half = W / 2; half > 0; half /= 2)                                                 \
+      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];                                 \
+    return lane[0];                                                                             \
+  }
+VAE_FAST_VECTOR(4)
+VAE_FAST_VECTOR(8)
+VAE_FAST_VECTOR(16)
+#undef VAE_FAST_VECTOR
+#endif
+
+VAE_FAST_INLINE float to_float(int32_t v) { return static_cast<float>(v); }
+VAE_FAST_INLINE float square_root(float v) { return sqrtf(v); }
+VAE_FAST_INLINE double square_root(double v) { return sqrt(v); }
+VAE_FAST_INLINE float sum_lanes(float v) { return v; }
+VAE_FAST_INLINE double sum_lanes(double v) { return v; }
+
+template <class F>
+VAE_FAST_INLINE F splat(typename Traits<F>::Scalar v) {
+  return F{} + v;
+}
+
+// A comparison and its one blend. GCC 12 scalarises a 512-bit comparison whose result is used
+// twice; conditions that are needed more than once go through Negative instead.
+template <class Mask, class F>
+VAE_FAST_INLINE F select(Mask mask, F yes, F no) {
+  return mask ? yes : no;
+}
+
+template <class To, class From>
+VAE_FAST_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as needs equal sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The sign of a difference, as a mask that may be used many times.
+template <class F>
+struct Negative {
+  using I = typename Traits<F>::Int;
+  I mask;
+  VAE_FAST_INLINE explicit Negative(F d) : mask(bits_as<I>(d) >> 31) {}
+  VAE_FAST_INLINE F choose(F yes, F no) const {
+    return bits_as<F>((bits_as<I>(yes) & mask) | (bits_as<I>(no) & ~mask));
+  }
+};
+template <>
+struct Negative<double> {
+  bool mask;
+  VAE_FAST_INLINE explicit Negative(double d) : mask(d < 0.0) {}
+  VAE_FAST_INLINE double choose(double yes, double no) const { return mask ? yes : no; }
+};
+
+// ---- log, exp, sine and cosine -------------------------------------------------------------
+
+// Natural logarithm of a positive normal number: x = 2^e·(1+f) with 1+f in [√½, √2), and a
+// degree-7 minimax polynomial for (log(1+f) − f + f²/2)/f³ (relative error 6e-9).
+template <class F>
+VAE_FAST_INLINE F log_normal(F x) {
+  using U = typename Traits<F>::UInt;
+  using I = typename Traits<F>::Int;
+  const U shifted = bits_as<U>(x) - 0x3f3504f3u;  // bits of √½
+  const F e = to_float(bits_as<I>(shifted) >> 23);
+  const F f = bits_as<F>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  F p = f * -0.078596063f + 0.128816441f;
+  p = p * f - 0.131287545f;
+  p = p * f + 0.141811922f;
+  p = p * f - 0.166245535f;
+  p = p * f + 0.200022861f;
+  p = p * f - 0.250008106f;
+  p = p * f + 0.333333164f;
+  const F f2 = f * f;
+  // ln 2 in two parts: the high one times any exponent is exact.
+  return e * 0.693359375f + (f + ((e * -2.12194440e-4f + f * f2 * p) - 0.5f * f2));
+}
+
+template <class F>
+VAE_FAST_INLINE F log_any(F x) {
+  // A subnormal is scaled by 2²³, and 23·ln 2 taken off again.
+  const F normal = select(x < 1.17549435e-38f, x * 8388608.0f, x);
+  const F y = log_normal(normal) - select(normal == x, F{}, splat<F>(15.9423847f));
+  const F finite = select(x == 0.0f, splat<F>(-INFINITY), select(x < 0.0f, splat<F>(NAN), y));
+  return select(x < INFINITY, finite, x);  // +inf and NaN pass through
+}
+VAE_FAST_INLINE double log_any(double x) { return log(x); }
+
+// A factor e^t kept as a product of two, so that d·e^t overflows or underflows only where the
+// exact product does, and 0·e^t is 0 for every finite t.
+template <class F>
+struct Exp {
+  F a, b;
+  VAE_FAST_INLINE F times(F d) const { return (d * a) * b; }
+  VAE_FAST_INLINE F value() const { return a * b; }
+};
+
+// e^t = 2^n·e^f, |f| ≤ ln2/2, degree-4 minimax polynomial for (e^f − 1 − f)/f² (error 3e-9).
+template <class F>
+VAE_FAST_INLINE Exp<F> exp_parts(F t) {
+  using I = typename Traits<F>::Int;
+  t = select(t < -172.0f, splat<F>(-172.0f), t);  // false for NaN, which passes through
+  t = select(t > 172.0f, splat<F>(172.0f), t);
+  const F shifted = t * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum rounds to an integer
+  const F n = shifted - 12582912.0f;
+  const F f = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+  F p = f * 0.00139504799f + 0.00836888235f;
+  p = p * f + 0.041666206f;
+  p = p * f + 0.166665196f;
+  p = p * f + 0.5f;
+  p = (p * (f * f) + f) + 1.0f;
+  // For NaN any exponent will do, since p is NaN.
+  const I whole = bits_as<I>(shifted) - 0x4b400000;
+  const I half = whole >> 1;
+  return {p * bits_as<F>((half + 127) << 23), bits_as<F>((whole - half + 127) << 23)};
+}
+VAE_FAST_INLINE Exp<double> exp_parts(double t) {
+  t = t < -1400.0 ? -1400.0 : t;
+  t = t > 1400.0 ? 1400.0 : t;
+  const double a = exp(0.5 * t);
+  return {a, a};
+}
+
+// sin(2πu) and cos(2πu) for u in [0, 1]: the nearest quarter turn is removed exactly, and minimax
+// polynomials in f² serve both (errors 5e-9 and 5e-11).
+template <class F>
+VAE_FAST_INLINE void sincos_turns(F u, F& sine, F& cosine) {
+  using U = typename Traits<F>::UInt;
+  const F turns = 4.0f * u;
+  const F shifted = turns + 12582912.0f;
+  const U quarter = bits_as<U>(shifted);  // the low bits count quarter turns
+  const F f = turns - (shifted - 12582912.0f);
+  const F f2 = f * f;
+  F s = f2 * -0.00460217707f + 0.0796802267f;
+  s = s * f2 - 0.64596349f;
+  s = (s * f2 + 1.57079637f) * f;
+  F c = f2 * 0.000904021668f - 0.0208602883f;
+  c = c * f2 + 0.253669232f;
+  c = c * f2 - 1.23370051f;
+  c = c * f2 + 1.0f;
+  // An odd number of quarter turns swaps sine and cosine; bit 1 of the count holds the sign.
+  const U swap = (bits_as<U>(s) ^ bits_as<U>(c)) & (0u - (quarter & 1u));
+  sine = bits_as<F>(bits_as<U>(s) ^ swap ^ ((quarter & 2u) << 30));
+  cosine = bits_as<F>(bits_as<U>(c) ^ swap ^ (((quarter + 1u) & 2u) << 30));
+}
+
+// log(1+w) for w in [0, 1]; the quotient corrects the rounding of 1+w.
+template <class F>
+VAE_FAST_INLINE F log1p_unit(F w) {
+  const F u = w + 1.0f;
+  return select(u == 1.0f, w, log_normal(u) * (w / (u - 1.0f)));
+}
+VAE_FAST_INLINE double log1p_unit(double w) { return log1p(w); }
+
+// ---- scale parameters ----------------------------------------------------------------------
+
+// What a raw scale parameter s says of σ: log σ, σ, d(log σ)/ds, and division by σ that is finite
+// wherever the exact quotient is and 0 for a zero dividend.
+template <class F, Param P>
+struct Scale;
+
+template <class F>
+struct ExpScale {
+  F log_sigma;
+  F slope;  // d(log σ)/ds
+  VAE_FAST_INLINE F sigma() const { return exp_parts(log_sigma).value(); }
+  VAE_FAST_INLINE Exp<F> inverse() const { return exp_parts(-log_sigma); }
+};
+
+template <class F>
+struct Scale<F, Param::logvar> : ExpScale<F> {
+  using T = typename Traits<F>::Scalar;
+  VAE_FAST_INLINE explicit Scale(F s) : ExpScale<F>{s * T(0.5), splat<F>(T(0.5))} {}
+};
+
+template <class F>
+struct Scale<F, Param::logstd> : ExpScale<F> {
+  using T = typename Traits<F>::Scalar;
+  VAE_FAST_INLINE explicit Scale(F s) : ExpScale<F>{s, splat<F>(T(1))} {}
+};
+
+template <class F>
+struct Quotient {
+  F divisor;
+  VAE_FAST_INLINE F times(F d) const {
+    return select(d == typename Traits<F>::Scalar(0), d, d / divisor);
+  }
+};
+
+template <class F>
+struct DirectScale {
+  F log_sigma;
+  F slope;
+  F value;
+  VAE_FAST_INLINE F sigma() const { return value; }
+  VAE_FAST_INLINE Quotient<F> inverse() const { return {value}; }
+};
+
+template <class F>
+struct Scale<F, Param::std> : DirectScale<F> {
+  using T = typename Traits<F>::Scalar;
+  VAE_FAST_INLINE explicit Scale(F s) : DirectScale<F>{log_any(s), T(1) / s, s} {}
+};
+
+template <class F>
+struct Scale<F, Param::var> : DirectScale<F> {
+  using T = typename Traits<F>::Scalar;
+  VAE_FAST_INLINE explicit Scale(F s)
+      : DirectScale<F>{log_any(s) * T(0.5), T(0.5) / s, square_root(s)} {}
+};
+
+template <class F>
+struct SoftplusInverse {
+  Negative<F> tail;
+  Exp<F> exponential;
+  Quotient<F> quotient;
+  VAE_FAST_INLINE F times(F d) const { return tail.choose(exponential.times(d), quotient.times(d)); }
+};
+
+template <class F>
+struct Scale<F, Param::softplus> {
+  using T = typename Traits<F>::Scalar;
+  // Below the cut σ = e^s to rounding, and may underflow: log σ and division go through s.
+  static constexpr T cut = sizeof(T) == 4 ? T(-17) : T(-37);
+  F raw, log_sigma, slope, value;
+  Negative<F> tail;
+  VAE_FAST_INLINE explicit Scale(F s) : raw(s), tail(s - cut) {
+    const Negative<F> negative(s);
+    const F w = exp_parts(negative.choose(s, -s)).value();
+    value = negative.choose(s - s, s) + log1p_unit(w);  // s − s keeps NaN
+    log_sigma = tail.choose(s, log_any(value));
+    slope = tail.choose(splat<F>(T(1)), negative.choose(w, splat<F>(T(1))) / ((w + T(1)) * value));
+  }
+  VAE_FAST_INLINE F sigma() const { return value; }
+  VAE_FAST_INLINE SoftplusInverse<F> inverse() const {
+    return {tail, exp_parts(-raw), {value}};
+  }
+};
+
+// torch.clamp: NaN passes through.
+template <class F>
+VAE_FAST_INLINE F clamp(F s, typename Traits<F>::Scalar lo, typename Traits<F>::Scalar hi) {
+  s = select(s < lo, splat<F>(lo), s);
+  return select(s > hi, splat<F>(hi), s);
+}
+
+// Its gradient: g on the closed interval, 0 outside (clamped − clamped, so that NaN stays NaN).
+template <class F>
+VAE_FAST_INLINE F clamp_gradient(F g, F raw, F clamped) {
+  return select(raw == clamped, g, clamped - clamped);
+}
+
+}  // namespace vae_fast

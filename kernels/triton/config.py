@@ -1,0 +1,109 @@
+"""Launch configurations: a tile of rows and columns per program, by closed-form heuristics."""
+
+import functools
+from dataclasses import dataclass
+
+_WARP = 32
+
+
+def _pow2(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """A program of the latent pass owns ``rows`` rows and walks them ``cols`` columns at a time.
+
+    Attributes:
+        rows, cols: the tile, powers of two.
+        vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
+        chunks: tiles a row is cut into.
+        even: the tiles cover the row exactly, so no column needs a mask.
+        num_warps: warps per program.
+    """
+
+    rows: int
+    cols: int
+    vec: int
+    chunks: int
+    even: bool
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def latent_config(rows: int, size: int, itemsize: int, sms: int) -> LatentConfig:
+    """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
+    vec = 16 // itemsize
+    # Two vectors a thread: Philox's key schedule and the row addresses are shared by both, and
+    # more would cost occupancy. One where there is too little work to fill the machine.
+    threads = 128
+    tile = threads * vec * (2 if vec == 4 else 1)
+    cols = min(max(_pow2(size), vec), tile)
+    while tile > threads * vec and cols < tile and rows * size < sms * tile:
+        tile //= 2
+    tile_rows = min(tile // cols, _pow2(rows))
+    return LatentConfig(
+        rows=tile_rows,
+        cols=cols,
+        vec=vec,
+        chunks=-(-size // cols),
+        even=size % cols == 0,
+        num_warps=max(1, min(threads, tile_rows * cols // vec) // _WARP),
+    )
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """A program of the likelihood pass owns ``tiles`` tiles of ``rows`` rows, or part of one row.
+
+    Attributes:
+        rows, cols: the tile, powers of two.
+        chunks: tiles that a program's part of a row is cut into.
+        tiles: tiles of rows per program, so that few partial sums are left at the end.
+        split: programs that share one row, for few and long rows; a power of two.
+        even: the tiles cover the row exactly, so no column needs a mask.
+        num_warps: warps per program.
+        programs: size of the grid.
+    """
+
+    rows: int
+    cols: int
+    chunks: int
+    tiles: int
+    split: int
+    even: bool
+    num_warps: int
+    programs: int
+
+
+@functools.lru_cache(maxsize=4096)
+def likelihood_config(rows: int, size: int, itemsize: int, sms: int) -> LikelihoodConfig:
+    """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
+    vec = 16 // itemsize
+    threads = 128
+    # 16 elements a thread keep enough loads in flight; 8 in fp64, for the registers.
+    tile = threads * (8 if itemsize == 8 else 16)
+    cols = min(max(_pow2(size), vec), tile)
+    tile_rows = min(tile // cols, _pow2(rows))
+    while tile_rows > 1 and rows < sms * tile_rows:
+        tile_rows //= 2
+    chunks = -(-size // cols)
+    # Programs for every multiprocessor to hold some; more only lengthen the final sum.
+    enough, most = 4 * sms, 32 * sms
+    row_tiles = -(-rows // tile_rows)
+    split = 1
+    while split < chunks and row_tiles * split < enough:
+        split *= 2
+    chunks = -(-chunks // split)
+    tiles = 1 if split > 1 else -(-row_tiles // most)
+    return LikelihoodConfig(
+        rows=tile_rows,
+        cols=cols,
+        chunks=chunks,
+        tiles=tiles,
+        split=split,
+        even=size == split * chunks * cols,
+        num_warps=max(1, min(threads, tile_rows * cols // vec) // _WARP),
+        programs=-(-row_tiles // tiles) * split,
+    )

@@ -1,0 +1,105 @@
+"""What every launcher needs on the host: strides, gradient buffers, the device, scratch memory."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Scratch of one stream: the ticket counter, and room for this many partial results.
+MAX_PARTIALS = 8192
+
+_scratch: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+
+def accumulation(t: Tensor) -> torch.dtype:
+    """The dtype that sums over ``t`` are accumulated in."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def use_approx(t: Tensor) -> bool:
+    """Whether NVIDIA's approximate PTX instructions apply: never in fp64, on AMD or on the CPU."""
+    return t.is_cuda and torch.version.hip is None and t.dtype != torch.float64
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Make ``t``'s GPU the current one, since Triton launches there."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(t: Tensor) -> int:
+    """Number of multiprocessors of ``t``'s GPU; the interpreter plays an H200."""
+    return _multiprocessors(t.device.index) if t.is_cuda else 132
+
+
+def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tensor]:
+    """(counter, partials) for a launch on ``t``'s device: an int32 zero, and uninitialised memory.
+
+    Launches on one stream follow each other, and each leaves the counter at zero, so they share
+    one pair. A graph being captured gets its own, zeroed by every replay.
+    """
+    if t.is_cuda and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(t.device).cuda_stream
+        cached = _scratch.get((t.device.index, stream, dtype))
+        if cached is not None and cached[1].numel() >= partials:
+            return cached
+        partials = max(partials, MAX_PARTIALS)
+    else:
+        stream = None
+    pair = (
+        torch.zeros((), dtype=torch.int32, device=t.device),
+        torch.empty(partials, dtype=dtype, device=t.device),
+    )
+    if stream is not None:
+        _scratch[t.device.index, stream, dtype] = pair
+    return pair
+
+
+def collapse(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The one stride that walks these dimensions in this order, or None if there is none."""
+    col = expected = None
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if col is None:
+            col = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return 1 if col is None else col
+
+
+def as_rows(t: Tensor, order: Sequence[int] | None = None) -> tuple[Tensor, int, int]:
+    """``t`` (rows, *event) with its row stride and the one stride along the event.
+
+    ``order`` is the order in which to walk the event dimensions, the logical one if None. A tensor
+    that no single stride fits is copied.
+    """
+    if order is None and t.is_contiguous():
+        return t, math.prod(t.shape[1:]), 1
+    dims = range(1, t.dim()) if order is None else order
+    col = collapse([t.shape[d] for d in dims], [t.stride(d) for d in dims])
+    if col is None:
+        if order is None:
+            t = t.contiguous()
+        else:
+            t = t.permute(0, *order).contiguous()
+        return t, math.prod(t.shape[1:]), 1
+    return t, t.stride(0), col
+
+
+def row_stride(t: Tensor) -> tuple[Tensor, int]:
+    """Per-row values of any shape with the one stride that walks them; copied if none does."""
+    if t.is_contiguous():
+        return t, 1
+    stride = collapse(t.shape, t.stride())
+    return (t.contiguous(), 1) if stride is None else (t, stride)

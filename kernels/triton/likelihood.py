@@ -1,0 +1,525 @@
+"""The likelihood pass: -log p(x|z) per row, the finished loss, and the gradients.
+
+One kernel body serves the forward pass (FORWARD), the backward pass (GRAD), and both at once. The
+element formulas are those of ``reference.gaussian_nll``; the loss is ``reference.elbo_loss``.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import likelihood_config
+from .launch import (
+    accumulation,
+    collapse,
+    multiprocessors,
+    on_device,
+    row_stride,
+    scratch,
+    use_approx,
+)
+from .reduce import is_last_program, sum_partials
+from .scale import clamp, divide, log_scale_and_divisor, log_scale_slope
+
+HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
+
+# Codes of ``reduction``.
+MEAN, SUM, NONE, NO_LOSS = 0, 1, 2, 3
+
+
+@triton.jit
+def _finish_rows(nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, nll, beta, ROW_LOSS: tl.constexpr):
+    """Write the rows' nll, and return their terms of the loss, nll + β(log q - log p)."""
+    tl.store(nll_ptr + n, nll, ok)
+    term = nll
+    if log_q_ptr is not None:
+        term += beta * tl.load(log_q_ptr + n, ok, 0.0).to(nll.dtype)
+    if log_p_ptr is not None:
+        term -= beta * tl.load(log_p_ptr + n, ok, 0.0).to(nll.dtype)
+    if ROW_LOSS:
+        tl.store(loss_ptr + n, term, ok)
+    return tl.where(ok, term, 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "B"])
+def likelihood_kernel(
+    x_ptr, mean_ptr, scale_ptr, mask_ptr, log_q_ptr, log_p_ptr, g_nll_ptr, g_loss_ptr,
+    nll_ptr, loss_ptr, g_x_ptr, g_mean_ptr, g_scale_ptr, g_log_q_ptr, g_log_p_ptr,
+    counter_ptr, partial_ptr,
+    N, B, D, chunks, tiles, x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row,
+    mask_col, g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row,
+    g_loss_row, packed, g_packed,
+    beta: tl.float64, weight: tl.float64, lo: tl.float64, hi: tl.float64,
+    PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALAR: tl.constexpr, GROUP: tl.constexpr,
+    SAMPLES: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr, ROW_LOSS: tl.constexpr,
+    SUM_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """A program owns ``tiles`` tiles of ROWS rows; or SPLIT programs share a row, ``chunks`` each.
+
+    ``weight`` is c, a row's weight in the loss. ``packed`` is the offset of the scale's half in a
+    packed row, else 0; with GROUP, the halves alternate by that many elements (channels_last).
+    """
+    ACC: tl.constexpr = tl.float64 if mean_ptr.dtype.element_ty == tl.float64 else tl.float32
+    beta = tl.full((), beta, ACC)
+    weight = tl.full((), weight, ACC)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    pid = tl.program_id(0)
+    part = pid % SPLIT
+    loss = tl.zeros([ROWS, 1], ACC)
+    g_tau_sum = tl.zeros([ROWS, 1], ACC)
+    if SCALAR:
+        raw = tl.load(scale_ptr).to(ACC)
+        s = clamp(raw, lo, hi) if CLAMP else raw
+        log_tau, root, tau = log_scale_and_divisor(s, PARAM, APPROX)
+        slope = log_scale_slope(s, PARAM, APPROX)
+        if CLAMP:
+            slope = tl.where((raw < lo) | (raw > hi), 0.0, slope)
+
+    for tile in range(tiles):
+        n = ((pid // SPLIT).to(tl.int64) * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        ok = n < N
+        b = n % B if SAMPLES else n
+        if GRAD:
+            if FORWARD:
+                w = weight
+            else:
+                w = tl.zeros([ROWS, 1], ACC)
+                if g_loss_ptr is not None:
+                    w += weight * tl.load(g_loss_ptr + b * g_loss_row, ok, 0.0).to(ACC)
+                if part == 0:
+                    tl.store(g_log_q_ptr + n, beta * w, ok)
+                    tl.store(g_log_p_ptr + n, -beta * w, ok)
+                if g_nll_ptr is not None:
+                    w += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0).to(ACC)
+
+        nll = tl.zeros([ROWS, COLS], ACC)
+        g_tau = tl.zeros([ROWS, COLS], ACC)
+        for chunk in range(chunks):
+            cols = ((part * chunks + chunk) * COLS + tl.arange(0, COLS))[None, :]
+            mask = ok if EVEN else ok & (cols < D)
+            keep = mask
+            if mask_ptr is not None:
+                keep = mask & (tl.load(mask_ptr + b * mask_row + cols * mask_col, mask, 0) != 0)
+            half = cols + cols // GROUP * GROUP if GROUP else cols
+            x = tl.load(x_ptr + b * x_row + cols * x_col, mask, 0.0).to(ACC)
+            mean = tl.load(mean_ptr + n * mean_row + half * mean_col, mask, 0.0).to(ACC)
+            if not SCALAR:
+                scale = tl.load(scale_ptr + packed + n * scale_row + half * scale_col, mask, 1.0)
+                raw = scale.to(ACC)
+                s = clamp(raw, lo, hi) if CLAMP else raw
+                log_tau, root, tau = log_scale_and_divisor(s, PARAM, APPROX)
+            residual = divide(x - mean, root, tau)
+            if FORWARD:
+                value = 0.5 * residual * residual + log_tau + HALF_LOG_2PI
+                nll += value if EVEN and mask_ptr is None else tl.where(keep, value, 0.0)
+            if GRAD:
+                g_x = divide(w * residual, root, tau)
+                g_log_tau = w * (1.0 - residual * residual)
+                if mask_ptr is not None:
+                    g_x = tl.where(keep, g_x, 0.0)
+                    g_log_tau = tl.where(keep, g_log_tau, 0.0)
+                if g_x_ptr is not None:
+                    tl.store(g_x_ptr + n * g_x_row + cols * g_x_col, g_x, mask)
+                tl.store(g_mean_ptr + n * g_mean_row + half * g_mean_col, -g_x, mask)
+                if SCALAR:
+                    g_tau += g_log_tau if EVEN else tl.where(mask, g_log_tau, 0.0)
+                else:
+                    g_s = g_log_tau * log_scale_slope(s, PARAM, APPROX)
+                    if CLAMP:
+                        g_s = tl.where((raw < lo) | (raw > hi), 0.0, g_s)
+                    if mask_ptr is not None:
+                        g_s = tl.where(keep, g_s, 0.0)
+                    g_scale = g_scale_ptr + g_packed + n * g_scale_row + half * g_scale_col
+                    tl.store(g_scale, g_s, mask)
+
+        if FORWARD:
+            row_nll = tl.sum(nll, 1, keep_dims=True)
+            if SPLIT == 1:
+                loss += _finish_rows(
+                    nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
+                )
+            else:
+                tl.store(partial_ptr + n * SPLIT + part, row_nll, ok)
+        if GRAD and SCALAR:
+            row_g_tau = tl.sum(g_tau, 1, keep_dims=True) * slope
+            if FORWARD and SPLIT == 1:
+                tl.store(g_scale_ptr + n, row_g_tau, ok)
+            elif FORWARD:
+                tl.store(partial_ptr + (N + n) * SPLIT + part, row_g_tau, ok)
+            else:
+                g_tau_sum += tl.where(ok, row_g_tau, 0.0)
+
+    if FORWARD and SPLIT == 1 and SUM_LOSS:
+        tl.store(partial_ptr + pid, tl.sum(loss))
+        if is_last_program(counter_ptr):
+            tl.store(loss_ptr, weight * sum_partials(partial_ptr, tl.num_programs(0), 2048))
+    elif FORWARD and SPLIT > 1:
+        if is_last_program(counter_ptr):
+            total = tl.zeros([2048 // SPLIT, 1], ACC)
+            parts = tl.arange(0, SPLIT)[None, :]
+            for start in range(0, N, 2048 // SPLIT):
+                n = start + tl.arange(0, 2048 // SPLIT)[:, None]
+                ok = n < N
+                row = tl.load(partial_ptr + n * SPLIT + parts, ok, 0.0, cache_modifier=".cg")
+                row_nll = tl.sum(row, 1, keep_dims=True)
+                total += _finish_rows(
+                    nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
+                )
+                if GRAD and SCALAR:
+                    row = partial_ptr + (N + n) * SPLIT + parts
+                    row = tl.load(row, ok, 0.0, cache_modifier=".cg")
+                    tl.store(g_scale_ptr + n, tl.sum(row, 1, keep_dims=True), ok)
+            if SUM_LOSS:
+                tl.store(loss_ptr, weight * tl.sum(total))
+    elif GRAD and SCALAR:
+        tl.store(partial_ptr + pid, tl.sum(g_tau_sum))
+        if is_last_program(counter_ptr):
+            tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 2048))
+
+
+@triton.jit
+def _rescale_factor(g_nll_ptr, g_loss_ptr, n, ok, B, g_nll_row, g_loss_row, weight,
+                    SAMPLES: tl.constexpr):  # fmt: skip
+    """f[n] = g_loss + g_nll/c, by which gradients made for g_loss = 1 grow; and g_loss."""
+    g_loss = tl.zeros(n.shape, weight.dtype)
+    if g_loss_ptr is not None:
+        b = n % B if SAMPLES else n
+        g_loss += tl.load(g_loss_ptr + b * g_loss_row, ok, 0.0).to(weight.dtype)
+    factor = g_loss
+    if g_nll_ptr is not None:
+        factor += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0).to(weight.dtype) / weight
+    return factor, g_loss
+
+
+@triton.jit(do_not_specialize=["N", "B"])
+def rescale_kernel(
+    g_mean_ptr, g_scale_ptr, g_nll_ptr, g_loss_ptr, g_log_q_ptr, g_log_p_ptr, total_ptr,
+    N, B, D, chunks, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row, g_loss_row,
+    beta: tl.float64, weight: tl.float64,
+    SCALAR: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Multiply row n of the gradients by f[n] in place; rows with f = 1 cost no memory traffic."""
+    ACC: tl.constexpr = g_log_q_ptr.dtype.element_ty
+    beta = tl.full((), beta, ACC)
+    weight = tl.full((), weight, ACC)
+    pid = tl.program_id(0)
+    part = pid % SPLIT
+    n = (pid // SPLIT).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    ok = n < N
+    factor, g_loss = _rescale_factor(
+        g_nll_ptr, g_loss_ptr, n, ok, B, g_nll_row, g_loss_row, weight, SAMPLES
+    )
+    if part == 0:
+        tl.store(g_log_q_ptr + n, beta * weight * g_loss, ok)
+        tl.store(g_log_p_ptr + n, -beta * weight * g_loss, ok)
+    if tl.max((ok & (factor != 1.0)).to(tl.int32)) != 0:
+        for chunk in range(chunks):
+            cols = ((part * chunks + chunk) * COLS + tl.arange(0, COLS))[None, :]
+            mask = ok & (cols < D)
+            address = g_mean_ptr + n * g_mean_row + cols * g_mean_col
+            tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
+            if g_scale_ptr is not None and not SCALAR:
+                address = g_scale_ptr + n * g_scale_row + cols * g_scale_col
+                tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
+    if SCALAR:
+        if pid == 0:  # N numbers: not worth a second launch, nor more than one program
+            total = tl.zeros([2048], ACC)
+            for start in range(0, N, 2048):
+                row = start + tl.arange(0, 2048).to(tl.int64)
+                row_ok = row < N
+                row_factor, _ = _rescale_factor(
+                    g_nll_ptr, g_loss_ptr, row, row_ok, B, g_nll_row, g_loss_row, weight, SAMPLES
+                )
+                total += row_factor * tl.load(g_scale_ptr + row, row_ok, 0.0)
+            tl.store(total_ptr, tl.sum(total))
+
+
+def _row_weight(reduction: int, samples: int, batch: int) -> float:
+    """c, the weight of one row in the loss."""
+    return 1.0 / (samples * batch if reduction == MEAN else samples)
+
+
+class _Walk:
+    """The order in which the event elements of ``mean`` are walked, and of the tensors beside it.
+
+    That order does not matter to a sum, so a channels_last tensor is read as it lies, provided that
+    all agree; a tensor that does not is copied into the order of ``mean``.
+
+    Attributes:
+        dims: event dimensions from the slowest to the fastest.
+        group: channels per half where the two halves of a packed tensor alternate, else 0.
+    """
+
+    def __init__(self, mean: Tensor, packed: bool) -> None:
+        logical = self.dims = tuple(range(1, mean.dim()))
+        self.group = 0
+        if mean.is_contiguous() or self.col(mean, packed) is not None:
+            return
+        self.dims = tuple(sorted(logical, key=lambda d: -mean.stride(d)))
+        if self.col(mean, packed) is not None:
+            return
+        if packed and self.dims[-1] == 1:
+            self.group = mean.shape[1] // 2
+            if self.col(mean, packed) is not None:
+                return
+        # Nothing fits: mean will be copied.
+        self.dims, self.group = logical, 0
+
+    def col(self, t: Tensor, packed: bool = False) -> int | None:
+        """The one stride that walks the event of ``t`` (a half of it, if packed), or None."""
+        halved = 1 if packed and not self.group else None
+        sizes = [t.shape[d] // 2 if d == halved else t.shape[d] for d in self.dims]
+        return collapse(sizes, [t.stride(d) for d in self.dims])
+
+    def rows(self, t: Tensor, packed: bool = False, read: bool = True) -> tuple[Tensor, int, int]:
+        """A tensor to read ``t`` from, or to write it to, with its row and column strides."""
+        col = self.col(t, packed)
+        if col is None:
+            permuted = t.permute(0, *self.dims)
+            t = permuted.contiguous() if read else permuted.new_empty(permuted.shape)
+            return t, math.prod(t.shape[1:]), 1
+        return t, t.stride(0), col
+
+    def half(self, t: Tensor, col: int) -> int:
+        """Offset of the second half of a packed tensor that ``rows`` gave."""
+        return (self.group or math.prod(t.shape[1:]) // 2) * col
+
+    def store(self, t: Tensor, written: Tensor) -> None:
+        """Copy what was written for ``t`` into it, if it was written elsewhere."""
+        if written is not t:
+            t.permute(0, *self.dims).copy_(written)
+
+
+def _loss(
+    nll: Tensor, log_q: Tensor | None, log_p: Tensor | None, beta: float, reduction: int, batch: int
+) -> Tensor:
+    """The loss from finished rows, for the cases that the kernel leaves to PyTorch."""
+    if reduction == NO_LOSS:
+        return nll.new_empty(0)
+    rows = nll.clone()
+    if log_q is not None:
+        rows += beta * log_q.reshape(-1)
+    if log_p is not None:
+        rows -= beta * log_p.reshape(-1)
+    if batch == 0:
+        return {MEAN: rows.mean(), SUM: rows.sum()}.get(reduction, rows)
+    rows = rows.view(-1, batch).mean(0)
+    return {MEAN: rows.mean(), SUM: rows.sum()}.get(reduction, rows)
+
+
+def _launch(
+    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
+    log_q: Tensor | None, log_p: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
+    beta: float, reduction: int, param: int, lo: float, hi: float,
+    *, forward: bool, grad: bool, need_x: bool = False, inplace: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Run the kernel; returns nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p."""
+    n, batch = mean.shape[0], x.shape[0]
+    samples = n // batch if batch else 1
+    packed = scale is None
+    scalar = not packed and scale.dim() == 0
+    acc = accumulation(mean)
+    empty = torch.empty(0, dtype=acc, device=mean.device)
+    # With several samples and no reduction, the mean over k is taken from the finished rows.
+    row_loss = forward and reduction == NONE and samples == 1
+    sum_loss = forward and reduction in (MEAN, SUM)
+
+    nll = loss = g_x = g_mean = g_scale = g_log_q = g_log_p = None
+    if forward:
+        nll = torch.empty(n, dtype=acc, device=mean.device)
+        if sum_loss:
+            loss = torch.empty((), dtype=acc, device=mean.device)
+        elif row_loss:
+            loss = torch.empty_like(nll)
+    else:
+        g_log_q = torch.empty(n, dtype=acc, device=mean.device)
+        g_log_p = torch.empty_like(g_log_q)
+    if grad:
+        g_mean = mean if inplace else torch.empty_like(mean)
+        g_x = torch.empty_like(x) if need_x else None
+        if packed:
+            g_scale = empty
+        elif scalar:
+            g_scale = torch.empty_like(nll) if forward else torch.empty_like(scale)
+        else:
+            g_scale = scale if inplace else torch.empty_like(scale)
+    if n == 0:
+        loss = _loss(nll, log_q, log_p, beta, reduction, batch) if forward else None
+        if grad:
+            g_scale.zero_()
+        return nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p
+
+    walk = _Walk(mean, packed)
+    x_in, x_row, x_col = walk.rows(x)
+    mean_in, mean_row, mean_col = walk.rows(mean, packed)
+    size = math.prod(x.shape[1:])
+    offset = g_offset = 0
+    if packed:
+        scale_in, scale_row, scale_col = mean_in, mean_row, mean_col
+        offset = walk.half(mean_in, mean_col)
+    else:
+        scale_in, scale_row, scale_col = (scale, 0, 0) if scalar else walk.rows(scale)
+    mask_in, mask_row, mask_col = (None, 0, 0) if mask is None else walk.rows(mask)
+    out_x = out_mean = out_scale = None
+    g_x_row = g_x_col = g_mean_row = g_mean_col = g_scale_row = g_scale_col = 0
+    if grad:
+        out_mean, g_mean_row, g_mean_col = walk.rows(g_mean, packed, read=False)
+        if packed:
+            out_scale, g_scale_row, g_scale_col = out_mean, g_mean_row, g_mean_col
+            g_offset = walk.half(out_mean, g_mean_col)
+        else:
+            out_scale, g_scale_row, g_scale_col = (
+                (g_scale, 0, 0) if scalar else walk.rows(g_scale, read=False)
+            )
+        if need_x and samples > 1:
+            # Each sample's ∂x on its own; their sum follows below.
+            out_x = torch.empty((n, size), dtype=acc, device=x.device)
+            g_x_row, g_x_col = size, 1
+        elif need_x:
+            out_x, g_x_row, g_x_col = walk.rows(g_x, read=False)
+    g_nll_row = g_loss_row = 0
+    if g_nll is not None:
+        g_nll, g_nll_row = row_stride(g_nll)
+    if g_loss is not None:
+        g_loss, g_loss_row = row_stride(g_loss) if reduction == NONE else (g_loss, 0)
+    if reduction == NO_LOSS:
+        g_loss = None
+
+    itemsize = min(t.element_size() for t in (x, mean, scale_in))
+    config = likelihood_config(n, size, itemsize, multiprocessors(mean))
+    split, scalar_sum = config.split, grad and scalar and not forward
+    counter = partial = None
+    with on_device(mean):
+        if sum_loss or scalar_sum or (forward and split > 1):
+            partials = max(config.programs, 2 * n * split if split > 1 else 0)
+            counter, partial = scratch(mean, acc, partials)
+        likelihood_kernel[(config.programs,)](
+            x_in, mean_in, scale_in, mask_in, log_q, log_p, g_nll, g_loss,
+            nll, loss, out_x, out_mean, out_scale, g_log_q, g_log_p, counter, partial,
+            n, batch, size, config.chunks, config.tiles,
+            x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row, mask_col,
+            g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col,
+            g_nll_row, g_loss_row, offset, g_offset,
+            beta, _row_weight(reduction, samples, batch), lo, hi,
+            PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar, GROUP=walk.group,
+            SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
+            ROWS=config.rows, COLS=config.cols, SPLIT=split, EVEN=config.even,
+            APPROX=use_approx(mean), num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+    if grad:
+        walk.store(g_mean, out_mean)
+        if not packed and not scalar:
+            walk.store(g_scale, out_scale)
+        if need_x and samples > 1:
+            out_x = out_x.view(samples, batch, *(x.shape[d] for d in walk.dims)).sum(0)
+        if need_x:
+            walk.store(g_x, out_x)
+    if forward and loss is None:
+        loss = _loss(nll, log_q, log_p, beta, reduction, batch)
+    return nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p
+
+
+def likelihood_forward(
+    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
+    log_q: Tensor | None, log_p: Tensor | None,
+    beta: float, reduction: int, param: int, lo: float, hi: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """nll (N,), and the finished loss of the rows nll + β(log q - log p)."""
+    nll, loss, *_ = _launch(
+        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
+        forward=True, grad=False,
+    )  # fmt: skip
+    return nll, loss
+
+
+def likelihood_backward(
+    g_nll: Tensor | None, g_loss: Tensor | None,
+    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
+    beta: float, reduction: int, param: int, lo: float, hi: float, need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """∂x (empty unless ``need_x``), ∂mean, ∂scale (empty if packed), ∂log q and ∂log p (N,)."""
+    _, _, g_x, g_mean, g_scale, g_log_q, g_log_p = _launch(
+        x, mean, scale, mask, None, None, g_nll, g_loss, beta, reduction, param, lo, hi,
+        forward=False, grad=True, need_x=need_x,
+    )  # fmt: skip
+    return x.new_empty(0) if g_x is None else g_x, g_mean, g_scale, g_log_q, g_log_p
+
+
+def likelihood_forward_grad(
+    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
+    log_q: Tensor | None, log_p: Tensor | None,
+    beta: float, reduction: int, param: int, lo: float, hi: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """nll and loss, with ∂mean and ∂scale of the loss (a scalar scale: its part from each row)."""
+    nll, loss, _, g_mean, g_scale, _, _ = _launch(
+        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
+        forward=True, grad=True,
+    )  # fmt: skip
+    return nll, loss, g_mean, g_scale
+
+
+def likelihood_forward_grad_(
+    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
+    log_q: Tensor | None, log_p: Tensor | None,
+    beta: float, reduction: int, param: int, lo: float, hi: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`likelihood_forward_grad` with the gradients written over ``mean`` and ``scale``."""
+    nll, loss, _, _, g_scale, _, _ = _launch(
+        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
+        forward=True, grad=True, inplace=True,
+    )  # fmt: skip
+    scalar = scale is not None and scale.dim() == 0
+    return nll, loss, g_scale if scalar else nll.new_empty(0)
+
+
+def likelihood_rescale_(
+    g_mean: Tensor, g_scale: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
+    beta: float, reduction: int, num_samples: int, batch: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scale gradients made for ∂loss = 1 by the true ones, in place; free where that is 1.
+
+    Returns ∂log q and ∂log p (N,), and the summed gradient of a scalar scale (else empty).
+    """
+    n, acc = g_mean.shape[0], accumulation(g_mean)
+    g_log_q = torch.empty(n, dtype=acc, device=g_mean.device)
+    g_log_p = torch.empty_like(g_log_q)
+    if g_scale is not None and g_scale.numel() == 0 and g_mean.numel() != 0:
+        g_scale = None
+    scalar = g_scale is not None and g_scale.dim() == 1 and g_mean.dim() > 1
+    total = torch.empty(() if scalar else 0, dtype=acc, device=g_mean.device)
+    if n == 0:
+        return g_log_q, g_log_p, total.zero_()
+
+    mean_walk = _Walk(g_mean, False)
+    out_mean, g_mean_row, g_mean_col = mean_walk.rows(g_mean)
+    out_scale, g_scale_row, g_scale_col = g_scale, 0, 0
+    if g_scale is not None and not scalar:
+        scale_walk = _Walk(g_scale, False)
+        out_scale, g_scale_row, g_scale_col = scale_walk.rows(g_scale)
+    g_nll_row = g_loss_row = 0
+    if g_nll is not None:
+        g_nll, g_nll_row = row_stride(g_nll)
+    if g_loss is not None:
+        g_loss, g_loss_row = row_stride(g_loss) if reduction == NONE else (g_loss, 0)
+    if reduction == NO_LOSS:
+        g_loss = None
+    size = math.prod(g_mean.shape[1:])
+    config = likelihood_config(n, size, g_mean.element_size(), multiprocessors(g_mean))
+    programs = triton.cdiv(n, config.rows) * config.split
+    with on_device(g_mean):
+        rescale_kernel[(programs,)](
+            out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,
+            n, batch, size, config.chunks, g_mean_row, g_mean_col, g_scale_row, g_scale_col,
+            g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
+            SCALAR=scalar, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
+            SPLIT=config.split, num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+    mean_walk.store(g_mean, out_mean)
+    if g_scale is not None and not scalar:
+        scale_walk.store(g_scale, out_scale)
+    return g_log_q, g_log_p, total

@@ -1,0 +1,118 @@
+"""PyTorch's stateless noise stream in registers: Philox4x32-10, then Box-Muller.
+
+The formulas are those of ``vae_fast/noise.py``. All four words of a Philox call become normals, and
+a thread makes whole calls for neighbouring elements, so the noise never leaves its registers.
+"""
+
+import triton
+import triton.language as tl
+
+# Round multipliers and Weyl key increments (Salmon et al. 2011, section 3.3).
+_M0 = tl.constexpr(0xD2511F53)
+_M1 = tl.constexpr(0xCD9E8D57)
+_W0 = tl.constexpr(0x9E3779B9)
+_W1 = tl.constexpr(0xBB67AE85)
+
+_2POW_M32 = tl.constexpr(2.0**-32)
+_2POW_M33 = tl.constexpr(2.0**-33)
+_2POW_M64 = tl.constexpr(2.0**-64)
+_2POW_M65 = tl.constexpr(2.0**-65)
+_2PI = tl.constexpr(6.283185307179586)
+_2PI_2POW_M32 = tl.constexpr(6.283185307179586 * 2.0**-32)
+_2PI_2POW_M33 = tl.constexpr(6.283185307179586 * 2.0**-33)
+_MINUS_2LN2 = tl.constexpr(-1.3862943611198906)
+
+
+@triton.jit
+def philox(seed, index):
+    """Four uint32 words of Philox4x32-10 for the uint64 counter ``index``."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(10):
+        # One widening multiply gives both halves of a product.
+        p0 = c0.to(tl.uint64) * _M0
+        p1 = c2.to(tl.uint64) * _M1
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0, k1 = k0 + _W0, k1 + _W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _ptx(ASM: tl.constexpr, x):
+    """One fp32 PTX instruction ``ASM $0, $1``; NVIDIA only."""
+    return tl.inline_asm_elementwise(
+        ASM + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _box_muller(x, y, APPROX: tl.constexpr):
+    """Two fp32 normals from two uint32 words."""
+    u = x.to(tl.float32) * _2POW_M32 + _2POW_M33
+    if APPROX:
+        # lg2.approx is good to 2^-22 absolute, too coarse under a square root near u = 1. There
+        # t = 1 - u is exact and -2 ln(1 - t) = t (2 + t) + O(t^3).
+        t = 1.0 - u
+        log2_u = _ptx("lg2.approx.ftz.f32", u)
+        radius = _ptx(
+            "sqrt.approx.ftz.f32", tl.where(t < 2.0**-8, t * (2.0 + t), log2_u * _MINUS_2LN2)
+        )
+        # The word taken as signed is the same angle reduced to [-pi, pi], where sin.approx is best.
+        signed = y.to(tl.int32, bitcast=True).to(tl.float32)
+        angle = signed * _2PI_2POW_M32 + _2PI_2POW_M33
+        cos, sin = _ptx("cos.approx.ftz.f32", angle), _ptx("sin.approx.ftz.f32", angle)
+    else:
+        radius = tl.sqrt(-2.0 * tl.log(u))
+        angle = (y.to(tl.float32) * _2POW_M32 + _2POW_M33) * _2PI
+        cos, sin = tl.cos(angle), tl.sin(angle)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def _box_muller64(x, y, z, w):
+    """Two fp64 normals from four uint32 words."""
+    u1 = x.to(tl.float64) * _2POW_M32 + (y.to(tl.float64) * _2POW_M64 + _2POW_M65)
+    u2 = z.to(tl.float64) * _2POW_M32 + (w.to(tl.float64) * _2POW_M64 + _2POW_M65)
+    radius = tl.sqrt(-2.0 * tl.log(u1))
+    angle = u2 * tl.full((), _2PI, tl.float64)
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def _normal4(seed, index, APPROX: tl.constexpr):
+    """Four fp32 normals a call."""
+    x, y, z, w = philox(seed, index)
+    n0, n1 = _box_muller(x, y, APPROX)
+    n2, n3 = _box_muller(z, w, APPROX)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def normal(
+    seed, base, COLS: tl.constexpr, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr
+):
+    """ε for a [rows, COLS] tile whose rows start at the Philox counters ``base``, uint64 [rows, 1].
+
+    VEC is how many neighbouring elements a thread loads at once (2 in fp64, 4 or 8 in fp32): it
+    makes that many normals itself, so the joins below move nothing between threads.
+    """
+    ROWS: tl.constexpr = base.shape[0]
+    group = tl.arange(0, COLS // VEC)[None, :].to(tl.uint64)
+    if FP64:
+        tl.static_assert(VEC == 2)
+        x, y, z, w = philox(seed, base + group)
+        n0, n1 = _box_muller64(x, y, z, w)
+        eps = tl.join(n0, n1)
+    elif VEC == 4:
+        n0, n1, n2, n3 = _normal4(seed, base + group, APPROX)
+        eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    else:
+        tl.static_assert(VEC == 8)
+        n0, n1, n2, n3 = _normal4(seed, base + group * 2, APPROX)
+        m0, m1, m2, m3 = _normal4(seed, base + group * 2 + 1, APPROX)
+        eps = tl.join(
+            tl.join(tl.join(n0, m0), tl.join(n2, m2)), tl.join(tl.join(n1, m1), tl.join(n3, m3))
+        )
+    return tl.reshape(eps, (ROWS, COLS))

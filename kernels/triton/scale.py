@@ -1,0 +1,155 @@
+"""The scale parameter: σ, log σ and their derivatives for each parametrisation, as in reference.py.
+
+``PARAM`` is the index in ("logvar", "logstd", "std", "var", "softplus").
+"""
+
+import triton
+import triton.language as tl
+
+LOGVAR = tl.constexpr(0)
+LOGSTD = tl.constexpr(1)
+STD = tl.constexpr(2)
+VAR = tl.constexpr(3)
+SOFTPLUS = tl.constexpr(4)
+
+# e^x = 2^n (1 + d) with n = x log2 e rounded and d = x - n ln 2 what that rounding lost, so the
+# error does not grow with |x|. Saturation keeps the correction finite when x is infinite or huge.
+_EXP_PTX = tl.constexpr(
+    """{
+    .reg .f32 n, d;
+    mul.f32 n, $1, 0f3FB8AA3B;
+    fma.rn.f32 d, n, 0fBF317218, $1;
+    add.sat.f32 d, d, 0f3F000000;
+    add.f32 d, d, 0f3F000000;
+    ex2.approx.ftz.f32 n, n;
+    mul.f32 $0, n, d;
+    }"""
+)
+
+
+@triton.jit
+def exp(x, APPROX: tl.constexpr):
+    """e^x."""
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            _EXP_PTX, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _log1p(y):
+    """log(1 + y) for 0 <= y <= 1, to full precision."""
+    u = 1.0 + y
+    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _softplus(s, APPROX: tl.constexpr):
+    """softplus(s), its log and e^-|s|."""
+    y = exp(-tl.abs(s), APPROX)
+    sigma = tl.maximum(s, 0.0) + _log1p(y)
+    # softplus(s) -> e^s as s -> -inf; below -15 the second term of log(log(1 + y)) suffices.
+    tail = s < -15.0
+    log_sigma = tl.where(tail, s - 0.5 * y, tl.log(tl.where(tail, 1.0, sigma)))
+    return log_sigma, sigma, y
+
+
+@triton.jit
+def _softplus_slopes(s, sigma, y):
+    """dσ/ds = sigmoid(s) and d(log σ)/ds = sigmoid(s)/σ."""
+    sigmoid = tl.where(s < 0.0, y, 1.0) / (1.0 + y)
+    tail = s < -15.0
+    return sigmoid, tl.where(tail, 1.0 - 0.5 * y, sigmoid / tl.where(tail, 1.0, sigma))
+
+
+@triton.jit
+def clamp(s, lo, hi):
+    """``torch.clamp``: a NaN stays a NaN."""
+    return tl.where(s < lo, lo, tl.where(s > hi, hi, s))
+
+
+@triton.jit
+def log_scale_and_scale(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """log σ and σ."""
+    if PARAM == LOGVAR:
+        log_sigma = 0.5 * s
+        sigma = exp(log_sigma, APPROX)
+    elif PARAM == LOGSTD:
+        log_sigma = s
+        sigma = exp(s, APPROX)
+    elif PARAM == STD:
+        log_sigma = tl.log(s)
+        sigma = s
+    elif PARAM == VAR:
+        log_sigma = 0.5 * tl.log(s)
+        sigma = tl.sqrt(s)
+    else:
+        log_sigma, sigma, _ = _softplus(s, APPROX)
+    return log_sigma, sigma
+
+
+@triton.jit
+def scale_slopes(s, sigma, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """dσ/ds and d(log σ)/ds."""
+    if PARAM == LOGVAR:
+        return 0.5 * sigma, tl.full(s.shape, 0.5, s.dtype)
+    elif PARAM == LOGSTD:
+        return sigma, tl.full(s.shape, 1.0, s.dtype)
+    elif PARAM == STD:
+        return tl.full(s.shape, 1.0, s.dtype), 1.0 / s
+    elif PARAM == VAR:
+        return 0.5 / sigma, 0.5 / s
+    else:
+        return _softplus_slopes(s, sigma, exp(-tl.abs(s), APPROX))
+
+
+@triton.jit
+def _root(log_tau, APPROX: tl.constexpr):
+    """τ^(-1/2) from log τ, kept finite and nonzero: times zero it is zero, and a NaN stays one."""
+    LIMIT: tl.constexpr = 700.0 if log_tau.dtype == tl.float64 else 87.0
+    x = tl.clamp(-0.5 * log_tau, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return exp(x, APPROX)
+
+
+@triton.jit
+def log_scale_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """log τ, and the pair (root, τ) that ``divide`` takes.
+
+    1/τ itself overflows long before x/τ does, so it is held as its square root, and multiplied in
+    twice, where τ = e^(something), and as a plain divisor where τ is given.
+    """
+    if PARAM == LOGVAR or PARAM == LOGSTD:
+        log_tau = 0.5 * s if PARAM == LOGVAR else s
+        root, tau = _root(log_tau, APPROX), None
+    elif PARAM == STD or PARAM == VAR:
+        log_tau, tau = log_scale_and_scale(s, PARAM, APPROX)
+        root = None
+    else:
+        log_tau, tau, _ = _softplus(s, APPROX)
+        tail = s < -15.0
+        root = tl.where(tail, _root(s, APPROX), 1.0)
+        tau = tl.where(tail, 1.0, tau)
+    return log_tau, root, tau
+
+
+@triton.jit
+def divide(v, root, tau):
+    """v/τ."""
+    if root is not None:
+        v = v * root * root
+    if tau is not None:
+        v = v / tau
+    return v
+
+
+@triton.jit
+def log_scale_slope(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """d(log τ)/ds."""
+    if PARAM == SOFTPLUS:
+        _, tau, y = _softplus(s, APPROX)
+        _, slope = _softplus_slopes(s, tau, y)
+    else:
+        _, slope = scale_slopes(s, s, PARAM, APPROX)
+    return slope

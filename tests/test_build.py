@@ -1,0 +1,401 @@
+"""The build of the C++ kernels: keys, cache, concurrency, failures.
+
+Almost every test works on a copy of ``_build.py`` in a package of its own whose only source is a
+few lines of C++, so that a build takes a fraction of a second and the real kernels are left alone.
+"""
+
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vae_fast import _build
+
+SOURCE = '#include "value.h"\nextern "C" int vae_fast_value() { return VALUE; }\n'
+HEADER = "#define VALUE 1\n"
+
+needs_compiler = pytest.mark.skipif(
+    _build.can_build() is not None, reason=f"cannot build here: {_build.can_build()}"
+)
+_names = (f"vae_fast_build_copy_{number}" for number in itertools.count())
+
+
+class Project:
+    """A checkout in miniature, in a folder whose name needs every kind of quoting."""
+
+    def __init__(self, root: Path):
+        self.package = root / "it's a $(project): 1" / "vae_fast"
+        self.csrc = self.package.parent / "kernels" / "csrc"
+        self.package.mkdir(parents=True)
+        self.csrc.mkdir(parents=True)
+        self.script = self.package / "_build.py"
+        shutil.copy(_build.__file__, self.script)
+        (self.csrc / "cpu.cpp").write_text(SOURCE)
+        (self.csrc / "value.h").write_text(HEADER)
+
+    def process(self):
+        """The module as a new process would have it: nothing loaded, nothing remembered."""
+        spec = importlib.util.spec_from_file_location(next(_names), self.script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]
+        return module
+
+    def prebuild(self) -> Path:
+        """What setup.py does for an editable install."""
+        folder = self.package / _build.PREBUILT_DIR
+        folder.mkdir()
+        self.process().compile_into(folder)
+        return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("VAE_FAST_CACHE", str(tmp_path / "the cache"))
+    return tmp_path / "the cache"
+
+
+@pytest.fixture
+def project(tmp_path, cache) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+# ------------------------------------------------------------------------------------------------
+# Keys
+# ------------------------------------------------------------------------------------------------
+
+
+def test_key_follows_sources_headers_and_flags(project):
+    keys = [project.process().source_key()]
+    (project.csrc / "README.md").write_text("not a source")
+    assert project.process().source_key() == keys[0]
+
+    (project.csrc / "cpu.cpp").write_text(SOURCE + "// changed\n")
+    keys.append(project.process().source_key())
+    (project.csrc / "value.h").write_text("#define VALUE 2\n")
+    keys.append(project.process().source_key())
+    (project.csrc / "more.h").write_text("")
+    keys.append(project.process().source_key())
+    module = project.process()
+    module.CXX_FLAGS = (*module.CXX_FLAGS, "-g")
+    keys.append(module.source_key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_key_is_the_same_wherever_the_sources_lie(project):
+    installed = project.package.parent / "site-packages" / "vae_fast"
+    shutil.copytree(project.csrc, installed / "_csrc")
+    before = project.process().source_key()
+    project.script = shutil.copy(project.script, installed)
+    module = project.process()
+    assert module.csrc_dir() == installed / "_csrc"
+    assert module.source_key() == before
+
+
+def test_missing_sources(project):
+    shutil.rmtree(project.csrc)
+    module = project.process()
+    assert "cpu.cpp" in module.can_build()
+    with pytest.raises(module.BuildError, match=r"no cpu\.cpp in"):
+        module.load()
+
+
+# ------------------------------------------------------------------------------------------------
+# Building, keeping, finding
+# ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_ninja", [True, False])
+def test_built_once_then_cached(project, cache, with_ninja):
+    module = project.process()
+    if not with_ninja:
+        module._find_ninja = lambda: None
+    assert module.find() is None
+    assert not cache.exists(), "find() must not write"
+
+    built = module.load()
+    assert built.origin == "built now"
+    assert built.path.parent.parent == cache
+    assert built.key == module.source_key()
+    assert built.seconds > 0
+    assert "-O3" in built.flags
+    assert module.load() is built
+    assert entries(cache) == [built.path.parent.name]
+
+    again = project.process()
+    assert again.find().path == built.path
+    cached = again.load()
+    assert (cached.origin, cached.path, cached.key) == ("cached", built.path, built.key)
+    assert (cached.compiler, cached.flags, cached.seconds) == (
+        built.compiler,
+        built.flags,
+        built.seconds,
+    )
+
+
+@needs_compiler
+def test_edited_header_is_built_anew(project, cache):
+    first = project.process().load()
+    (project.csrc / "value.h").write_text("#define VALUE 2\n")
+    assert project.process().find() is None
+    second = project.process().load()
+    assert second.origin == "built now"
+    assert second.path != first.path
+    assert len(entries(cache)) == 2
+
+
+@needs_compiler
+def test_prebuilt_is_used_without_a_compiler(project, cache, request):
+    folder = project.prebuild()
+    request.getfixturevalue("no_compiler")
+    info = project.process().load()
+    assert info.origin == "prebuilt"
+    assert info.path == folder / _build.LIB_NAME
+    assert not cache.exists()
+
+
+@needs_compiler
+def test_stale_prebuilt_is_ignored(project, cache):
+    folder = project.prebuild()
+    (project.csrc / "cpu.cpp").write_text(SOURCE + "// changed\n")
+    info = project.process().load()
+    assert info.origin == "built now"
+    assert folder not in info.path.parents
+
+
+@needs_compiler
+@pytest.mark.parametrize("record", ["", "{}", "[]", "null", '{"key": 1, "flags": 2}', None])
+def test_prebuilt_without_a_good_record_is_ignored(project, record):
+    path = project.prebuild() / _build.INFO_NAME
+    path.unlink() if record is None else path.write_text(record)
+    assert project.process().find() is None
+
+
+@needs_compiler
+def test_unloadable_library_is_built_anew(project, cache, caplog):
+    first = project.process()
+    first._load_library = lambda info: None  # a loaded library would be found in this process
+    built = first.load()
+    built.path.write_bytes(b"not a library")
+    with caplog.at_level(logging.WARNING, logger="vae_fast.build"):
+        info = project.process().load()
+    assert info.origin == "built now"
+    assert info.path == built.path
+    assert "cannot load" in caplog.text
+
+
+@needs_compiler
+def test_cached_library_is_used_without_a_compiler(project, request):
+    built = project.process().load()
+    request.getfixturevalue("no_compiler")
+    info = project.process().load()
+    assert (info.origin, info.path) == ("cached", built.path)
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("VAE_FAST_CACHE", "~/somewhere")
+    assert _build.cache_dir() == Path.home() / "somewhere"
+    monkeypatch.delenv("VAE_FAST_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _build.cache_dir() == tmp_path / "vae_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert _build.cache_dir() == Path.home() / ".cache" / "vae_fast"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert _build.cache_dir() == Path.home() / "Library" / "Caches" / "vae_fast"
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once(project, cache, tmp_path):
+    compiler, _ = _build.find_compiler()
+    log = tmp_path / "compilations"
+    slow = tmp_path / "slow-c++"
+    slow.write_text(
+        "#!/bin/sh\n"
+        f'case " $* " in *" -c "*) echo one >> "{log}"; sleep 0.5;; esac\n'
+        f'exec {" ".join(compiler)} "$@"\n'
+    )
+    slow.chmod(0o755)
+    # Builds but does not load: importing torch would take longer than the build.
+    script = (
+        "import importlib.util, json, sys\n"
+        "spec = importlib.util.spec_from_file_location('build', sys.argv[1])\n"
+        "build = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['build'] = build\n"
+        "spec.loader.exec_module(build)\n"
+        "build._load_library = lambda info: open(info.path, 'rb').close()\n"
+        "info = build.load()\n"
+        "print(json.dumps([str(info.path), info.origin]))\n"
+    )
+
+    def run(_):
+        return subprocess.run(
+            [sys.executable, "-c", script, str(project.script)],
+            env=os.environ | {"CXX": str(slow)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [json.loads(output) for output in pool.map(run, range(3))]
+    assert len({path for path, _ in results}) == 1
+    assert sorted(origin for _, origin in results) == ["built now", "cached", "cached"]
+    assert log.read_text().split() == ["one"]
+    assert entries(cache) == [Path(results[0][0]).parent.name]
+
+
+@needs_compiler
+def test_the_first_of_two_unlocked_builds_stays(project, cache):
+    ours, theirs = project.process(), project.process()
+    compile_into = ours.compile_into
+
+    def compile_slowly(folder):
+        info = compile_into(folder)
+        theirs.load()  # meanwhile, on a file system without locks
+        return info
+
+    ours.compile_into = compile_slowly
+    theirs.LOCK_TIMEOUT_S = 0
+    info = ours.load()
+    assert (info.origin, info.path) == ("cached", theirs.load().path)
+    assert len(entries(cache)) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# What can go wrong
+# ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_unwritable_cache_falls_back_to_a_temporary_folder(project, tmp_path, monkeypatch, caplog):
+    # A folder below a file cannot be made, not even by root, whom file modes do not stop.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VAE_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with caplog.at_level(logging.WARNING, logger="vae_fast.build"):
+        module = project.process()
+        info = module.load()
+        module._usable_root()
+    assert info.origin == "built now"
+    assert tmp_path / "tmp" in info.path.parents
+    assert len(caplog.records) == 1
+    assert "VAE_FAST_CACHE" in caplog.text
+    assert project.process().load().origin == "cached"
+
+
+@needs_compiler
+def test_unwritable_cache_that_has_the_library(project):
+    built = project.process().load()
+    module = project.process()
+    module._writable = lambda folder: False
+    assert module.load().path == built.path
+
+
+def test_temporary_folder_of_others_is_not_trusted(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module = project.process()
+    own = module._temporary_cache_dir()
+    assert module._temporary_cache_dir() == own
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    own.chmod(0o777)
+    private = module._temporary_cache_dir()
+    assert private != own
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+
+
+def test_no_compiler(project, cache, no_compiler, monkeypatch):
+    module = project.process()
+    assert "no C++ compiler" in module.can_build()
+    with pytest.raises(module.BuildError, match=r"no C\+\+ compiler: none of c\+\+, g\+\+"):
+        module.load()
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(module.BuildError, match="CXX='no-such-compiler -m64'"):
+        module.load()
+
+
+def test_compiler_that_cannot_run(project, tmp_path, monkeypatch):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    module = project.process()
+    with pytest.raises(module.BuildError, match=r"exited with status 3: out of order"):
+        module.load()
+
+
+def test_no_torch(project, monkeypatch):
+    module = project.process()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "torch is not importable" in module.can_build()
+
+
+def test_excerpt_begins_with_the_first_error():
+    words = [f"line {i}" for i in range(100)]
+    assert _build._excerpt("\n".join(words), 3) == "...\nline 97\nline 98\nline 99"
+    assert _build._excerpt("\n".join(words), 100) == "\n".join(words)
+    words[10] = "a.cpp:1:1: error: wrong"
+    assert _build._excerpt("\n".join(words), 2) == f"...\n{words[10]}\n{words[11]}\n..."
+    assert _build._excerpt("", 3) == ""
+
+
+@needs_compiler
+def test_compile_error_shows_the_compilers_words_and_leaves_nothing(project, cache):
+    (project.csrc / "cpu.cpp").write_text('#error "a mistake of ours"\n')
+    module = project.process()
+    with pytest.raises(module.BuildError, match="a mistake of ours"):
+        module.load()
+    assert entries(cache) == []
+    (project.csrc / "cpu.cpp").write_text(SOURCE)
+    assert module.load().origin == "built now"
+
+
+# ------------------------------------------------------------------------------------------------
+# The real kernels
+# ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the symbols of an ELF file")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_library_uses_only_torchs_stable_symbols():
+    """One binary for every torch from 2.10 on: no C++ symbol of torch's may be needed."""
+    path = _build.load().path
+    output = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", path], capture_output=True, text=True, check=True
+    ).stdout
+    # In mangled names, a namespace is its length and its name.
+    foreign = re.findall(r"\S*(?<!\d)(?:2at|3c10|5torch)\S*|\b_?Py\S+", output)
+    assert not foreign
+    assert "aoti_torch_" in output

@@ -1,0 +1,540 @@
+"""Builds and finds the C++ (CPU) kernels.
+
+The one place that knows their sources, flags, compiler, build key and cache folder. The library is
+written against PyTorch's stable ABI, so one binary serves every torch from 2.10 on and compiles in
+a few seconds. It comes from one of three places, in this order:
+
+1. *prebuilt*: ``setup.py`` compiled it into ``vae_fast/_lib`` (if torch was importable then);
+2. *cached*: an earlier process compiled it into the cache folder, ``$VAE_FAST_CACHE`` or a default;
+3. *built now*: compiled into the cache folder, once, at first use.
+
+A library is used only if it was made from the very sources and flags that this package has now.
+
+``setup.py`` runs this file by its path, before the package or torch can be imported: it needs
+nothing beyond the standard library until :func:`load` hands the library to torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = [
+    "BuildError",
+    "BuildInfo",
+    "cache_dir",
+    "can_build",
+    "compile_into",
+    "find",
+    "load",
+    "source_key",
+]
+
+logger = logging.getLogger("vae_fast.build")
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+SOURCES = ("cpu.cpp",)  # compiled; every header beside them counts as a source too
+HEADER_SUFFIXES = (".h", ".hpp")
+LIB_NAME = "libvae_fast_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
+INFO_NAME = "build.json"
+PREBUILT_DIR = "_lib"  # inside the package; not a package itself
+
+# Symbols up to torch 2.10 may be used and none from later, so that one binary serves them all.
+DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x030a0000")
+# No -march: the kernels choose their instruction set when they run.
+# No -ffast-math: NaN and infinity must survive.
+CXX_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-Wno-psabi",  # wide vectors are passed only between functions that are inlined
+    *DEFINES,
+)
+LINK_FLAGS = ("-shared",)
+LOCK_TIMEOUT_S = 600.0
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels could not be compiled or loaded; the message says why.
+
+    After a failed compilation it ends with what the compiler said, from its first error on.
+    """
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """One compiled library and where it came from."""
+
+    path: Path  #: the shared library
+    origin: str  #: "prebuilt", "cached" or "built now"
+    key: str  #: hash of the sources, the flags and the target machine
+    compiler: str  #: first line of what the compiler says of its version
+    flags: tuple[str, ...]  #: compiler and linker flags, without folders
+    seconds: float  #: how long the compilation took, whenever it was
+
+
+# ------------------------------------------------------------------------------------------------
+# What is compiled: sources, flags, keys
+# ------------------------------------------------------------------------------------------------
+
+
+def csrc_dir() -> Path:
+    """The folder of the C++ sources: in an installed wheel, or beside the package in a checkout."""
+    places = (PACKAGE_DIR / "_csrc", PACKAGE_DIR.parent / "kernels" / "csrc")
+    for place in places:
+        if (place / SOURCES[0]).is_file():
+            return place
+    raise BuildError(f"no {SOURCES[0]} in " + " nor in ".join(str(place) for place in places))
+
+
+def _source_files() -> list[Path]:
+    """Everything whose contents decide what the library does, in a fixed order."""
+    folder = csrc_dir()
+    headers = sorted(path for path in folder.iterdir() if path.suffix in HEADER_SUFFIXES)
+    return [*(folder / name for name in SOURCES), *headers]
+
+
+def flags() -> tuple[str, ...]:
+    """Compiler and linker flags, without include and library folders."""
+    return (*CXX_FLAGS, *LINK_FLAGS)
+
+
+def source_key() -> str:
+    """Hash of the sources, the flags and the target machine, 16 hex digits.
+
+    A library with another key must not be used. The key does not depend on the compiler, nor on
+    which torch is installed: the stable ABI makes the binary serve every torch from 2.10 on.
+    """
+    digest = hashlib.sha256()
+    for fact in (sys.platform, platform.machine(), *flags()):
+        digest.update(fact.encode() + b"\0")
+    try:
+        for path in _source_files():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    except OSError as error:
+        raise BuildError(f"cannot read the C++ sources: {error}") from error
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=8)
+def _compiler_version(command: tuple[str, ...]) -> str:
+    """First line of ``compiler --version``; raises BuildError if it cannot be run."""
+    try:
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+    except OSError as error:
+        raise BuildError(f"cannot run the C++ compiler {shlex.join(command)}: {error}") from error
+    text = (done.stdout + done.stderr).strip()
+    if done.returncode != 0 or not text:
+        what = f"{shlex.join(command)} --version exited with status {done.returncode}"
+        raise BuildError(f"{what}: {_excerpt(text, 5)}")
+    return text.splitlines()[0].strip()
+
+
+def find_compiler() -> tuple[tuple[str, ...], str]:
+    """The C++ compiler's command and its version line.
+
+    ``$CXX``, which may hold options too, else the first of c++, g++ and clang++ on the PATH.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows")
+    wanted = os.environ.get("CXX", "").strip()
+    if wanted:
+        command = tuple(shlex.split(wanted))
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"no C++ compiler: CXX={wanted!r} names a program that is not there")
+        return command, _compiler_version(command)
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return (found,), _compiler_version((found,))
+    raise BuildError(
+        "no C++ compiler: none of c++, g++ and clang++ is on the PATH, and CXX is not set"
+    )
+
+
+def _toolchain_key(compiler: str) -> str:
+    """Hash of what may change the binary without changing what it does; 8 hex digits."""
+    libc = ""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not glibc
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    return hashlib.sha256(f"{compiler}\0{libc}".encode()).hexdigest()[:8]
+
+
+def _torch_dir() -> Path:
+    """Where torch is installed, found without importing it (that takes seconds)."""
+    try:
+        spec = importlib.util.find_spec("torch")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError(
+            "torch is not importable, and its headers are needed to compile the C++ kernels"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
+    if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        raise BuildError(f"torch in {folder} has no stable-ABI headers: torch >= 2.10 is needed")
+    return folder
+
+
+def can_build() -> str | None:
+    """None if sources, torch's headers and a compiler are all here, else the reason why not."""
+    try:
+        csrc_dir()
+        _torch_dir()
+        find_compiler()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Compiling
+# ------------------------------------------------------------------------------------------------
+
+
+def _commands(compiler: tuple[str, ...]) -> list[tuple[str, list[str], list[str]]]:
+    """(output, inputs, command) of every step; outputs are relative to the working folder."""
+    torch_dir, csrc = _torch_dir(), csrc_dir()
+    include = [
+        f"-I{torch_dir / 'include'}",
+        f"-I{torch_dir / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+    ]
+    steps, objects = [], []
+    for name in SOURCES:
+        source, output = str(csrc / name), f"{Path(name).stem}.o"
+        steps.append(
+            (output, [source], [*compiler, *CXX_FLAGS, *include, "-c", source, "-o", output])
+        )
+        objects.append(output)
+    lib = torch_dir / "lib"
+    # torch is in the process before the library is: only macOS's loader needs an rpath.
+    rpath = [f"-Wl,-rpath,{lib}"] if sys.platform == "darwin" else []
+    link = [*compiler, *LINK_FLAGS, *objects, "-o", LIB_NAME, f"-L{lib}", "-ltorch_cpu", *rpath]
+    steps.append((LIB_NAME, objects, link))
+    return steps
+
+
+def _find_ninja() -> str | None:
+    """The ``ninja`` of the Python package of that name, else the one on the PATH."""
+    folders = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
+    return shutil.which("ninja", path=folders)
+
+
+def _ninja_file(steps: list[tuple[str, list[str], list[str]]]) -> str:
+    def path(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        "ninja_required_version = 1.3",
+        "rule run",
+        "  command = $cmd",
+        "  description = $out",
+        "",
+    ]
+    for output, inputs, command in steps:
+        lines.append(f"build {path(output)}: run {' '.join(path(name) for name in inputs)}")
+        lines.append(f"  cmd = {shlex.join(command).replace('$', '$$')}")
+    return "\n".join([*lines, ""])
+
+
+def _excerpt(output: str, limit: int = 40) -> str:
+    """At most ``limit`` lines: from the first error on if the output names one, else the last."""
+    lines = output.strip().splitlines()
+    first = next((i for i, line in enumerate(lines) if "error:" in line), None)
+    start = max(len(lines) - limit, 0) if first is None else min(first, max(len(lines) - limit, 0))
+    kept = lines[start : start + limit]
+    before = ["..."] if start > 0 else []
+    after = ["..."] if start + limit < len(lines) else []
+    return "\n".join([*before, *kept, *after])
+
+
+def _run(command: list[str], folder: Path) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise BuildError(f"cannot run {command[0]}: {error}") from error
+    if done.returncode != 0:
+        what = f"{Path(command[0]).name} exited with status {done.returncode}"
+        raise BuildError(f"compiling the C++ kernels failed ({what}):\n{_excerpt(done.stdout)}")
+
+
+def compile_into(folder: Path) -> BuildInfo:
+    """Compiles the library and its record into ``folder``, which must exist, and describes it.
+
+    Raises BuildError: no compiler, no torch headers, or what the compiler said.
+    """
+    started = time.perf_counter()
+    compiler, version = find_compiler()
+    key = source_key()
+    steps = _commands(compiler)
+    ninja = _find_ninja()
+    try:
+        with tempfile.TemporaryDirectory(prefix="vae_fast-") as work_name:
+            work = Path(work_name)
+            if ninja is not None:
+                (work / "build.ninja").write_text(_ninja_file(steps))
+                _run([ninja], work)
+            else:
+                for _, _, command in steps:
+                    _run(command, work)
+            shutil.copy2(work / LIB_NAME, folder / LIB_NAME)
+        info = BuildInfo(
+            path=folder / LIB_NAME,
+            origin="built now",
+            key=key,
+            compiler=version,
+            flags=flags(),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        record = asdict(info) | {"path": LIB_NAME}
+        (folder / INFO_NAME).write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise BuildError(f"cannot write the compiled C++ kernels: {error}") from error
+    return info
+
+
+# ------------------------------------------------------------------------------------------------
+# Finding and keeping
+# ------------------------------------------------------------------------------------------------
+
+
+def _read(folder: Path, origin: str, key: str) -> BuildInfo | None:
+    """The library in ``folder``, or None where there is none or it was made from other sources."""
+    try:
+        record = json.loads((folder / INFO_NAME).read_text())
+        info = BuildInfo(
+            path=folder / LIB_NAME,
+            origin=origin,
+            key=str(record["key"]),
+            compiler=str(record["compiler"]),
+            flags=tuple(record["flags"]),
+            seconds=float(record["seconds"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if info.key != key:
+        logger.info("ignoring %s: it was built from other sources or flags", info.path)
+        return None
+    return info if info.path.is_file() else None
+
+
+def cache_dir() -> Path:
+    """``$VAE_FAST_CACHE``, else ``vae_fast`` in the user's cache folder; it need not exist."""
+    if wanted := os.environ.get("VAE_FAST_CACHE", "").strip():
+        return Path(wanted).expanduser().absolute()
+    if sys.platform != "darwin" and (xdg := os.environ.get("XDG_CACHE_HOME", "").strip()):
+        return Path(xdg).absolute() / "vae_fast"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home folder
+        return _temporary_cache_dir()
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "vae_fast"
+
+
+def _temporary_cache_dir() -> Path:
+    """This user's own folder among the temporary ones; a new one each time if its name is taken."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"vae_fast-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+        # Anyone can make folders there: load nothing from one that others own or may change.
+        if (
+            not folder.is_symlink()
+            and facts.st_uid == user
+            and not facts.st_mode & 0o022
+            and _writable(folder)
+        ):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="vae_fast-"))
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _find_cached(root: Path, key: str) -> BuildInfo | None:
+    try:
+        _, version = find_compiler()
+    except BuildError:  # no compiler any more: whatever was made from these sources will do
+        entries = sorted(root.glob(f"{key}-????????"))
+    else:
+        entries = [root / f"{key}-{_toolchain_key(version)}"]
+    for entry in entries:
+        if info := _read(entry, "cached", key):
+            return info
+    return None
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds an advisory lock on ``path``, if it can.
+
+    It only saves work done twice: what makes concurrent builds safe is the atomic rename.
+    """
+    try:
+        import fcntl
+
+        file = path.open("a")
+    except (ImportError, OSError):
+        yield
+        return
+    with file:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    logger.info("waiting for another process that builds the C++ kernels")
+                waiting = True
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+def _build_cached(root: Path, key: str) -> BuildInfo:
+    """Compiles into the cache folder ``root``, unless another process has just done so."""
+    _, version = find_compiler()
+    entry = root / f"{key}-{_toolchain_key(version)}"
+    with _lock(root / f"{key}.lock"):
+        if info := _read(entry, "cached", key):
+            return info
+        logger.info("building the C++ kernels with %s (once; kept in %s)", version, entry)
+        try:
+            scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            scratch.mkdir()
+        except OSError as error:
+            raise BuildError(f"cannot write to the cache folder {root}: {error}") from error
+        try:
+            info = compile_into(scratch)
+            if info.key != key:
+                raise BuildError("the C++ sources changed while they were being compiled")
+            try:
+                scratch.rename(entry)
+            except (
+                OSError
+            ):  # the entry is there: another process's, as good as ours, or a broken one
+                if other := _read(entry, "cached", key):
+                    return other
+                shutil.rmtree(entry, ignore_errors=True)
+                scratch.rename(entry)
+        except OSError as error:
+            raise BuildError(f"cannot write to the cache folder {root}: {error}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    logger.info("built the C++ kernels in %.1f s", info.seconds)
+    return replace(info, path=entry / LIB_NAME)
+
+
+_warned_about: set[Path] = set()
+
+
+def _usable_root() -> Path:
+    """The cache folder, or a temporary one, with one warning, if nothing can be written there."""
+    root = cache_dir()
+    if _writable(root):
+        return root
+    fallback = _temporary_cache_dir()
+    if root not in _warned_about:
+        _warned_about.add(root)
+        logger.warning(
+            "cannot write to the cache folder %s; the compiled C++ kernels go to %s instead "
+            "(set VAE_FAST_CACHE to a folder you can write to)",
+            root,
+            fallback,
+        )
+    return fallback
+
+
+def find() -> BuildInfo | None:
+    """The library that :func:`load` would use without building one, or None; changes nothing."""
+    key = source_key()
+    return _read(PACKAGE_DIR / PREBUILT_DIR, "prebuilt", key) or _find_cached(cache_dir(), key)
+
+
+def _load_library(info: BuildInfo) -> None:
+    import torch
+
+    torch.ops.load_library(str(info.path))
+
+
+_loaded: BuildInfo | None = None
+_load_lock = threading.Lock()
+
+
+def load() -> BuildInfo:
+    """Finds or builds the library, loads it into torch (once per process) and says which one it is.
+
+    Raises BuildError if there is none and none can be built; then nothing was registered with
+    torch, and the next call tries again.
+    """
+    global _loaded
+    with _load_lock:
+        if _loaded is not None:
+            return _loaded
+        key = source_key()
+        info = find()
+        if info is not None:
+            try:
+                _load_library(info)
+            except OSError as error:  # made for another machine, or cut short: make a new one
+                logger.warning("cannot load %s (%s); building it anew", info.path, error)
+                if info.origin == "cached":
+                    shutil.rmtree(info.path.parent, ignore_errors=True)
+            else:
+                logger.debug("loaded %s (%s)", info.path, info.origin)
+                _loaded = info
+                return info
+        info = _build_cached(_usable_root(), key)
+        try:
+            _load_library(info)
+        except OSError as error:
+            raise BuildError(
+                f"the C++ kernels were compiled but cannot be loaded: {error}"
+            ) from error
+        _loaded = info
+        return info

@@ -1,0 +1,238 @@
+"""Which implementation of the ops runs where, why another does not, and how to choose.
+
+===========  ==================================  ===========================================
+backend      serves                              needs
+===========  ==================================  ===========================================
+``cpp``      CPU                                 a C++ compiler once, or a wheel built with one
+``triton``   CUDA and ROCm                       Triton, which PyTorch brings on those platforms;
+                                                 on the CPU only with ``TRITON_INTERPRET=1``
+``reference``  every device                      nothing: plain PyTorch with autograd
+===========  ==================================  ===========================================
+
+The default for a device is the fastest that runs there. ``VAE_FAST_BACKEND`` in the environment or
+:func:`use_backend` force one for all devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from vae_fast import _build, ops
+
+__all__ = ["BACKENDS", "report", "use_backend"]
+
+BACKENDS = ("cpp", "triton", "reference")
+
+# The backend forced by use_backend() or the environment, for every device.
+_forced: str | None = os.environ.get("VAE_FAST_BACKEND") or None
+
+# Backend by (forced, device type), once it has been found to run.
+_resolved: dict[tuple[str | None, str], str] = {}
+
+# The Triton launchers' registrations by dispatch key; dropping one restores what was there before.
+_triton_library: dict[str, torch.library.Library] = {}
+
+
+class FallbackWarning(UserWarning):
+    """A faster backend is missing, and the reference runs in its place."""
+
+
+def backend_for(device_type: str) -> str:
+    """The backend that serves a device now; loads it at its first use.
+
+    Raises:
+        ValueError: the forced backend has an unknown name.
+        RuntimeError: the forced backend cannot serve the device; says why.
+    """
+    if torch.compiler.is_compiling():
+        return _resolve(_forced, device_type)
+    name = _resolved.get((_forced, device_type))
+    return name if name is not None else _resolve(_forced, device_type)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for all devices and threads while the context is open.
+
+    Backward passes must run inside the context too.
+
+    Args:
+        name: ``"cpp"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: ``name`` is unknown.
+        RuntimeError: the backend runs on no device of this machine; says why.
+    """
+    global _forced
+    _check_name(name, "name")
+    reasons = {d: why_not(name, d) for d in _device_types()}
+    if all(reasons.values()):
+        why = "; ".join(f"{d}: {r}" for d, r in reasons.items())
+        raise RuntimeError(f"backend {name!r} cannot run on this machine ({why})")
+    previous, _forced = _forced, name
+    interpreted = name == "triton" and reasons["cpu"] is None
+    if interpreted:
+        _register_triton("CPU")
+    try:
+        yield
+    finally:
+        _forced = previous
+        if interpreted and previous != "triton":
+            _unregister_triton("CPU")
+
+
+def why_not(name: str, device_type: str) -> str | None:
+    """Why a backend cannot serve a device, or ``None`` if it can (as far as is known unloaded)."""
+    if name == "reference":
+        return None
+    if name == "cpp":
+        if device_type != "cpu":
+            return "the C++ kernels are for the CPU"
+        return None if _build.find() is not None else _build.can_build()
+    if device_type not in ("cpu", "cuda"):
+        return "the Triton kernels are for CUDA and ROCm devices"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on the CPU only under TRITON_INTERPRET=1, for tests"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA or ROCm device is available"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _resolve(forced: str | None, device_type: str) -> str:
+    if forced is None:
+        name = _load_default(device_type)
+    else:
+        _check_name(forced, "VAE_FAST_BACKEND")
+        reason = why_not(forced, device_type)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} cannot serve device {device_type!r}: {reason}")
+        _load(forced, device_type)
+        name = forced
+    _resolved[forced, device_type] = name
+    return name
+
+
+def _load_default(device_type: str) -> str:
+    name = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
+    reason = why_not(name, device_type)
+    if reason is None:
+        try:
+            _load(name, device_type)
+            return name
+        except (_build.BuildError, ImportError) as error:
+            reason = str(error)
+    # Once per device type, since the outcome is remembered.
+    warnings.warn(
+        f"vae_fast runs on the slower reference backend on {device_type!r}: backend {name!r} is "
+        f"missing ({reason}). `vae-fast doctor` tells more.",
+        FallbackWarning,
+        stacklevel=_user_stacklevel(),
+    )
+    return "reference"
+
+
+def _load(name: str, device_type: str) -> None:
+    if name == "cpp":
+        _build.load()
+    elif name == "triton":
+        _register_triton(device_type.upper())
+
+
+def _register_triton(dispatch_key: str) -> None:
+    """Make the Triton launchers the kernels of the ops for one dispatch key."""
+    if dispatch_key in _triton_library:
+        return
+    launchers = importlib.import_module("vae_fast._triton")
+    library = torch.library.Library("vae_fast", "IMPL")
+    for name in ops.SCHEMAS:
+        library.impl(name, getattr(launchers, name), dispatch_key, allow_override=True)
+    _triton_library[dispatch_key] = library
+
+
+def _unregister_triton(dispatch_key: str) -> None:
+    library = _triton_library.pop(dispatch_key, None)
+    if library is not None:
+        library._destroy()
+
+
+def _check_name(name: object, argument: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+def _device_types() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _user_stacklevel() -> int:
+    """The stacklevel, counted from the caller, of the first frame outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("vae_fast"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def report() -> dict:
+    """What runs here: versions, the backend of each device and why not another, the C++ build.
+
+    Returns:
+        A dict with ``versions`` (name to version), ``devices`` (a list of ``device``, ``backend``
+        and ``others``, a dict from backend to the reason that it does not serve the device) and
+        ``extension`` (``status``, ``path``, ``origin``, ``compiler``, ``flags``, ``seconds``).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        devices = []
+        for device_type in _device_types():
+            backend = backend_for(device_type)
+            others = {n: why_not(n, device_type) for n in BACKENDS if n != backend}
+            devices.append(
+                {
+                    "device": device_type,
+                    "name": torch.cuda.get_device_name() if device_type == "cuda" else _cpu_name(),
+                    "backend": backend,
+                    "others": {n: why or "available, slower" for n, why in others.items()},
+                }
+            )
+    return {"versions": _versions(), "devices": devices, "extension": _extension()}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("vae_fast", "torch", "triton", "numpy"):
+        try:
+            versions[name] = getattr(importlib.import_module(name), "__version__", "unknown")
+        except ImportError:
+            versions[name] = None
+    return versions
+
+
+def _extension() -> dict:
+    try:
+        info = _build.load()
+    except _build.BuildError as error:
+        return {"status": "not available", "reason": str(error)}
+    return {
+        "status": "loaded",
+        "path": str(info.path),
+        "origin": info.origin,
+        "compiler": info.compiler,
+        "flags": " ".join(info.flags),
+        "seconds": info.seconds,
+    }
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"

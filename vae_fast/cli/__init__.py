@@ -1,0 +1,174 @@
+"""The ``vae-fast`` command: train a VAE, sample from it, and see what runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from vae_fast.cli.errors import CommandError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if ``None``.
+
+    Returns:
+        0. Wrong input ends in ``SystemExit`` with code 2 and a message on stderr.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "train":
+            from vae_fast.cli.train import train
+
+            train(args)
+        elif args.command == "sample":
+            from vae_fast.cli.sample import sample
+
+            sample(args)
+        else:
+            from vae_fast.cli.doctor import doctor
+
+            doctor()
+    except CommandError as error:
+        parser.exit(2, f"vae-fast {args.command}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nvae-fast: interrupted\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vae-fast",
+        description="Train a variational autoencoder with fused loss kernels, sample from it, and "
+        "see what runs on this machine.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a VAE and draw what it learned",
+        description="Train a VAE. Writes model.safetensors, metrics.csv and pictures to --out.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument(
+        "--data",
+        default="digits",
+        metavar="DATA",
+        help="digits (1797 images of 8x8, from scikit-learn); FILE.npz with an array x of shape "
+        "(N, ...) and optionally labels y (N,); or a folder of images, whose sub-folders are then "
+        "the labels. uint8 values are divided by 255",
+    )
+    train.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    train.add_argument(
+        "--image-size",
+        type=_positive_int,
+        metavar="N",
+        help="crop the images of a folder to squares and resize them to NxN",
+    )
+    train.add_argument("--model", choices=("mlp", "conv"), default="mlp", help="the networks")
+    train.add_argument(
+        "--hidden",
+        type=_positive_int,
+        nargs="+",
+        metavar="N",
+        help="widths of the encoder's layers (channels for conv); by default 512 256 for mlp and "
+        "32 64 for conv",
+    )
+    train.add_argument("--latent-dim", type=_positive_int, default=10, metavar="L")
+    train.add_argument(
+        "--variance",
+        choices=("full", "scalar", "unit"),
+        default="full",
+        help="what is learned of the variance of p(x|z): one per pixel and z, one for everything, "
+        "or nothing (1)",
+    )
+    train.add_argument("--epochs", type=_positive_int, default=150, metavar="N")
+    train.add_argument("--batch-size", type=_positive_int, default=128, metavar="B")
+    train.add_argument(
+        "--lr",
+        type=_positive_float,
+        default=2e-3,
+        help="Adam's learning rate at the start; it falls to 0 along a cosine",
+    )
+    train.add_argument(
+        "--beta", type=_non_negative_float, default=1.0, help="weight of the KL term in the loss"
+    )
+    train.add_argument(
+        "--num-samples",
+        type=_positive_int,
+        default=1,
+        metavar="K",
+        help="latent samples per data point",
+    )
+    train.add_argument(
+        "--inplace",
+        action="store_true",
+        help="let the loss overwrite the decoder's output with its gradient, to save memory",
+    )
+    train.add_argument("--seed", type=_seed, default=0, help="of split, weights and noise")
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    train.add_argument(
+        "--backend",
+        default="auto",
+        help="auto, cpp, triton or reference; see vae-fast doctor",
+    )
+
+    sample = commands.add_parser(
+        "sample",
+        help="draw samples from a trained VAE",
+        description="Draw samples from a trained VAE.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sample.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a model.safetensors, or the folder it is in"
+    )
+    sample.add_argument("-n", type=_positive_int, default=64, help="number of samples")
+    sample.add_argument("--out", default="samples.png", metavar="PNG", help="picture to write")
+    sample.add_argument("--npz", metavar="FILE", help="also write the values, as array x")
+    sample.add_argument(
+        "--noise", action="store_true", help="draw x from p(x|z) instead of showing its mean"
+    )
+    sample.add_argument("--seed", type=_seed, default=0)
+    sample.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+    commands.add_parser(
+        "doctor",
+        help="report what runs on this machine, and why the rest does not",
+        description="Report which backend serves which device, why the others do not, and how the "
+        "CPU extension was built.",
+    )
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 2^63 - 1, got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = _non_negative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _non_negative_float(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value

@@ -1,0 +1,164 @@
+"""Reading data sets: the digits, .npz files and folders of images."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vae_fast.cli.errors import CommandError, require
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+_CHANNELS = (1, 3, 4)
+_FEWEST = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    Attributes:
+        name: what to call it.
+        x: values, fp32 (N, *event); images are (N, C, H, W).
+        y: class of each, int64 (N,), or ``None``.
+        labels: names of the classes, or ``None``.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor | None = None
+    labels: list[str] | None = None
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one data point."""
+        return tuple(self.x.shape[1:])
+
+    @property
+    def unit(self) -> str:
+        """What one data point is."""
+        return "image" if is_image(self.event_shape) else "sample"
+
+
+def is_image(event_shape: tuple[int, ...]) -> bool:
+    """Whether a data point of this shape can be drawn as an image (C, H, W)."""
+    return len(event_shape) == 3 and event_shape[0] in _CHANNELS
+
+
+def load(source: str, image_size: int | None = None) -> Data:
+    """Read the data set that ``--data`` names."""
+    if image_size is not None and not Path(source).is_dir():
+        raise CommandError("--image-size goes with a folder of images")
+    if source == "digits":
+        return _digits()
+    path = Path(source)
+    if path.is_dir():
+        data = _folder(path, image_size)
+    elif not path.exists():
+        raise CommandError(f"--data {source}: no such file or folder")
+    elif path.suffix == ".npz":
+        data = _npz(path)
+    else:
+        raise CommandError(f"--data {source}: must be digits, a .npz file or a folder of images")
+    if len(data.x) < _FEWEST:
+        raise CommandError(f"{source}: {len(data.x)} data points; at least {_FEWEST} are needed")
+    return data
+
+
+def split(data: Data, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training set (80 %) and of the validation set, by a seeded permutation."""
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))
+    count = len(order) * 4 // 5
+    return order[:count], order[count:]
+
+
+def _digits() -> Data:
+    require("sklearn")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 17 grey levels, 0 to 16. No dequantisation noise: the floor on σ (see vae_fast.VAE) is what
+    # keeps the density of these discrete values bounded.
+    x = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
+    names = [str(name) for name in digits.target_names]
+    return Data("digits", x, torch.tensor(digits.target, dtype=torch.int64), names)
+
+
+def _npz(path: Path) -> Data:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "x" not in file:
+                found = ", ".join(file.files) or "none"
+                raise CommandError(f"{path} has no array x; arrays found: {found}")
+            x = file["x"]
+            y = file.get("y")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CommandError(f"{path} cannot be read as a .npz file: {error}") from error
+
+    if x.dtype.kind not in "buif":
+        raise CommandError(f"{path}: x must hold real numbers, got dtype {x.dtype}")
+    if x.ndim < 2 or 0 in x.shape:
+        raise CommandError(f"{path}: x must be of shape (N, ...), got {x.shape}")
+    if not np.isfinite(x).all():
+        rows = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+        raise CommandError(
+            f"{path}: x has NaN or infinity in {len(rows)} of {len(x)} rows; the first is {rows[0]}"
+        )
+    values = torch.from_numpy(x.astype(np.float32))
+    if x.dtype == np.uint8:
+        values = values / 255
+    if values.dim() == 3:  # (N, H, W)
+        values = values.unsqueeze(1)
+    elif values.dim() == 4 and values.shape[-1] in _CHANNELS and values.shape[1] not in _CHANNELS:
+        values = values.permute(0, 3, 1, 2).contiguous()
+    if y is None:
+        return Data(path.stem, values)
+    if y.shape != (len(x),):
+        raise CommandError(f"{path}: y must be of shape ({len(x)},) like x, got {y.shape}")
+    names, index = np.unique(y, return_inverse=True)
+    return Data(path.stem, values, torch.from_numpy(index.astype(np.int64)), [*map(str, names)])
+
+
+def _folder(path: Path, image_size: int | None) -> Data:
+    require("PIL")
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    if not files:
+        raise CommandError(f"{path} has no images; looked for {', '.join(sorted(_SUFFIXES))}")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                image = ImageOps.exif_transpose(opened)
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise CommandError(f"{file} cannot be read as an image: {error}") from error
+        if image_size is not None:
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        if images and image.size != images[0].size:
+            raise CommandError(
+                "the images must be of one size, but "
+                f"{files[0]} is {_size(images[0])} and {file} is {_size(image)}; "
+                "--image-size N resizes them all"
+            )
+        images.append(image)
+    if len({image.mode for image in images}) > 1:
+        images = [image.convert("RGB") for image in images]
+    pixels = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+    x = torch.from_numpy(pixels)
+    x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+
+    folders = [file.relative_to(path).parts[0] if file.parent != path else None for file in files]
+    if None in folders:
+        return Data(path.name, x)
+    names = sorted(set(folders))
+    return Data(path.name, x, torch.tensor([names.index(f) for f in folders]), names)
+
+
+def _size(image) -> str:
+    return f"{image.width}x{image.height}"
