@@ -103,9 +103,7 @@ def reparameterize(
             mu, scale, param, num_samples, key, None, first_row, clamp=clamp
         )
     args = (mu, scale, key, num_samples or 0, first_row, code, lo, hi)
-    if torch.compiler.is_compiling():
-        return ops.latent_forward(*args)
-    return ops.Latent.apply(*args)
+    return ops.latent(*args) if ops.eager_autograd_suffices() else ops.latent_forward(*args)
 
 
 def gaussian_nll(
@@ -163,10 +161,8 @@ def gaussian_nll(
         mean = mean.flatten(0, 1)
         scale = scale.flatten(0, 1) if scale is not None and scale.dim() > 0 else scale
     args = (x, mean, scale, mask, None, None, 0.0, ops.NO_LOSS, code, lo, hi)
-    if torch.compiler.is_compiling():
-        nll, _ = ops.likelihood_forward(*args)
-    else:
-        nll, _ = ops.Likelihood.apply(*args)
+    op = ops.likelihood if ops.eager_autograd_suffices() else ops.likelihood_forward
+    nll, _ = op(*args)
     return nll.view(rows) if sampled else nll
 
 
@@ -257,19 +253,15 @@ def fused_elbo(
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
 
     args = (x, mean, scale, mask, log_q, log_p, float(beta), reduction_code, code, lo, hi)
-    if torch.compiler.is_compiling():
-        loss, nll = _swap(ops.likelihood_forward(*args))
+    if not ops.eager_autograd_suffices():
+        nll, loss = ops.likelihood_forward(*args)
     elif _gradient_in_forward(x, mean, scale, reduction, inplace):
         if inplace:
             _check_inplace(x, mean, scale)
-        loss, nll = _swap(ops.LikelihoodGrad.apply(*args, inplace))
+        nll, loss = ops.likelihood_grad(*args, inplace)
     else:
-        loss, nll = _swap(ops.Likelihood.apply(*args))
+        nll, loss = ops.likelihood(*args)
     return loss, nll.view(log_q.shape) if log_q.dim() == 2 else nll
-
-
-def _swap(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return pair[1], pair[0]
 
 
 def _gradient_in_forward(

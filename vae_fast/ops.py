@@ -87,13 +87,6 @@ def accumulation_dtype(t: Tensor) -> torch.dtype:
 # ---- fake kernels --------------------------------------------------------------------------
 
 
-def _dense_like(t: Tensor) -> Tensor:
-    """An output with the layout that kernels give a gradient: t's own if dense, else contiguous."""
-    if torch._prims_common.is_non_overlapping_and_dense(t):
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-
 @torch.library.register_fake("vae_fast::latent_forward", lib=_LIBRARY)
 def _(mu, scale, key, num_samples, first_row, param, lo, hi):
     samples = (num_samples,) if num_samples else ()
@@ -120,13 +113,13 @@ def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi):
 
 @torch.library.register_fake("vae_fast::likelihood_backward", lib=_LIBRARY)
 def _(g_nll, g_loss, x, mean, scale, mask, beta, reduction, param, lo, hi, need_x):
-    g_x = _dense_like(x) if need_x else x.new_empty((0,))
+    g_x = torch.empty_like(x) if need_x else x.new_empty((0,))
     if scale is None:
         g_scale = mean.new_empty((0,))
     else:
-        g_scale = scale.new_empty(()) if scale.dim() == 0 else _dense_like(scale)
+        g_scale = scale.new_empty(()) if scale.dim() == 0 else torch.empty_like(scale)
     rows = mean.new_empty((mean.shape[0],), dtype=accumulation_dtype(mean))
-    return g_x, _dense_like(mean), g_scale, rows, torch.empty_like(rows)
+    return g_x, torch.empty_like(mean), g_scale, rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake("vae_fast::likelihood_forward_grad", lib=_LIBRARY)
@@ -135,8 +128,8 @@ def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi):
     if scale is None:
         g_scale = nll.new_empty((0,))
     else:
-        g_scale = torch.empty_like(nll) if scale.dim() == 0 else _dense_like(scale)
-    return nll, loss, _dense_like(mean), g_scale
+        g_scale = torch.empty_like(nll) if scale.dim() == 0 else torch.empty_like(scale)
+    return nll, loss, torch.empty_like(mean), g_scale
 
 
 @torch.library.register_fake("vae_fast::likelihood_forward_grad_", lib=_LIBRARY)
@@ -225,32 +218,46 @@ for _name in ("latent_backward", "likelihood_backward", "likelihood_forward_grad
     torch.library.register_autograd(f"vae_fast::{_name}", _refuse(_name), lib=_LIBRARY)
 
 
-class Latent(torch.autograd.Function):
-    """``latent_forward`` with its derivative, for eager calls.
+# The ops' registered autograd serves torch.compile and direct calls. The functions below are its
+# fast twin for eager calls: the same set-up and backward without the generic Python wrappers (or the
+# argument binding of a separate setup_context), which cost more than a small batch's arithmetic.
+# They call the ops below autograd, and refuse a second differentiation themselves.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_once_differentiable = torch.autograd.function.once_differentiable
 
-    The same backward as the op's registered autograd, without the generic wrapper around it, which
-    costs more than a small batch's arithmetic.
-    """
+
+class Latent(torch.autograd.Function):
+    """``latent_forward`` with its derivative, for eager calls."""
 
     @staticmethod
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return latent_forward(*args)
+    def forward(ctx, *args):
+        with _below_autograd():
+            output = latent_forward(*args)
+        _setup_latent(ctx, args, output)
+        return output
 
-    setup_context = staticmethod(_setup_latent)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_latent_backward))
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, *grads):
+        with _below_autograd():
+            return _latent_backward(ctx, *grads)
 
 
 class Likelihood(torch.autograd.Function):
     """``likelihood_forward`` with its derivative, for eager calls."""
 
     @staticmethod
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return likelihood_forward(*args)
+    def forward(ctx, *args):
+        with _below_autograd():
+            output = likelihood_forward(*args)
+        _setup_likelihood(ctx, args, output)
+        return output
 
-    setup_context = staticmethod(_setup_likelihood)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_likelihood_backward))
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, *grads):
+        with _below_autograd():
+            return _likelihood_backward(ctx, *grads)
 
 
 class LikelihoodGrad(torch.autograd.Function):
@@ -263,7 +270,7 @@ class LikelihoodGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, inplace):
         options = (beta, reduction, param, lo, hi)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             if inplace:
                 nll, loss, g_shared = likelihood_forward_grad_(
                     x, mean, scale, mask, log_q, log_p, *options
@@ -288,7 +295,7 @@ class LikelihoodGrad(torch.autograd.Function):
         return nll, loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, g_nll, g_loss):
         if g_nll is None and g_loss is None:
             return (None,) * 12
@@ -298,9 +305,10 @@ class LikelihoodGrad(torch.autograd.Function):
             g_mean = g_mean.clone()
             if g_scale is not None and not ctx.scalar:
                 g_scale = g_scale.clone()
-        g_log_q, g_log_p, g_shared = likelihood_rescale_(
-            g_mean, g_scale, g_nll, g_loss, *ctx.options
-        )
+        with _below_autograd():
+            g_log_q, g_log_p, g_shared = likelihood_rescale_(
+                g_mean, g_scale, g_nll, g_loss, *ctx.options
+            )
         if ctx.scalar:
             g_scale = g_shared.to(ctx.scale_dtype)
         return (
@@ -313,3 +321,13 @@ class LikelihoodGrad(torch.autograd.Function):
         )
 
 
+# The engine's own apply: torch.autograd.Function.apply first looks for functorch transforms, which
+# eager_autograd_suffices() has ruled out.
+latent = super(torch.autograd.Function, Latent).apply
+likelihood = super(torch.autograd.Function, Likelihood).apply
+likelihood_grad = super(torch.autograd.Function, LikelihoodGrad).apply
+
+
+def eager_autograd_suffices() -> bool:
+    """Whether a call may go through the functions above, rather than the ops' registered autograd."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())

@@ -45,6 +45,17 @@ def log_scale_and_scale(s: Tensor, param: str) -> tuple[Tensor, Tensor]:
     raise ValueError(f"param must be one of logvar, logstd, std, var, softplus; got {param!r}")
 
 
+def standardize(residual: Tensor, s: Tensor, param: str) -> Tensor:
+    """``residual``/σ, finite wherever the exact quotient is, and 0 for a zero residual."""
+    if param in ("std", "var"):
+        return residual / log_scale_and_scale(s, param)[1]
+    # 1/σ may overflow where the quotient does not, so it is multiplied in as two square roots. The
+    # limit is beyond every scale at which a non-zero residual has a finite likelihood.
+    limit = 600.0 if s.dtype == torch.float64 else 80.0
+    root = torch.exp(torch.clamp(-0.5 * log_scale_and_scale(s, param)[0], max=limit))
+    return residual * root * root
+
+
 def reparameterize(
     mu: Tensor,
     scale: Tensor,
@@ -98,9 +109,8 @@ def gaussian_nll(
         s = torch.where(mask, s, 1.0)
     if clamp is not None:
         s = torch.clamp(s, *clamp)
-    log_tau, tau = log_scale_and_scale(s, param)
-    residual = (x - mean) / tau
-    value = 0.5 * residual.square() + log_tau + HALF_LOG_2PI
+    log_tau, _ = log_scale_and_scale(s, param)
+    value = 0.5 * standardize(x - mean, s, param).square() + log_tau + HALF_LOG_2PI
     if mask is not None:
         value = torch.where(mask, value, 0.0)
     return _event_sum(value, tuple(range(mean.dim() - x.dim() + 1, mean.dim())))

@@ -569,9 +569,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_as(
     int64_t param, double lo, double hi, bool need_x) {
   Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
   const bool full = scale && !pass.scalar;
-  Tensor g_mean = empty_as(mean);
-  Tensor g_scale = full ? empty_as(*scale) : none(mean.scalar_type());
-  Tensor g_x = need_x ? empty_as(x) : none(x.scalar_type());
+  Tensor g_mean = gradient_like(mean);
+  Tensor g_scale = full ? gradient_like(*scale) : none(mean.scalar_type());
+  Tensor g_x = need_x ? gradient_like(x) : none(x.scalar_type());
   pass.gradients(g_mean, full ? OptionalTensor(g_scale) : scale);
   pass.need_x = need_x;
   if (need_x) pass.g_x = operand(g_x);
@@ -607,11 +607,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_grad_as(
   const auto reduction = static_cast<Reduction>(reduction_code);
   Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
   const bool full = scale && !pass.scalar;
-  Tensor g_mean = inplace ? mean : empty_as(mean);
+  Tensor g_mean = inplace ? mean : gradient_like(mean);
   Tensor g_scale = pass.scalar ? empty({pass.rows}, type_of<T>)
                    : !full     ? none(type_of<T>)
                    : inplace   ? *scale
-                               : empty_as(*scale);
+                               : gradient_like(*scale);
   pass.gradients(g_mean, full ? OptionalTensor(g_scale) : scale);
   pass.fuse();
   Tensor nll = empty({pass.rows}, type_of<T>);

@@ -71,7 +71,7 @@ struct Operand {
 
 // n elements of a straight run, as T.
 template <class T>
-void gather(const Operand& o, int64_t offset, int64_t stride, int64_t n, T* to) {
+__attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t stride, int64_t n, T* to) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     const S* from = reinterpret_cast<const S*>(o.at(offset));
@@ -83,7 +83,7 @@ void gather(const Operand& o, int64_t offset, int64_t stride, int64_t n, T* to) 
   });
 }
 template <class T>
-void scatter(const Operand& o, int64_t offset, int64_t stride, int64_t n, const T* from) {
+__attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t stride, int64_t n, const T* from) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     S* to = reinterpret_cast<S*>(o.at(offset));
@@ -257,21 +257,11 @@ T* data_of(const Tensor& t) {
 
 bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
-// The layout of `t` if it is dense, so that a gradient has its tensor's memory order.
-Tensor empty_as(const Tensor& t) {
-  const std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
-  const std::vector<int64_t> strides(t.strides().begin(), t.strides().end());
-  std::vector<size_t> order;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != 1) order.push_back(d);
-  }
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-  int64_t dense = 1;
-  for (size_t d : order) {
-    if (strides[d] != dense) return empty(sizes, t.scalar_type());
-    dense *= sizes[d];
-  }
-  return empty_strided(sizes, strides, t.scalar_type());
+// torch.empty_like: a gradient in its tensor's memory order.
+Tensor gradient_like(const Tensor& t) {
+  Tensor out = torch::stable::empty_like(t);
+  advise_huge_pages(out.mutable_data_ptr(), out.numel() * element_size(t.scalar_type()));
+  return out;
 }
 
 // A fixed binary tree over fixed blocks: the same bits for any number of threads.

@@ -13,20 +13,22 @@ def _pow2(n: int) -> int:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """A program of the latent pass owns ``rows`` rows and walks them ``cols`` columns at a time.
+    """A program of the latent pass owns ``rows`` rows and walks them in ``steps`` of some tiles.
 
     Attributes:
         rows, cols: the tile, powers of two.
         vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
-        chunks: tiles a row is cut into.
-        even: the tiles cover the row exactly, so no column needs a mask.
+        unroll: tiles side by side in a step, unrolled.
+        steps: steps that walk the row.
+        even: the steps cover the row exactly, so no column needs a mask.
         num_warps: warps per program.
     """
 
     rows: int
     cols: int
     vec: int
-    chunks: int
+    unroll: int
+    steps: int
     even: bool
     num_warps: int
 
@@ -35,21 +37,25 @@ class LatentConfig:
 def latent_config(rows: int, size: int, itemsize: int, sms: int) -> LatentConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
     vec = 16 // itemsize
-    # Two vectors a thread: Philox's key schedule and the row addresses are shared by both, and
-    # more would cost occupancy. One where there is too little work to fill the machine.
-    threads = 128
-    tile = threads * vec * (2 if vec == 4 else 1)
-    cols = min(max(_pow2(size), vec), tile)
-    while tile > threads * vec and cols < tile and rows * size < sms * tile:
-        tile //= 2
-    tile_rows = min(tile // cols, _pow2(rows))
+    # One warp to a program while it can span the row: sums then need neither shared memory nor a
+    # barrier. Long rows get four.
+    num_warps = 1 if size <= 4 * _WARP * vec else 4
+    width = num_warps * _WARP * vec
+    cols = min(max(_pow2(size), vec), width)
+    unroll = min(_pow2(-(-size // cols)), 2 * 8 // vec)
+    # 16 elements a thread share one Philox key schedule and one set of row addresses; fewer where
+    # there are too few rows to give every multiprocessor some.
+    tile_rows = max(1, num_warps * _WARP * 16 // (cols * unroll))
+    while tile_rows > 1 and tile_rows * cols > width and rows < 8 * sms * tile_rows:
+        tile_rows //= 2
     return LatentConfig(
         rows=tile_rows,
         cols=cols,
         vec=vec,
-        chunks=-(-size // cols),
-        even=size % cols == 0,
-        num_warps=max(1, min(threads, tile_rows * cols // vec) // _WARP),
+        unroll=unroll,
+        steps=-(-size // (cols * unroll)),
+        even=size % (cols * unroll) == 0,
+        num_warps=num_warps,
     )
 
 

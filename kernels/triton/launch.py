@@ -78,23 +78,17 @@ def collapse(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return 1 if col is None else col
 
 
-def as_rows(t: Tensor, order: Sequence[int] | None = None) -> tuple[Tensor, int, int]:
+def as_rows(t: Tensor) -> tuple[Tensor, int, int]:
     """``t`` (rows, *event) with its row stride and the one stride along the event.
 
-    ``order`` is the order in which to walk the event dimensions, the logical one if None. A tensor
-    that no single stride fits is copied.
+    A tensor that no single stride walks is copied.
     """
-    if order is None and t.is_contiguous():
-        return t, math.prod(t.shape[1:]), 1
-    dims = range(1, t.dim()) if order is None else order
-    col = collapse([t.shape[d] for d in dims], [t.stride(d) for d in dims])
-    if col is None:
-        if order is None:
-            t = t.contiguous()
-        else:
-            t = t.permute(0, *order).contiguous()
-        return t, math.prod(t.shape[1:]), 1
-    return t, t.stride(0), col
+    if not t.is_contiguous():
+        col = collapse(t.shape[1:], t.stride()[1:])
+        if col is not None:
+            return t, t.stride(0), col
+        t = t.contiguous()
+    return t, math.prod(t.shape[1:]), 1
 
 
 def row_stride(t: Tensor) -> tuple[Tensor, int]:

@@ -153,11 +153,8 @@ def likelihood_kernel(
             else:
                 g_tau_sum += tl.where(ok, row_g_tau, 0.0)
 
-    if FORWARD and SPLIT == 1 and SUM_LOSS:
-        tl.store(partial_ptr + pid, tl.sum(loss))
-        if is_last_program(counter_ptr):
-            tl.store(loss_ptr, weight * sum_partials(partial_ptr, tl.num_programs(0), 2048))
-    elif FORWARD and SPLIT > 1:
+    if FORWARD and SPLIT > 1:
+        # The last program to finish sums every row from its parts.
         if is_last_program(counter_ptr):
             total = tl.zeros([2048 // SPLIT, 1], ACC)
             parts = tl.arange(0, SPLIT)[None, :]
@@ -175,7 +172,11 @@ def likelihood_kernel(
                     tl.store(g_scale_ptr + n, tl.sum(row, 1, keep_dims=True), ok)
             if SUM_LOSS:
                 tl.store(loss_ptr, weight * tl.sum(total))
-    elif GRAD and SCALAR:
+    elif FORWARD and SUM_LOSS:
+        tl.store(partial_ptr + pid, tl.sum(loss))
+        if is_last_program(counter_ptr):
+            tl.store(loss_ptr, weight * sum_partials(partial_ptr, tl.num_programs(0), 2048))
+    elif not FORWARD and SCALAR:
         tl.store(partial_ptr + pid, tl.sum(g_tau_sum))
         if is_last_program(counter_ptr):
             tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 2048))
@@ -324,7 +325,6 @@ def _launch(
     packed = scale is None
     scalar = not packed and scale.dim() == 0
     acc = accumulation(mean)
-    empty = torch.empty(0, dtype=acc, device=mean.device)
     # With several samples and no reduction, the mean over k is taken from the finished rows.
     row_loss = forward and reduction == NONE and samples == 1
     sum_loss = forward and reduction in (MEAN, SUM)
@@ -343,7 +343,7 @@ def _launch(
         g_mean = mean if inplace else torch.empty_like(mean)
         g_x = torch.empty_like(x) if need_x else None
         if packed:
-            g_scale = empty
+            g_scale = (nll if forward else mean).new_empty(0)
         elif scalar:
             g_scale = torch.empty_like(nll) if forward else torch.empty_like(scale)
         else:
@@ -410,6 +410,7 @@ def _launch(
             SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
             ROWS=config.rows, COLS=config.cols, SPLIT=split, EVEN=config.even,
             APPROX=use_approx(mean), num_warps=config.num_warps, num_stages=1,
+            enable_fp_fusion=True,
         )  # fmt: skip
     if grad:
         walk.store(g_mean, out_mean)
@@ -518,6 +519,7 @@ def likelihood_rescale_(
             g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
             SCALAR=scalar, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
             SPLIT=config.split, num_warps=config.num_warps, num_stages=1,
+            enable_fp_fusion=True,
         )  # fmt: skip
     mean_walk.store(g_mean, out_mean)
     if g_scale is not None and not scalar:

@@ -24,18 +24,38 @@ _MINUS_2LN2 = tl.constexpr(-1.3862943611198906)
 
 
 @triton.jit
-def philox(seed, index):
-    """Four uint32 words of Philox4x32-10 for the uint64 counter ``index``."""
+def _mul_wide(a, M: tl.constexpr, APPROX: tl.constexpr):
+    """High and low word of a·M, in one instruction; left to itself LLVM often makes it three."""
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }",
+            "=r,=r,r,r",
+            [a, tl.full((), M, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        product = a.to(tl.uint64) * M
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def philox(seed, base, group, APPROX: tl.constexpr):
+    """Four uint32 words of Philox4x32-10 for the counters ``base`` (uint64) + ``group`` (uint32)."""
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
-    for _ in tl.static_range(10):
-        # One widening multiply gives both halves of a product.
-        p0 = c0.to(tl.uint64) * _M0
-        p1 = c2.to(tl.uint64) * _M1
-        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+    low = base.to(tl.uint32)
+    c0 = low + group
+    c1 = (base >> 32).to(tl.uint32) + (c0 < low).to(tl.uint32)
+    # The first of ten rounds starts from c2 = c3 = 0, whose product is zero.
+    hi0, c3 = _mul_wide(c0, _M0, APPROX)
+    c0, c2 = c1 ^ k0, hi0 ^ k1
+    c1 = tl.zeros_like(c0)
+    for _ in tl.static_range(9):
         k0, k1 = k0 + _W0, k1 + _W1
+        hi0, lo0 = _mul_wide(c0, _M0, APPROX)
+        hi1, lo1 = _mul_wide(c2, _M1, APPROX)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
     return c0, c1, c2, c3
 
 
@@ -81,9 +101,9 @@ def _box_muller64(x, y, z, w):
 
 
 @triton.jit
-def _normal4(seed, index, APPROX: tl.constexpr):
+def _normal4(seed, base, group, APPROX: tl.constexpr):
     """Four fp32 normals a call."""
-    x, y, z, w = philox(seed, index)
+    x, y, z, w = philox(seed, base, group, APPROX)
     n0, n1 = _box_muller(x, y, APPROX)
     n2, n3 = _box_muller(z, w, APPROX)
     return n0, n1, n2, n3
@@ -99,19 +119,21 @@ def normal(
     makes that many normals itself, so the joins below move nothing between threads.
     """
     ROWS: tl.constexpr = base.shape[0]
-    group = tl.arange(0, COLS // VEC)[None, :].to(tl.uint64)
+    PER_CALL: tl.constexpr = 2 if FP64 else 4
+    # The first call of each thread's run of calls.
+    group = (tl.arange(0, COLS // VEC) * (VEC // PER_CALL))[None, :].to(tl.uint32)
     if FP64:
         tl.static_assert(VEC == 2)
-        x, y, z, w = philox(seed, base + group)
+        x, y, z, w = philox(seed, base, group, APPROX)
         n0, n1 = _box_muller64(x, y, z, w)
         eps = tl.join(n0, n1)
     elif VEC == 4:
-        n0, n1, n2, n3 = _normal4(seed, base + group, APPROX)
+        n0, n1, n2, n3 = _normal4(seed, base, group, APPROX)
         eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
     else:
         tl.static_assert(VEC == 8)
-        n0, n1, n2, n3 = _normal4(seed, base + group * 2, APPROX)
-        m0, m1, m2, m3 = _normal4(seed, base + group * 2 + 1, APPROX)
+        n0, n1, n2, n3 = _normal4(seed, base, group, APPROX)
+        m0, m1, m2, m3 = _normal4(seed, base, group + 1, APPROX)
         eps = tl.join(
             tl.join(tl.join(n0, m0), tl.join(n2, m2)), tl.join(tl.join(n1, m1), tl.join(n3, m3))
         )

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what is learned of the variance of p(x|z): one per pixel and z, one for everything, "
         "or nothing (1)",
     )
-    train.add_argument("--epochs", type=_positive_int, default=150, metavar="N")
+    train.add_argument("--epochs", type=_positive_int, default=100, metavar="N")
     train.add_argument("--batch-size", type=_positive_int, default=128, metavar="B")
     train.add_argument(
         "--lr",

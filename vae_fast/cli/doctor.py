@@ -24,7 +24,9 @@ def render(report: Mapping[str, Any]) -> str:
     lines += _table(report.get("versions") or {})
     lines += ["", "Backends"]
     for entry in report.get("devices") or []:
-        lines.append(f"  {entry.get('device', '?')}: served by {entry.get('backend') or 'nothing'}")
+        name = f" ({entry['name']})" if entry.get("name") else ""
+        backend = entry.get("backend") or "nothing"
+        lines.append(f"  {entry.get('device', '?')}{name}: served by {backend}")
         for name, reason in (entry.get("others") or {}).items():
             lines.append(f"    {name}: {reason}")
     lines += ["", "CPU extension"]

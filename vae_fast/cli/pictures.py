@@ -210,8 +210,8 @@ def manifold(x: Tensor, z: Tensor, path: Path) -> None:
         )  # fmt: skip
         ax.grid(False)
         ax.spines[:].set_visible(False)
-        ticks = np.unique(np.linspace(0, n - 1, 7).round().astype(int))
-        names = [f"{float(z[t]):.1f}" for t in ticks]
+        ticks = np.arange(0, n, 2)
+        names = [f"{float(z[t]):.3g}".replace("-", "−") for t in ticks]
         ax.set_xticks(ticks + 0.5, names)
         ax.set_yticks(ticks + 0.5, names)
         ax.tick_params(length=0)
@@ -340,8 +340,9 @@ def _bare(ax: Axes) -> None:
 
 def _limits(x: Tensor) -> tuple[float, float]:
     """What to draw as black and as white: 0 and 1 where that fits the values, else their range."""
-    lo, hi = torch.quantile(x.flatten()[:1_000_000], torch.tensor([0.01, 0.99])).tolist()
-    if lo > -0.25 and 0.25 < hi < 1.25:
+    ranks = torch.tensor([0.01, 0.05, 0.95, 0.99])
+    lo, low, high, hi = torch.quantile(x.flatten()[:1_000_000], ranks).tolist()
+    if low > -0.25 and 0.25 < high < 1.25:
         return 0.0, 1.0
     return (lo, hi) if hi > lo else (lo, lo + 1.0)
 

@@ -1,0 +1,49 @@
+"""What the tests share: the Triton interpreter's switch, the backends, and error measures."""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads this when its kernels are defined, so it comes before any import of them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import vae_fast
+from vae_fast import backends
+
+FUSED = ("cpp", "triton")
+
+
+def _skip_unless_it_runs(name):
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    reason = backends.why_not(name, device)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return torch.device(device)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request):
+    """Each fused backend in turn, forced; yields the device it runs on."""
+    device = _skip_unless_it_runs(request.param)
+    with vae_fast.use_backend(request.param):
+        yield device
+
+
+@pytest.fixture(params=(*FUSED, "reference"))
+def backend(request):
+    """Each backend in turn, forced; yields the device it runs on."""
+    device = _skip_unless_it_runs(request.param)
+    with vae_fast.use_backend(request.param):
+        yield device
+
+
+@pytest.fixture
+def key():
+    return torch.tensor([20261122, 7], dtype=torch.uint64)

@@ -1,0 +1,446 @@
+"""The ``vae-fast`` command, run in process."""
+
+import csv
+import importlib.util
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import vae_fast
+from vae_fast import VAE
+from vae_fast.cli import data as datasets
+from vae_fast.cli import doctor, main
+from vae_fast.cli import train as training
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+Image = pytest.importorskip("PIL.Image")
+pictures = pytest.importorskip("vae_fast.cli.pictures")
+
+QUICK = ["--epochs", "1", "--hidden", "16", "--batch-size", "64", "--backend", "reference"]
+PICTURES = {"training_curves.png", "reconstructions.png", "samples.png", "interpolations.png"}
+
+
+def check_picture(path: Path) -> None:
+    """A PNG, of a sensible size, with something on it."""
+    with Image.open(path) as image:
+        assert image.format == "PNG", path
+        pixels = np.asarray(image.convert("L"), dtype=float)
+    assert min(pixels.shape) > 100, path
+    assert pixels.std() > 5, path
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def fails(capsys, *argv: str) -> str:
+    """Run a command that must fail with code 2; returns its message."""
+    with pytest.raises(SystemExit) as failure:
+        main(argv)
+    assert failure.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+# ---------------------------------------------------------------- train
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A run on the digits with a two-dimensional latent, and what it printed."""
+    out = tmp_path_factory.mktemp("digits") / "run"
+    measured = []
+    original = training.measure
+
+    def measure(vae, x):
+        before = {name: value.clone() for name, value in vae.state_dict().items()}
+        times = original(vae, x, rounds=3, steps=2)
+        measured.append((before, vae.state_dict(), times))
+        return times
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "measure", measure)
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
+        assert (
+            main(
+                [
+                    "train",
+                    "--out",
+                    str(out),
+                    "--epochs",
+                    "2",
+                    "--latent-dim",
+                    "2",
+                    "--hidden",
+                    "128",
+                    "64",
+                ]
+            )
+            == 0
+        )
+    return SimpleNamespace(out=out, text="\n".join(printed), measured=measured[0])
+
+
+def test_train_writes_model_metrics_and_pictures(digits_run):
+    expected = PICTURES | {"manifold.png", "encoded.png", "model.safetensors", "metrics.csv"}
+    assert files(digits_run.out) == expected
+    for name in expected:
+        if name.endswith(".png"):
+            check_picture(digits_run.out / name)
+            assert str(digits_run.out / name) in digits_run.text
+
+
+def test_train_metrics(digits_run):
+    rows = rows_of(digits_run.out)
+    assert tuple(rows[0]) == training.COLUMNS
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        for part in ("train", "val"):
+            assert row[f"{part}_elbo"] == pytest.approx(
+                -row[f"{part}_nll"] - row[f"{part}_kl"], abs=1e-3
+            )
+        assert row["samples_per_s"] > 0
+    # σ = 1 cannot do better than −58.8 nats, and two epochs are enough to beat that.
+    assert rows[1]["val_elbo"] > max(rows[0]["val_elbo"], -58.8)
+
+
+def test_the_checkpoint_is_the_model_the_metrics_tell_of(digits_run):
+    """Loaded and evaluated anew, at another batch size, it has the last row's validation ELBO."""
+    data = datasets.load("digits")
+    _, val = datasets.split(data, seed=0)
+    vae = VAE.load(digits_run.out / "model.safetensors").eval()
+    key = torch.tensor([0, 0], dtype=torch.uint64)
+    with torch.no_grad():
+        out = vae(data.x[val], key=key)
+    last = rows_of(digits_run.out)[-1]
+    assert -float(out.loss) == pytest.approx(last["val_elbo"], abs=5e-3)
+    said = re.search(r"(\S+) nats per image, (\S+) per pixel", digits_run.text)
+    assert float(said[1]) == pytest.approx(last["val_elbo"], abs=6e-3)
+    assert float(said[2]) == pytest.approx(last["val_elbo"] / 64, abs=1e-4)
+
+
+def test_train_compares_with_plain_pytorch_on_a_copy(digits_run):
+    before, after, (step, loss) = digits_run.measured
+    for name, value in after.items():
+        assert torch.equal(value, before[name]), name
+    for times in (step, loss):
+        assert set(times) == {"fused", "plain", "reference"}
+        assert all(t > 0 for t in times.values())
+    # The networks are part of the one and not of the other.
+    assert step["plain"] > loss["plain"]
+    assert f"{step['plain'] / step['fused']:.2f}x the speed of plain PyTorch" in digits_run.text
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("variance", ["full", "scalar"])
+def test_the_plain_loss_of_the_comparison_is_the_same_loss(variance, samples, monkeypatch):
+    torch.manual_seed(0)
+    vae = VAE.mlp(
+        (4,),
+        2,
+        (8,),
+        variance=variance,
+        num_samples=samples,
+        beta=0.5,
+        likelihood_clamp=(-0.1, 0.1),
+        posterior_clamp=(-0.1, 0.1),
+    )
+    x = torch.rand(6, 4)
+    key = torch.tensor([1, 2], dtype=torch.uint64)
+    eps = vae_fast.noise.normal(key, 6, samples, (2,))
+    eps = eps[0] if samples == 1 else eps
+    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: eps)
+    plain = training._plain_loss(vae.elbo, x, vae.encoder(x), vae.decoder)
+    torch.testing.assert_close(plain, vae(x, key=key).loss)
+
+
+def test_runs_are_reproducible(tmp_path):
+    x = np.random.default_rng(0).random((60, 4, 4), dtype=np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    metrics = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        out = tmp_path / name
+        main(
+            ["train", "--data", str(tmp_path / "x.npz"), "--out", str(out), "--seed", seed, *QUICK]
+        )
+        (row,) = rows_of(out)
+        del row["samples_per_s"]
+        metrics.append(row)
+    assert metrics[0] == metrics[1] != metrics[2]
+
+
+def test_train_conv_on_a_colour_npz_with_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (50, 9, 7, 3), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", x=x, y=np.array(["cat", "dog"] * 25))
+    data = datasets.load(str(tmp_path / "colour.npz"))
+    assert data.event_shape == (3, 9, 7)
+    assert data.labels == ["cat", "dog"]
+    np.testing.assert_allclose(data.x.numpy(), x.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+    out = tmp_path / "out"
+    argv = ["train", "--data", str(tmp_path / "colour.npz"), "--out", str(out), "--model", "conv"]
+    main([*argv, "--latent-dim", "2", "--num-samples", "2", "--inplace", *QUICK])
+    for name in PICTURES | {"manifold.png", "encoded.png"}:
+        check_picture(out / name)
+    assert VAE.load(out / "model.safetensors").sample(2).shape == (2, 3, 9, 7)
+
+
+@pytest.mark.parametrize("variance", ["full", "scalar", "unit"])
+def test_train_on_vectors(tmp_path, variance):
+    t = np.linspace(0, 1, 12)
+    phase = np.random.default_rng(0).random((40, 1))
+    np.savez(tmp_path / "waves.npz", x=np.sin(2 * np.pi * (t + phase)))
+    out = tmp_path / "out"
+    argv = ["train", "--data", str(tmp_path / "waves.npz"), "--out", str(out), "--latent-dim", "2"]
+    main([*argv, "--variance", variance, *QUICK])
+    for name in PICTURES | {"encoded.png"}:
+        check_picture(out / name)
+    unit = VAE.load(out / "model.safetensors").decode(torch.zeros(1, 2))[1]
+    assert unit.shape == ((1, 12) if variance == "full" else ())
+    assert (unit == 0).all() == (variance == "unit")
+
+
+def test_train_on_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        folder = tmp_path / "images" / ("even" if index % 2 == 0 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (6, 10), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02}.png")
+    data = datasets.load(str(tmp_path / "images"))
+    assert data.event_shape == (1, 6, 10)
+    assert data.labels == ["even", "odd"]
+    assert data.y.tolist() == [0] * 10 + [1] * 10
+    np.testing.assert_allclose(data.x[-1, 0].numpy(), pixels / 255, rtol=1e-6)
+
+    # One of another size, in colour: an error, unless they are resized, then all are in colour.
+    odd_one = tmp_path / "images" / "odd" / "99.jpg"
+    Image.fromarray(rng.integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(odd_one)
+    assert datasets.load(str(tmp_path / "images"), image_size=8).event_shape == (3, 8, 8)
+    out = tmp_path / "out"
+    main(
+        [
+            "train",
+            "--data",
+            str(tmp_path / "images"),
+            "--out",
+            str(out),
+            "--image-size",
+            "8",
+            *QUICK,
+        ]
+    )
+    check_picture(out / "samples.png")
+
+
+def test_an_interrupt_keeps_what_was_trained(tmp_path, monkeypatch, capsys):
+    original = training._train_epoch
+    epochs = []
+
+    def train_epoch(*args):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(training, "_train_epoch", train_epoch)
+    assert main(["train", "--out", str(tmp_path), *QUICK, "--epochs", "9"]) == 0
+    assert len(rows_of(tmp_path)) == 2
+    assert "2 epochs" in capsys.readouterr().out
+    assert VAE.load(tmp_path / "model.safetensors").latent_shape == (10,)
+    check_picture(tmp_path / "training_curves.png")
+
+
+def test_the_split_is_a_partition_that_depends_on_the_seed():
+    data = datasets.load("digits")
+    train, val = datasets.split(data, 0)
+    assert (len(train), len(val)) == (1437, 360)
+    assert sorted(torch.cat([train, val]).tolist()) == list(range(1797))
+    assert torch.equal(train, datasets.split(data, 0)[0])
+    assert not torch.equal(train, datasets.split(data, 1)[0])
+    assert data.x.min() == 0
+    assert data.x.max() == 1
+
+
+def test_pictures_show_each_image_in_its_place(tmp_path):
+    """Tiles of one grey level each come out in reading order, and the rest is white."""
+    grey = torch.linspace(0, 1, 5)
+    path = tmp_path / "five.png"
+    pictures.samples(grey.reshape(5, 1, 1, 1).expand(5, 1, 8, 8), path, "")
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L"), dtype=float)[60:]  # below the title
+    height, width = pixels.shape
+    for index in range(6):  # three columns, two rows
+        y = int(height * (0.25 + 0.5 * (index // 3)))
+        x = int(width * (1 / 6 + (index % 3) / 3))
+        want = 255 * (grey[index] if index < 5 else 1.0)
+        assert pixels[y, x] == pytest.approx(float(want), abs=2), index
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
+    def message(data, *more):
+        return fails(capsys, "train", "--out", str(tmp_path / "o"), "--data", str(data), *more)
+
+    def npz(name="d.npz", **arrays):
+        np.savez(tmp_path / name, **arrays)
+        return tmp_path / name
+
+    x = np.zeros((20, 4), np.float32)
+    assert "no such file or folder" in message(tmp_path / "absent.npz")
+    assert "no array x; arrays found: a, b" in message(npz(a=x, b=x))
+    bad = x.copy()
+    bad[3, 1], bad[5, 0] = math.nan, math.inf
+    assert "NaN or infinity in 2 of 20 rows; the first is 3" in message(npz(x=bad))
+    assert "y must be of shape (20,) like x, got (19,)" in message(npz(x=x, y=np.zeros(19)))
+    assert "x must be of shape (N, ...), got (20,)" in message(npz(x=x[:, 0]))
+    assert "x must hold real numbers, got dtype complex128" in message(npz(x=x.astype(complex)))
+    assert "9 data points; at least 10" in message(npz(x=x[:9]))
+    assert "--model conv needs images" in message(npz(x=x), "--model", "conv")
+    (tmp_path / "broken.npz").write_bytes(b"PK but not really")
+    assert "cannot be read as a .npz file" in message(tmp_path / "broken.npz")
+    np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20))
+    assert "cannot be read as a .npz file" in message(tmp_path / "objects.npz")
+    (tmp_path / "table.csv").write_text("1,2")
+    assert "must be digits, a .npz file or a folder" in message(tmp_path / "table.csv")
+    assert "--image-size goes with a folder" in message("digits", "--image-size", "8")
+
+    images = tmp_path / "images"
+    images.mkdir()
+    assert "has no images" in message(images)
+    for index in range(12):
+        Image.new("L", (5, 4 if index < 11 else 3)).save(images / f"{index:02}.png")
+    text = message(images)
+    assert "00.png is 5x4" in text
+    assert "11.png is 5x3" in text
+    assert "--image-size" in text
+    (images / "00.png").write_text("no image")
+    assert "00.png cannot be read as an image" in message(images)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--backend", "nonsense"], "--backend nonsense"),
+        (["--epochs", "0"], "must be at least 1"),
+        (["--lr", "-1"], "must be a number of at least 0"),
+        (["--lr", "0"], "must be above 0"),
+        (["--beta", "nan"], "must be a number of at least 0"),
+        (["--seed", "-1"], "must be between 0"),
+        (["--variance", "some"], "invalid choice"),
+        ([*QUICK, "--lr", "1e30", "--epochs", "3"], "the loss was not finite in epoch"),
+    ],
+)
+def test_wrong_options_are_explained(argv, message, tmp_path, capsys):
+    assert message in fails(capsys, "train", "--out", str(tmp_path / "o"), *argv)
+
+
+def test_a_backend_that_cannot_run_says_why(tmp_path, capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    error = fails(capsys, "train", "--out", str(tmp_path / "o"), "--backend", "triton")
+    assert "--backend triton: backend 'triton' cannot run on this machine" in error
+
+
+def test_an_out_that_cannot_be_written_is_explained(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--out" in fails(capsys, "train", "--out", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "safetensors", "tqdm", "sklearn"])
+def test_a_missing_dependency_names_the_extra(missing, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == missing else find(name, *a)
+    )
+    error = fails(capsys, "train", "--out", str(tmp_path / "o"))
+    assert missing.replace("sklearn", "scikit-learn") in error
+    assert 'pip install "vae_fast[train]"' in error
+
+
+# ---------------------------------------------------------------- sample, doctor
+
+
+def test_sample_writes_a_picture_and_values(digits_run, tmp_path, capsys):
+    values = []
+    for name, more in (
+        ("a", []),
+        ("b", []),
+        ("seed", ["--seed", "1"]),
+        ("noise", ["--noise"]),
+        ("folder", []),
+    ):
+        source = digits_run.out if name == "folder" else digits_run.out / "model.safetensors"
+        png, npz = tmp_path / "new" / f"{name}.png", tmp_path / f"{name}.npz"
+        argv = ["sample", str(source), "-n", "10", "--out", str(png), "--npz", str(npz)]
+        assert main([*argv, *more]) == 0
+        check_picture(png)
+        assert str(png) in capsys.readouterr().out
+        with np.load(npz) as file:
+            values.append(file["x"])
+    a, b, seed, noise, folder = values
+    assert a.shape == (10, 1, 8, 8)
+    assert np.array_equal(a, b)
+    assert np.array_equal(a, folder)
+    assert not np.allclose(a, seed)
+    assert not np.allclose(a, noise)
+
+
+def test_sample_explains_a_wrong_checkpoint(tmp_path, capsys):
+    assert "no such file" in fails(capsys, "sample", str(tmp_path / "absent"))
+    assert "model.safetensors: no such file" in fails(capsys, "sample", str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("nothing of the kind, to be sure")
+    assert "not a safetensors file" in fails(capsys, "sample", str(tmp_path))
+
+
+def test_doctor_reports_what_runs_here(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    report = vae_fast.backends.report()
+    assert torch.__version__ in text
+    for entry in report["devices"]:
+        assert f"served by {entry['backend']}" in text
+        for name, reason in entry["others"].items():
+            assert f"{name}: {reason}" in text
+    assert str(report["extension"]["status"]) in text
+
+
+def test_doctor_renders_an_unusual_report():
+    assert "Versions" in doctor.render({})
+    text = doctor.render(
+        {
+            "versions": {"torch": None},
+            "devices": [{"device": "cuda:0"}, {"backend": "cpp", "others": None}],
+            "extension": "no compiler",
+            "environment": {"VAE_FAST_BACKEND": "cpp"},
+        }
+    )
+    for part in ("none", "cuda:0: served by nothing", "no compiler", "VAE_FAST_BACKEND  cpp"):
+        assert part in text
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["doctor"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert "usage: vae-fast" in capsys.readouterr().out
