@@ -1,6 +1,38 @@
 """How wrong a result may be: as wrong as eager PyTorch itself, against an fp64 truth."""
 
+import math
+
 import torch
+import torch.nn.functional as F
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+SIGMA = {
+    "logvar": lambda s: torch.exp(0.5 * s),
+    "logstd": torch.exp,
+    "std": lambda s: s,
+    "var": torch.sqrt,
+    "softplus": F.softplus,
+}
+
+
+def eager_latent(mu, s, eps, param, clamp=None):
+    """The latent terms as one writes them by hand, in the dtype of the inputs."""
+    sigma = SIGMA[param](s if clamp is None else s.clamp(*clamp))
+    eps = eps.to(mu.dtype)
+    z = mu + sigma * eps
+    event = tuple(range(z.dim() - mu.dim() + 1, z.dim()))
+    log_q = -(0.5 * eps.square() + torch.log(sigma) + HALF_LOG_2PI).sum(event)
+    return z, log_q, -(0.5 * z.square() + HALF_LOG_2PI).sum(event)
+
+
+def eager_nll(x, mean, s, param, clamp=None, mask=None):
+    """The negative log-likelihood as one writes it by hand, in the dtype of the inputs."""
+    tau = SIGMA[param](s if clamp is None else s.clamp(*clamp))
+    value = 0.5 * ((x - mean) / tau).square() + torch.log(tau) + HALF_LOG_2PI
+    if mask is not None:
+        value = torch.where(mask, value, 0.0)
+    return value.sum(tuple(range(mean.dim() - x.dim() + 1, mean.dim())))
 
 
 def error(value, truth):

@@ -386,13 +386,20 @@ struct Likelihood {
     torch::stable::parallel_for(
         0, first_rows * pieces, std::max<int64_t>(1, kGrain / work),
         [&](int64_t first, int64_t last) {
+          std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
           for (int64_t unit = first; unit < last; ++unit) {
             const int64_t piece = unit % pieces, begin = piece * kPiece;
+            const int64_t end = std::min(size, begin + kPiece);
+            std::fill(x_sum.begin(), x_sum.end(), T(0));
             for (int64_t n = unit / pieces; n < rows; n += first_rows) {
               const LikelihoodTerms<T> terms =
-                  run_piece(kernel, mode, n, begin, std::min(size, begin + kPiece), weight(n));
+                  run_piece(kernel, mode, n, begin, end, weight(n), x_sum.data());
               if (values) values[n * pieces + piece] = terms.value;
               if (scales) scales[n * pieces + piece] = terms.g_scale;
+            }
+            if (need_x) {
+              event.store(g_x, unit / pieces, begin, end - begin,
+                          static_cast<const T*>(x_sum.data()));
             }
           }
         });
@@ -420,25 +427,25 @@ struct Likelihood {
 
   // One piece of one row, tile by tile, with the constant of the elements it counts.
   LikelihoodTerms<T> run_piece(LikelihoodPiece<T> kernel, Mode mode, int64_t n, int64_t begin,
-                               int64_t end, T weight) const {
+                               int64_t end, T weight, T* x_sum) const {
     T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
     const bool gradient = mode != Mode::forward;
     LikelihoodTerms<T> sum{T(0), T(0)};
     int64_t counted = 0;
-    for (; begin < end; begin += kTile) {
+    for (; begin < end; begin += kTile, x_sum += kTile) {
       const int64_t count = std::min(end - begin, kTile);
       const T* xs = event.load(x, b, begin, count, x_tile);
       const T* ms = event.load(mean, n, begin, count, m_tile);
       const T* ss = scalar ? &shared : event.load(scale, n, begin, count, s_tile);
       LikelihoodTerms<T> terms;
       if (mask) {
-        terms = masked_tile(kernel, gradient, n, b, begin, count, xs, ms, ss, weight, counted);
+        terms = masked_tile(kernel, gradient, n, b, begin, count, xs, ms, ss, weight, x_sum, counted);
       } else {
         T* gm = gradient ? event.target(g_mean, n, begin, gm_tile) : nullptr;
         T* gs = gradient && !scalar ? event.target(g_scale, n, begin, gs_tile) : nullptr;
         terms = kernel(count, xs, ms, ss, lo, hi, weight, gm, gs);
-        if (gradient) store_gradients(n, b, begin, count, gm, gs);
+        if (gradient) store_gradients(n, begin, count, gm, gs, x_sum);
         counted += count;
       }
       sum.value += terms.value;
@@ -451,7 +458,7 @@ struct Likelihood {
   // The selected elements are packed together, and only they are ever computed on.
   LikelihoodTerms<T> masked_tile(LikelihoodPiece<T> kernel, bool gradient, int64_t n, int64_t b,
                                  int64_t begin, int64_t count, const T* xs, const T* ms,
-                                 const T* ss, T weight, int64_t& counted) const {
+                                 const T* ss, T weight, T* x_sum, int64_t& counted) const {
     T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
     int64_t index[kTile + 1], kept = 0;
     event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
@@ -476,24 +483,15 @@ struct Likelihood {
         gm_tile[index[i]] = gm_kept[i];
         if (!scalar) gs_tile[index[i]] = gs_kept[i];
       }
-      store_gradients(n, b, begin, count, gm_tile, gs_tile);
+      store_gradients(n, begin, count, gm_tile, gs_tile, x_sum);
     }
     return terms;
   }
 
-  void store_gradients(int64_t n, int64_t b, int64_t begin, int64_t count, const T* gm,
-                       const T* gs) const {
+  void store_gradients(int64_t n, int64_t begin, int64_t count, const T* gm, const T* gs,
+                       T* x_sum) const {
     if (need_x) {
-      // ∂x = −∂m, summed over the samples that share this row of x.
-      T before[kTile], total[kTile];
-      const T* sum = before;
-      if (n < batch) {
-        std::fill(before, before + count, T(0));
-      } else {
-        sum = event.load(g_x, b, begin, count, before);
-      }
-      for (int64_t i = 0; i < count; ++i) total[i] = sum[i] - gm[i];
-      event.store(g_x, b, begin, count, static_cast<const T*>(total));
+      for (int64_t i = 0; i < count; ++i) x_sum[i] -= gm[i];  // ∂x = −∂m
     }
     event.store(g_mean, n, begin, count, gm);
     if (!scalar) event.store(g_scale, n, begin, count, gs);

@@ -60,12 +60,13 @@ int64_t element_size(ScalarType type) {
 
 // One operand of a pass: rows of elements, an element reached through the event's dimensions.
 struct Operand {
-  char* data = nullptr;
+  bool present = false;
+  char* data = nullptr;  // null for an empty tensor, too
   ScalarType type = ScalarType::Float;
   int64_t row_stride = 0;
   std::vector<int64_t> strides;  // in elements, one per event dimension
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return present; }
   char* at(int64_t offset) const { return data + offset * element_size(type); }
 };
 
@@ -98,6 +99,7 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
 // The first dimensions of `t` before `event_from` must be one row dimension.
 Operand operand(const Tensor& t, int64_t event_from = 1) {
   Operand o;
+  o.present = true;
   o.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
   o.type = t.scalar_type();
   const auto strides = t.strides();

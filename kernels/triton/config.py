@@ -45,7 +45,7 @@ def latent_config(rows: int, size: int, itemsize: int, sms: int) -> LatentConfig
     unroll = min(_pow2(-(-size // cols)), 2 * 8 // vec)
     # 16 elements a thread share one Philox key schedule and one set of row addresses; fewer where
     # there are too few rows to give every multiprocessor some.
-    tile_rows = max(1, num_warps * _WARP * 16 // (cols * unroll))
+    tile_rows = max(1, num_warps * _WARP * 32 // (cols * unroll))
     while tile_rows > 1 and tile_rows * cols > width and rows < 8 * sms * tile_rows:
         tile_rows //= 2
     return LatentConfig(

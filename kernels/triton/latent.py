@@ -38,6 +38,17 @@ def _noise_base(key_ptr, row0, r, K, k, first_row, L, PER_CALL: tl.constexpr):
 
 
 @triton.jit
+def _tile_rows(left, ROWS: tl.constexpr):
+    """Rows of a tile with ``left`` rows of the batch still to come, as int64 [ROWS, 1].
+
+    Rows past the end are the last one over again: they store the same values to the same place,
+    which costs less than masking every load and store.
+    """
+    last = (tl.minimum(left, ROWS) - 1).to(tl.int32)
+    return tl.minimum(tl.arange(0, ROWS)[:, None], last).to(tl.int64)
+
+
+@triton.jit
 def _scale(raw, lo, hi, CLAMP: tl.constexpr):
     """The parameter that σ is made from."""
     return clamp(raw, tl.full((), lo, raw.dtype), tl.full((), hi, raw.dtype)) if CLAMP else raw
@@ -63,11 +74,7 @@ def latent_forward_kernel(
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(tl.int64) * ROWS
     n0 = k * B + row0
-    left = tl.minimum(B - row0, ROWS).to(tl.int32)
-    r = tl.arange(0, ROWS)[:, None]
-    row_ok = r < left
-    # Rows past the end read the last one over again, which costs less than masking every load.
-    r = tl.minimum(r, left - 1).to(tl.int64)
+    r = _tile_rows(B - row0, ROWS)
     seed, base = _noise_base(key_ptr, row0, r, K, k, first_row, L, PER_CALL)
     if SCALAR:
         s = _scale(tl.load(scale_ptr).to(ACC), lo, hi, CLAMP)
@@ -78,8 +85,8 @@ def latent_forward_kernel(
         for part in tl.static_range(UNROLL):
             col0 = (step * UNROLL + part) * COLS
             cols = (col0 + tl.arange(0, COLS))[None, :]
-            load_mask = None if EVEN else cols < L
-            mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), load_mask).to(ACC)
+            mask = None if EVEN else cols < L
+            mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
             if not SCALAR:
                 raw = tl.load(scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col), mask)
                 s = _scale(raw.to(ACC), lo, hi, CLAMP)
@@ -94,8 +101,8 @@ def latent_forward_kernel(
                 q = tl.where(cols < L, q + eps * eps + 2.0 * log_sigma, q)
                 p = tl.where(cols < L, p + z * z, p)
     constant = L * tl.full((), LOG_2PI, ACC)
-    tl.store(log_q_ptr + n0 + r, -0.5 * (tl.sum(q, 1, keep_dims=True) + constant), row_ok)
-    tl.store(log_p_ptr + n0 + r, -0.5 * (tl.sum(p, 1, keep_dims=True) + constant), row_ok)
+    tl.store(log_q_ptr + n0 + r, -0.5 * (tl.sum(q, 1, keep_dims=True) + constant))
+    tl.store(log_p_ptr + n0 + r, -0.5 * (tl.sum(p, 1, keep_dims=True) + constant))
 
 
 @triton.jit(do_not_specialize=["B", "first_row"])
@@ -119,18 +126,14 @@ def latent_backward_kernel(
     pid = tl.program_id(0)
     step = pid % steps
     row0 = (pid // steps).to(tl.int64) * ROWS
-    left = tl.minimum(B - row0, ROWS).to(tl.int32)
-    r = tl.arange(0, ROWS)[:, None]
-    row_ok = r < left
-    # Rows past the end read the last one over again, which costs less than masking every load.
-    r = tl.minimum(r, left - 1).to(tl.int64)
+    r = _tile_rows(B - row0, ROWS)
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
         g_s_sum = tl.zeros([ROWS, COLS], ACC)
     for part in tl.static_range(UNROLL):
         col0 = (step * UNROLL + part) * COLS
         cols = (col0 + tl.arange(0, COLS))[None, :]
-        mask = row_ok if EVEN else row_ok & (cols < L)
+        mask = None if EVEN else cols < L
         mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
         if not SCALAR:
             raw = tl.load(scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col), mask)
@@ -144,7 +147,7 @@ def latent_backward_kernel(
         for k in range(K):
             n0 = row0 + tl.full((), k, tl.int64) * B
             if g_log_q_ptr is not None:
-                g_q += tl.load(g_log_q_ptr + (n0 + r) * g_log_q_row, row_ok)
+                g_q += tl.load(g_log_q_ptr + (n0 + r) * g_log_q_row)
             if g_z_ptr is not None or g_log_p_ptr is not None:
                 seed, base = _noise_base(key_ptr, row0, r, K, k, first_row, L, PER_CALL)
                 eps = normal(seed, base + col0 // PER_CALL, COLS, VEC, FP64, APPROX)
@@ -154,7 +157,7 @@ def latent_backward_kernel(
                     h += tl.load(g_z, mask).to(ACC)
                 if g_log_p_ptr is not None:
                     z = mu + sigma * eps
-                    h -= tl.load(g_log_p_ptr + (n0 + r) * g_log_p_row, row_ok) * z
+                    h -= tl.load(g_log_p_ptr + (n0 + r) * g_log_p_row) * z
                 g_mu += h
                 eps_h += eps * h
         tl.store(g_mu_ptr + row0 * L + (r * L + cols), g_mu, mask)
@@ -166,7 +169,8 @@ def latent_backward_kernel(
         if CLAMP:
             g_s = tl.where((raw < lo) | (raw > hi), 0.0, g_s)
         if SCALAR:
-            g_s_sum += tl.where(mask, g_s, 0.0)
+            keep = tl.arange(0, ROWS)[:, None] < B - row0
+            g_s_sum += tl.where(keep if EVEN else keep & (cols < L), g_s, 0.0)
         else:
             tl.store(g_scale_ptr + row0 * L + (r * L + cols), g_s, mask)
 

@@ -104,7 +104,9 @@ def reconstructions(x: Tensor, mean: Tensor, std: Tensor, path: Path) -> None:
     if std.dim():
         # One value per pixel, whatever the channels.
         grey = std.mean(1, keepdim=True)
-        rows.append(("learned σ\nof each pixel", grey, (0.0, float(grey.max())), "magma"))
+        # A few pixels, all but unpredictable, would darken all others.
+        top = float(torch.quantile(grey.flatten()[:1_000_000], 0.99))
+        rows.append(("learned σ\nof each pixel", grey, (0.0, top), "magma"))
     n = len(x)
     tile = event[1] / event[2]
     width = 12.0
@@ -117,7 +119,9 @@ def reconstructions(x: Tensor, mean: Tensor, std: Tensor, path: Path) -> None:
             _bare(ax)
             ax.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
             if cmap:
-                bar = figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.012, aspect=22)
+                bar = figure.colorbar(
+                    drawn, ax=axes, shrink=0.85, pad=0.012, aspect=22, extend="max"
+                )
                 bar.set_label("σ, in units of x")
                 bar.outline.set_visible(False)
 
