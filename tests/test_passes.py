@@ -31,7 +31,8 @@ def compare(fused_fn, eager_fn, reference_fn, inputs, upstream, dtype):
     truth = results_and_gradients(reference_fn, [t.double() for t in inputs], upstream)
     eager = results_and_gradients(eager_fn, inputs, upstream)
     ours = results_and_gradients(fused_fn, inputs, upstream)
-    assert_accurate(ours, eager, truth, dtype)
+    interpreted = vae_fast.backends.backend_for("cpu") == "triton"
+    assert_accurate(ours, eager, truth, dtype, truncates=interpreted and dtype == torch.bfloat16)
 
 
 # ---- latent ----------------------------------------------------------------------------------
@@ -307,8 +308,9 @@ def test_bad_values_stay_in_their_row(bad, param, fused, key):
 
 
 def test_same_input_gives_the_same_bits(fused, key):
-    mu, s = torch.randn(65, 37, device=fused), torch.randn(65, 37, device=fused)
-    x, mean, logvar = (torch.randn(65, 9001, device=fused) for _ in range(3))
+    rows, size = (65, 9001) if vae_fast.backends.backend_for("cpu") == "cpp" else (9, 2501)
+    mu, s = torch.randn(rows, 37, device=fused), torch.randn(rows, 37, device=fused)
+    x, mean, logvar = (torch.randn(rows, size, device=fused) for _ in range(3))
 
     def run():
         latent = vae_fast.reparameterize(mu, s, key=key.to(fused))

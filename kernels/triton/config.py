@@ -36,18 +36,21 @@ class LatentConfig:
 @functools.lru_cache(maxsize=4096)
 def latent_config(rows: int, size: int, itemsize: int, sms: int) -> LatentConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
-    vec = 16 // itemsize
-    # One warp to a program while it can span the row: sums then need neither shared memory nor a
-    # barrier. Long rows get four.
-    num_warps = 1 if size <= 4 * _WARP * vec else 4
-    width = num_warps * _WARP * vec
-    cols = min(max(_pow2(size), vec), width)
-    unroll = min(_pow2(-(-size // cols)), 2 * 8 // vec)
-    # 16 elements a thread share one Philox key schedule and one set of row addresses; fewer where
-    # there are too few rows to give every multiprocessor some.
-    tile_rows = max(1, num_warps * _WARP * 32 // (cols * unroll))
-    while tile_rows > 1 and tile_rows * cols > width and rows < 8 * sms * tile_rows:
-        tile_rows //= 2
+    vec, each = 16 // itemsize, 4 if itemsize == 8 else 16
+    # One warp to a program while a thread's ``each`` elements let it span the row: sums then need
+    # neither shared memory nor a barrier.
+    num_warps = min(_pow2(-(-size // (_WARP * each))), 4)
+    threads = num_warps * _WARP
+    # A thread's elements lie in one row as far as may be, so that they share their addresses and
+    # are summed before anything crosses threads; but a tile's row is at least a 128-byte line.
+    widest = min(max(_pow2(size), vec), threads * vec)
+    cols = min(max(_pow2(size) * vec // each, 128 // itemsize), widest)
+    unroll = min(_pow2(-(-size // cols)), each // vec)
+    # Short rows: several to a thread, unless the multiprocessors would then be short of programs.
+    tile_rows = threads * vec // cols
+    each //= vec * unroll
+    while each > 1 and rows >= 8 * sms * tile_rows:
+        tile_rows, each = tile_rows * 2, each // 2
     return LatentConfig(
         rows=tile_rows,
         cols=cols,

@@ -23,7 +23,7 @@ from .launch import (
 )
 from .philox import normal
 from .reduce import is_last_program, sum_partials
-from .scale import clamp, log_scale_and_scale, scale_slopes
+from .scale import clamp, log_variance_and_scale, scale_slopes
 
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
@@ -65,7 +65,7 @@ def latent_forward_kernel(
 ):  # fmt: skip
     """A program makes sample k of ROWS batch elements; k runs fastest, so that μ is in cache.
 
-    log q = -½ Σ(ε² + 2 log σ + log 2π) and log p = -½ Σ(z² + log 2π).
+    log q = -½ Σ(ε² + log σ² + log 2π) and log p = -½ Σ(z² + log 2π).
     """
     ACC: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
     FP64: tl.constexpr = ACC == tl.float64
@@ -90,15 +90,15 @@ def latent_forward_kernel(
             if not SCALAR:
                 raw = tl.load(scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col), mask)
                 s = _scale(raw.to(ACC), lo, hi, CLAMP)
-            log_sigma, sigma = log_scale_and_scale(s, PARAM, APPROX)
+            log_variance, sigma = log_variance_and_scale(s, PARAM, APPROX)
             eps = normal(seed, base + col0 // PER_CALL, COLS, VEC, FP64, APPROX)
             z = mu + sigma * eps
             tl.store(z_ptr + n0 * L + (r * L + cols), z, mask)
             if EVEN:
-                q = q + eps * eps + 2.0 * log_sigma
+                q = q + eps * eps + log_variance
                 p = p + z * z
             else:
-                q = tl.where(cols < L, q + eps * eps + 2.0 * log_sigma, q)
+                q = tl.where(cols < L, q + eps * eps + log_variance, q)
                 p = tl.where(cols < L, p + z * z, p)
     constant = L * tl.full((), LOG_2PI, ACC)
     tl.store(log_q_ptr + n0 + r, -0.5 * (tl.sum(q, 1, keep_dims=True) + constant))
@@ -139,7 +139,7 @@ def latent_backward_kernel(
             raw = tl.load(scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col), mask)
             raw = raw.to(ACC)
         s = _scale(raw, lo, hi, CLAMP)
-        _, sigma = log_scale_and_scale(s, PARAM, APPROX)
+        _, sigma = log_variance_and_scale(s, PARAM, APPROX)
 
         g_mu = tl.zeros([ROWS, COLS], ACC)
         eps_h = tl.zeros([ROWS, COLS], ACC)

@@ -22,9 +22,9 @@ from .launch import (
     use_approx,
 )
 from .reduce import is_last_program, sum_partials
-from .scale import clamp, divide, log_scale_and_divisor, log_scale_slope
+from .scale import clamp, divide, log_variance_and_divisor, log_scale_slope
 
-HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
+LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 # Codes of ``reduction``.
 MEAN, SUM, NONE, NO_LOSS = 0, 1, 2, 3
@@ -74,7 +74,7 @@ def likelihood_kernel(
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
         s = clamp(raw, lo, hi) if CLAMP else raw
-        log_tau, root, tau = log_scale_and_divisor(s, PARAM, APPROX)
+        log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
         slope = log_scale_slope(s, PARAM, APPROX)
         if CLAMP:
             slope = tl.where((raw < lo) | (raw > hi), 0.0, slope)
@@ -111,10 +111,10 @@ def likelihood_kernel(
                 scale = tl.load(scale_ptr + packed + n * scale_row + half * scale_col, mask, 1.0)
                 raw = scale.to(ACC)
                 s = clamp(raw, lo, hi) if CLAMP else raw
-                log_tau, root, tau = log_scale_and_divisor(s, PARAM, APPROX)
+                log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
             residual = divide(x - mean, root, tau)
             if FORWARD:
-                value = 0.5 * residual * residual + log_tau + HALF_LOG_2PI
+                value = 0.5 * (residual * residual + log_variance + LOG_2PI)
                 nll += value if EVEN and mask_ptr is None else tl.where(keep, value, 0.0)
             if GRAD:
                 g_x = divide(w * residual, root, tau)

@@ -41,12 +41,10 @@ def _mul_wide(a, M: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def philox(seed, base, group, APPROX: tl.constexpr):
-    """Four uint32 words of Philox4x32-10 for the counters ``base`` (uint64) + ``group`` (uint32)."""
+def philox(seed, index, APPROX: tl.constexpr):
+    """Four uint32 words of Philox4x32-10 for the uint64 counter ``index``."""
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    low = base.to(tl.uint32)
-    c0 = low + group
-    c1 = (base >> 32).to(tl.uint32) + (c0 < low).to(tl.uint32)
+    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     # The first of ten rounds starts from c2 = c3 = 0, whose product is zero.
     hi0, c3 = _mul_wide(c0, _M0, APPROX)
     c0, c2 = c1 ^ k0, hi0 ^ k1
@@ -73,12 +71,11 @@ def _box_muller(x, y, APPROX: tl.constexpr):
     u = x.to(tl.float32) * _2POW_M32 + _2POW_M33
     if APPROX:
         # lg2.approx is good to 2^-22 absolute, too coarse under a square root near u = 1. There
-        # t = 1 - u is exact and -2 ln(1 - t) = t (2 + t) + O(t^3).
-        t = 1.0 - u
-        log2_u = _ptx("lg2.approx.ftz.f32", u)
-        radius = _ptx(
-            "sqrt.approx.ftz.f32", tl.where(t < 2.0**-8, t * (2.0 + t), log2_u * _MINUS_2LN2)
+        # 1 - u is exact, and -2 ln u = 2 (1 - u) to second order. Either way ε is good to 6e-6.
+        square = tl.where(
+            u > 1.0 - 2.0**-11, 2.0 - 2.0 * u, _ptx("lg2.approx.ftz.f32", u) * _MINUS_2LN2
         )
+        radius = _ptx("sqrt.approx.ftz.f32", square)
         # The word taken as signed is the same angle reduced to [-pi, pi], where sin.approx is best.
         signed = y.to(tl.int32, bitcast=True).to(tl.float32)
         angle = signed * _2PI_2POW_M32 + _2PI_2POW_M33
@@ -101,9 +98,9 @@ def _box_muller64(x, y, z, w):
 
 
 @triton.jit
-def _normal4(seed, base, group, APPROX: tl.constexpr):
+def _normal4(seed, index, APPROX: tl.constexpr):
     """Four fp32 normals a call."""
-    x, y, z, w = philox(seed, base, group, APPROX)
+    x, y, z, w = philox(seed, index, APPROX)
     n0, n1 = _box_muller(x, y, APPROX)
     n2, n3 = _box_muller(z, w, APPROX)
     return n0, n1, n2, n3
@@ -121,19 +118,19 @@ def normal(
     ROWS: tl.constexpr = base.shape[0]
     PER_CALL: tl.constexpr = 2 if FP64 else 4
     # The first call of each thread's run of calls.
-    group = (tl.arange(0, COLS // VEC) * (VEC // PER_CALL))[None, :].to(tl.uint32)
+    group = (tl.arange(0, COLS // VEC) * (VEC // PER_CALL))[None, :].to(tl.uint64)
     if FP64:
         tl.static_assert(VEC == 2)
-        x, y, z, w = philox(seed, base, group, APPROX)
+        x, y, z, w = philox(seed, base + group, APPROX)
         n0, n1 = _box_muller64(x, y, z, w)
         eps = tl.join(n0, n1)
     elif VEC == 4:
-        n0, n1, n2, n3 = _normal4(seed, base, group, APPROX)
+        n0, n1, n2, n3 = _normal4(seed, base + group, APPROX)
         eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
     else:
         tl.static_assert(VEC == 8)
-        n0, n1, n2, n3 = _normal4(seed, base, group, APPROX)
-        m0, m1, m2, m3 = _normal4(seed, base, group + 1, APPROX)
+        n0, n1, n2, n3 = _normal4(seed, base + group, APPROX)
+        m0, m1, m2, m3 = _normal4(seed, base + group + 1, APPROX)
         eps = tl.join(
             tl.join(tl.join(n0, m0), tl.join(n2, m2)), tl.join(tl.join(n1, m1), tl.join(n3, m3))
         )

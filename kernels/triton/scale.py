@@ -92,23 +92,20 @@ def clamp(s, lo, hi):
 
 
 @triton.jit
-def log_scale_and_scale(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
-    """log σ and σ."""
+def log_variance_and_scale(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """Log σ² = 2 log σ, and σ."""
     if PARAM == LOGVAR:
-        log_sigma = 0.5 * s
-        sigma = exp_half(s, APPROX)
+        log_variance, sigma = s, exp_half(s, APPROX)
     elif PARAM == LOGSTD:
-        log_sigma = s
-        sigma = exp(s, APPROX)
+        log_variance, sigma = 2.0 * s, exp(s, APPROX)
     elif PARAM == STD:
-        log_sigma = tl.log(s)
-        sigma = s
+        log_variance, sigma = 2.0 * tl.log(s), s
     elif PARAM == VAR:
-        log_sigma = 0.5 * tl.log(s)
-        sigma = tl.sqrt(s)
+        log_variance, sigma = tl.log(s), tl.sqrt(s)
     else:
         log_sigma, sigma, _ = _softplus(s, APPROX)
-    return log_sigma, sigma
+        log_variance = 2.0 * log_sigma
+    return log_variance, sigma
 
 
 @triton.jit
@@ -127,31 +124,33 @@ def scale_slopes(s, sigma, PARAM: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _root(log_tau, APPROX: tl.constexpr):
-    """τ^(-1/2) from log τ, kept finite and nonzero: times zero it is zero, and a NaN stays one."""
-    LIMIT: tl.constexpr = 1400.0 if log_tau.dtype == tl.float64 else 174.0
-    return exp_half(-tl.clamp(log_tau, -LIMIT, LIMIT, tl.PropagateNan.ALL), APPROX)
+def _root(log_variance, APPROX: tl.constexpr):
+    """τ^(-1/2) from log τ², kept finite and nonzero: times zero it is zero, and a NaN stays one."""
+    LIMIT: tl.constexpr = 2800.0 if log_variance.dtype == tl.float64 else 348.0
+    x = tl.clamp(log_variance, -LIMIT, LIMIT, tl.PropagateNan.ALL)
+    return exp_half(-0.5 * x, APPROX)
 
 
 @triton.jit
-def log_scale_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
-    """log τ, and the pair (root, τ) that ``divide`` takes.
+def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """Log τ² = 2 log τ, and the pair (root, τ) that ``divide`` takes.
 
     1/τ itself overflows long before x/τ does, so it is held as its square root, and multiplied in
     twice, where τ = e^(something), and as a plain divisor where τ is given.
     """
     if PARAM == LOGVAR or PARAM == LOGSTD:
-        log_tau = 0.5 * s if PARAM == LOGVAR else s
-        root, tau = _root(log_tau, APPROX), None
+        log_variance = s if PARAM == LOGVAR else 2.0 * s
+        root, tau = _root(log_variance, APPROX), None
     elif PARAM == STD or PARAM == VAR:
-        log_tau, tau = log_scale_and_scale(s, PARAM, APPROX)
+        log_variance, tau = log_variance_and_scale(s, PARAM, APPROX)
         root = None
     else:
         log_tau, tau, _ = _softplus(s, APPROX)
+        log_variance = 2.0 * log_tau
         tail = s < -15.0
-        root = tl.where(tail, _root(s, APPROX), 1.0)
+        root = tl.where(tail, _root(log_variance, APPROX), 1.0)
         tau = tl.where(tail, 1.0, tau)
-    return log_tau, root, tau
+    return log_variance, root, tau
 
 
 @triton.jit

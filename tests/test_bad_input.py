@@ -1,0 +1,139 @@
+"""Every error of the public functions, on every backend: its type, and the argument it names."""
+
+import pytest
+import torch
+
+import vae_fast
+
+
+def t(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+KEY = torch.zeros(2, dtype=torch.uint64)
+
+REPARAMETERIZE = [
+    (dict(mu=[1.0]), TypeError, "mu must be a torch.Tensor, got list"),
+    (dict(scale=1.0), TypeError, "scale must be a torch.Tensor, got float"),
+    (dict(mu=t(4, 3, dtype=torch.int64)), TypeError, "mu must be float16.*got int64"),
+    (dict(scale=t(4, 3, dtype=torch.complex64)), TypeError, "scale must be float16.*complex64"),
+    (dict(scale=t(4, 3, dtype=torch.float64)), TypeError, "scale is float64.*does not mix"),
+    (dict(mu=t()), ValueError, "mu must have a batch dimension"),
+    (dict(scale=t(4, 2)), ValueError, r"scale of shape \(4, 2\) does not broadcast to \(4, 3\)"),
+    (dict(scale=t(5, 4, 3)), ValueError, "scale of shape"),
+    (dict(param="sigma"), ValueError, "param must be one of logvar, .*got 'sigma'"),
+    (dict(param=0), ValueError, "param must be one of"),
+    (dict(num_samples=0), ValueError, "num_samples must be at least 1, got 0"),
+    (dict(num_samples=2.0), TypeError, "num_samples must be an int, got float"),
+    (dict(clamp=(1.0, -1.0)), ValueError, "clamp must have lo <= hi"),
+    (dict(clamp=(float("nan"), 1.0)), ValueError, "clamp must have lo <= hi"),
+    (dict(clamp=3.0), ValueError, "clamp must be a pair"),
+    (dict(key=t(2)), ValueError, "key must be a uint64 tensor"),
+    (dict(key=KEY[:1]), ValueError, r"key must be .*shape \(2,\)"),
+    (dict(key=(0, 0)), TypeError, "key must be a torch.Tensor"),
+    (dict(key=KEY.to("meta")), ValueError, "key is on meta, but mu is on"),
+    (dict(scale=t(4, 3).to("meta")), ValueError, "scale is on meta"),
+]
+
+NLL = [
+    (dict(x=None), TypeError, "x must be a torch.Tensor, got NoneType"),
+    (dict(mean=1), TypeError, "mean must be a torch.Tensor, got int"),
+    (dict(scale=1.0), TypeError, "scale must be a torch.Tensor, got float"),
+    (dict(x=t(4, 6, dtype=torch.uint8)), TypeError, "x must be float16.*got uint8"),
+    (dict(mean=t(4, 6, dtype=torch.float64)), TypeError, "mean is float64.*does not mix"),
+    (dict(x=t(), mean=t()), ValueError, "x must have a batch dimension"),
+    (dict(mean=t(4, 5)), ValueError, r"mean of shape \(4, 5\) does not fit x of shape \(4, 6\)"),
+    (dict(mean=t(3, 6)), ValueError, r"mean of shape \(3, 6\) does not fit"),
+    (dict(mean=t(2, 3, 6)), ValueError, r"mean of shape \(2, 3, 6\) does not fit"),
+    (dict(scale=t(4, 5)), ValueError, "scale of shape"),
+    (dict(scale=None), ValueError, "mean of shape .* packed mean and scale"),
+    (dict(param="precision"), ValueError, "param must be one of"),
+    (dict(clamp=(2, 1)), ValueError, "clamp must have lo <= hi"),
+    (dict(mask=[True]), TypeError, "mask must be a torch.Tensor"),
+    (dict(mask=t(4, 6)), TypeError, "mask must be bool, got float32"),
+    (dict(mask=t(4, 5).bool()), ValueError, "mask of shape"),
+    (dict(mean=t(4, 6).to("meta")), ValueError, "mean is on meta"),
+    (dict(mask=t(4, 6).bool().to("meta")), ValueError, "mask is on meta"),
+]
+
+ELBO = [
+    (dict(log_q=3.0), TypeError, "log_q must be a torch.Tensor, got float"),
+    (dict(log_q=t(4, dtype=torch.float64)), TypeError, "log_q must be float32, got float64"),
+    (dict(log_p=t(5)), ValueError, r"log_p must have shape \(B,\) or \(K, B\)"),
+    (dict(log_q=t(1, 4)), ValueError, "log_p must have the shape of log_q"),
+    (dict(log_q=t(2, 4), log_p=t(2, 4)), ValueError, "log_q must have shape"),
+    (dict(log_q=t(4).to("meta")), ValueError, "log_q is on meta"),
+    (dict(reduction="max"), ValueError, "reduction must be one of mean, sum, none; got 'max'"),
+    (dict(beta="1"), TypeError, "beta must be a float, got str"),
+    (dict(mean=t(4, 5)), ValueError, "mean of shape"),
+]
+
+MODULE = [
+    (dict(num_samples=0), ValueError, "num_samples must be at least 1"),
+    (dict(posterior_param="x"), ValueError, "posterior_param must be one of"),
+    (dict(likelihood_param="x"), ValueError, "likelihood_param must be one of"),
+    (dict(kl="exact"), ValueError, "kl must be one of"),
+    (dict(reduction="avg"), ValueError, "reduction must be one of"),
+    (dict(posterior_clamp=(1, 0)), ValueError, "posterior_clamp must have lo <= hi"),
+    (dict(likelihood_clamp=(1, 0)), ValueError, "likelihood_clamp must have lo <= hi"),
+]
+
+
+def moved(arguments, device):
+    return {
+        k: v.to(device) if isinstance(v, torch.Tensor) and not v.is_meta else v
+        for k, v in arguments.items()
+    }
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REPARAMETERIZE)
+def test_reparameterize(change, error, message, backend):
+    arguments = dict(mu=t(4, 3), scale=t(4, 3)) | change
+    with pytest.raises(error, match=message):
+        vae_fast.reparameterize(**moved(arguments, backend))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), NLL)
+def test_gaussian_nll(change, error, message, backend):
+    arguments = dict(x=t(4, 6), mean=t(4, 6), scale=t(4, 6)) | change
+    with pytest.raises(error, match=message):
+        vae_fast.gaussian_nll(**moved(arguments, backend))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ELBO)
+def test_fused_elbo(change, error, message, backend):
+    arguments = dict(x=t(4, 6), mean=t(4, 6), scale=t(4, 6), log_q=t(4), log_p=t(4)) | change
+    with pytest.raises(error, match=message):
+        vae_fast.fused_elbo(**moved(arguments, backend))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MODULE)
+def test_module(change, error, message):
+    with pytest.raises(error, match=message):
+        vae_fast.FusedELBO(**change)
+
+
+@pytest.mark.parametrize("output", [None, (1,), "mean"])
+def test_decoder_output(output, backend):
+    mu = t(4, 3).to(backend)
+    with pytest.raises(TypeError, match="decoder must return"):
+        vae_fast.FusedELBO()(t(4, 6).to(backend), mu, mu, lambda z: output)
+
+
+def test_values_are_checked_on_request(backend):
+    x = t(4, 6).to(backend)
+    broken = x.clone()
+    broken[1, 2] = torch.nan
+    vae_fast.gaussian_nll(x, broken, x)
+    vae_fast.validate(True)
+    try:
+        with pytest.raises(ValueError, match="mean must be finite, but 1 elements are not"):
+            vae_fast.gaussian_nll(x, broken, x)
+        with pytest.raises(ValueError, match="scale must be finite and positive"):
+            vae_fast.gaussian_nll(x, x, x, "std")
+        with pytest.raises(ValueError, match="mu must be finite"):
+            vae_fast.reparameterize(broken, x)
+        # What the mask hides is not looked at.
+        vae_fast.gaussian_nll(x, broken, x, mask=torch.isfinite(broken))
+    finally:
+        vae_fast.validate(False)

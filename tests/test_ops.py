@@ -1,0 +1,245 @@
+"""The ops as citizens of PyTorch: derivatives, opcheck, compile, backends."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import vae_fast
+from vae_fast import backends, ops
+
+UNCLAMPED = (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("param", ops.PARAMS)
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_gradcheck_latent(param, scalar, num_samples, fused, key):
+    mu = torch.randn(3, 5, dtype=torch.float64, device=fused, requires_grad=True)
+    s = torch.rand(() if scalar else (3, 5), dtype=torch.float64, device=fused) + 0.4
+    assert gradcheck(
+        lambda m, r: vae_fast.reparameterize(m, r, param, num_samples, key.to(fused)),
+        (mu, s.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("param", ops.PARAMS)
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_gradcheck_likelihood(param, scalar, num_samples, fused):
+    x = torch.randn(3, 4, dtype=torch.float64, device=fused, requires_grad=True)
+    shape = (3, 4) if num_samples is None else (num_samples, 3, 4)
+    mean = torch.randn(shape, dtype=torch.float64, device=fused, requires_grad=True)
+    s = torch.rand(() if scalar else shape, dtype=torch.float64, device=fused) + 0.4
+    assert gradcheck(lambda *a: vae_fast.gaussian_nll(*a, param), (x, mean, s.requires_grad_()))
+
+
+@pytest.mark.parametrize("param", ops.PARAMS)
+@pytest.mark.parametrize("layout", ["full", "scalar", "packed"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_elbo(param, layout, reduction, fused):
+    """Including the forward that writes the gradients, whose loss and rows both have gradients."""
+    x = torch.randn(2, 4, dtype=torch.float64, device=fused)
+    log_q, log_p = torch.randn(2, 3, 2, dtype=torch.float64, device=fused).unbind()
+    mean = torch.rand(6, 8 if layout == "packed" else 4, dtype=torch.float64, device=fused) + 0.4
+    inputs = [mean, log_q.clone(), log_p.clone()]
+    if layout != "packed":
+        shape = () if layout == "scalar" else mean.shape
+        inputs.append(torch.rand(shape, dtype=torch.float64, device=fused) + 0.4)
+
+    def elbo(mean, log_q, log_p, scale=None):
+        return vae_fast.fused_elbo(x, mean, scale, log_q, log_p, 0.6, reduction, param)
+
+    assert gradcheck(elbo, [t.requires_grad_() for t in inputs])
+
+
+def samples(device, dtype=torch.float32):
+    def t(*shape, grad=False):
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_(grad)
+
+    key = torch.tensor([1, 2], dtype=torch.uint64, device=device)
+    tail = (0, 0, *UNCLAMPED)  # reduction, param, lo, hi
+    rows = [t(6).float(), t(6).float()]
+    return [
+        (ops.latent_forward, (t(4, 5, grad=True), t(4, 5, grad=True), key, 0, 0, 0, *UNCLAMPED)),
+        (ops.latent_forward, (t(4, 5, grad=True), t((), grad=True), key, 2, 3, 0, -1.0, 1.0)),
+        (ops.latent_backward, (t(4, 5), None, None, t(4, 5), t(4, 5), key, 0, 0, 0, *UNCLAMPED)),
+        (
+            ops.likelihood_forward,
+            (t(3, 7), t(6, 7, grad=True), t(6, 7, grad=True), None, *rows, 1.0, *tail),
+        ),
+        (
+            ops.likelihood_forward,
+            (t(3, 4), t(6, 8, grad=True), None, t(3, 4) > 0, *rows, 1.0, 2, 0, *UNCLAMPED),
+        ),
+        (
+            ops.likelihood_forward,
+            (t(6, 7, grad=True), t(6, 7), t(()), None, None, None, 0.0, 3, 0, *UNCLAMPED),
+        ),
+        (
+            ops.likelihood_backward,
+            (rows[0], None, t(3, 7), t(6, 7), t(()), None, 1.0, *tail, True),
+        ),
+        (ops.likelihood_forward_grad, (t(3, 7), t(6, 7), t(6, 7), None, *rows, 1.0, *tail)),
+        (ops.likelihood_forward_grad, (t(3, 4), t(6, 8), None, None, *rows, 1.0, *tail)),
+        (ops.likelihood_forward_grad_, (t(3, 7), t(6, 7), t(6, 7), None, *rows, 1.0, *tail)),
+        (ops.likelihood_forward_grad_, (t(3, 7), t(6, 7), t(()), None, *rows, 1.0, *tail)),
+        (ops.likelihood_rescale_, (t(6, 7), t(6, 7), rows[0], t(()).float(), 1.0, 0, 2, 3)),
+        (ops.likelihood_rescale_, (t(6, 7), rows[1], None, t(()).float(), 1.0, 0, 2, 3)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(13))
+def test_opcheck(index, fused):
+    vae_fast.backends.backend_for(fused.type)
+    op, args = samples(fused)[index]
+    # AOT dispatch traces with dynamic shapes and compares with eager, gradients included.
+    torch.library.opcheck(op, args)
+
+
+def test_every_op_is_opchecked():
+    assert {op.name().split("::")[1] for op, _ in samples("cpu")} == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_compiles_without_a_graph_break(packed, num_samples, fused, key):
+    encoder, decoder = torch.nn.Linear(9, 6).to(fused), torch.nn.Linear(3, 18).to(fused)
+    x, key = torch.randn(5, 9, device=fused), key.to(fused)
+    elbo = vae_fast.FusedELBO(num_samples=num_samples)
+
+    def loss(x, key):
+        mu, logvar = encoder(x).chunk(2, 1)
+        return elbo(x, mu, logvar, lambda z: decoder(z) if packed else decoder(z).chunk(2, 1), key=key)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, key)
+    eager = loss(x, key)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    for a, b in zip(compiled, eager):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(
+        torch.autograd.grad(compiled.loss, parameters), torch.autograd.grad(eager.loss, parameters)
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_registered_double_backward_refuses(key):
+    """Through the ops themselves, as torch.func uses them."""
+    backends.backend_for("cpu")
+    mu = torch.randn(3, 4, requires_grad=True)
+    z, _, _ = ops.latent_forward(mu, mu, key, 0, 0, 0, *UNCLAMPED)
+    (g,) = torch.autograd.grad(z.square().sum(), mu, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not supported"):
+        g.sum().backward()
+
+
+def test_torch_function_dispatch():
+    seen = []
+
+    class Spy(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    t = torch.randn(3, 4).as_subclass(Spy)
+    z, log_q, log_p = vae_fast.reparameterize(t, t)
+    vae_fast.gaussian_nll(t, t, t)
+    vae_fast.fused_elbo(t, t, t, log_q, log_p)
+    assert {vae_fast.reparameterize, vae_fast.gaussian_nll, vae_fast.fused_elbo} <= set(seen)
+    assert isinstance(z, Spy)
+
+
+# ---- backends --------------------------------------------------------------------------------
+
+
+def test_use_backend_restores_and_nests():
+    default = backends.backend_for("cpu")
+    with vae_fast.use_backend("reference"):
+        assert backends.backend_for("cpu") == "reference"
+        with vae_fast.use_backend("cpp"):
+            assert backends.backend_for("cpu") == "cpp"
+        assert backends.backend_for("cpu") == "reference"
+    assert backends.backend_for("cpu") == default == "cpp"
+
+
+def test_the_cpp_kernels_come_back_after_the_interpreter(key):
+    if backends.why_not("triton", "cpu"):
+        pytest.skip("no interpreter")
+    mu = torch.randn(3, 4)
+    before = vae_fast.reparameterize(mu, mu, key=key)[0]
+    with vae_fast.use_backend("triton"):
+        between = vae_fast.reparameterize(mu, mu, key=key)[0]
+    after = vae_fast.reparameterize(mu, mu, key=key)[0]
+    assert torch.equal(before, after)
+    torch.testing.assert_close(between, before)
+
+
+def test_unknown_backend_is_refused():
+    with (
+        pytest.raises(ValueError, match="name must be one of cpp, triton, reference"),
+        vae_fast.use_backend("cuda9"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU makes this choice possible")
+def test_an_impossible_backend_says_why():
+    """In a process of its own, since the interpreter's switch is read at import."""
+    code = (
+        "import vae_fast\n"
+        "try:\n    vae_fast.use_backend('triton').__enter__()\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "cannot run on this machine" in run.stdout
+    assert "TRITON_INTERPRET" in run.stdout or "not installed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("nonsense", "must be one of"), ("reference", "reference")]
+)
+def test_environment_variable(value, message):
+    code = (
+        "import torch, vae_fast\n"
+        "try:\n    vae_fast.gaussian_nll(*torch.zeros(3, 2, 2))\n"
+        "    print(vae_fast.backends.backend_for('cpu'))\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "VAE_FAST_BACKEND": value}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert message in run.stdout
+
+
+def test_a_missing_backend_warns_once_and_falls_back(monkeypatch):
+    def broken():
+        raise backends._build.BuildError("no compiler")
+
+    monkeypatch.setattr(backends, "_resolved", {})
+    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends._build, "load", broken)
+    t = torch.randn(3, 4)
+    with pytest.warns(vae_fast.FallbackWarning, match="no compiler") as record:
+        first = vae_fast.gaussian_nll(t, t, t)
+        vae_fast.gaussian_nll(t, t, t)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    torch.testing.assert_close(first, vae_fast.reference.gaussian_nll(t, t, t))
+
+
+def test_report_covers_every_backend():
+    report = backends.report()
+    cpu = next(d for d in report["devices"] if d["device"] == "cpu")
+    assert {cpu["backend"], *cpu["others"]} == set(backends.BACKENDS)
+    assert report["extension"]["status"] == "loaded"
+    assert report["versions"]["torch"] == torch.__version__
