@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vae_fast import buffers
+
 PARAMS = ("logvar", "logstd", "std", "var", "softplus")
 REDUCTIONS = ("mean", "sum", "none")
 NO_LOSS = len(REDUCTIONS)
@@ -47,16 +49,12 @@ SCHEMAS = {
         "float beta, int reduction, int param, float lo, float hi, bool need_x) "
         "-> (Tensor g_x, Tensor g_mean, Tensor g_scale, Tensor g_log_q, Tensor g_log_p)"
     ),
-    # The forward that also writes the gradients for ∂loss = 1. A 0-dim scale's gradient is left as
-    # per-row shares (N,), which likelihood_rescale_ sums.
+    # The forward that also writes the gradients for ∂loss = 1 into g_mean and a full g_scale, which
+    # may be the memory of mean and scale themselves. A 0-dim scale's gradient comes back as per-row
+    # shares (N,), which likelihood_rescale_ sums.
     "likelihood_forward_grad": (
-        f"(Tensor x, Tensor mean, Tensor? scale, {_LIKELIHOOD_ARGS}) "
-        "-> (Tensor nll, Tensor loss, Tensor g_mean, Tensor g_scale)"
-    ),
-    # The same, over the memory of mean and of a full scale.
-    "likelihood_forward_grad_": (
-        f"(Tensor x, Tensor(a!) mean, Tensor(b!)? scale, {_LIKELIHOOD_ARGS}) "
-        "-> (Tensor nll, Tensor loss, Tensor g_scale)"
+        f"(Tensor x, Tensor mean, Tensor? scale, {_LIKELIHOOD_ARGS}, "
+        "Tensor(a!) g_mean, Tensor(b!)? g_scale) -> (Tensor nll, Tensor loss, Tensor g_shared)"
     ),
     # Turns those gradients into the ones for the actual upstream gradients, row by row; free when
     # the upstream gradient is the one of a plain loss.backward().
@@ -75,7 +73,6 @@ latent_backward = _OPS.latent_backward.default
 likelihood_forward = _OPS.likelihood_forward.default
 likelihood_backward = _OPS.likelihood_backward.default
 likelihood_forward_grad = _OPS.likelihood_forward_grad.default
-likelihood_forward_grad_ = _OPS.likelihood_forward_grad_.default
 likelihood_rescale_ = _OPS.likelihood_rescale_.default
 
 
@@ -123,17 +120,7 @@ def _(g_nll, g_loss, x, mean, scale, mask, beta, reduction, param, lo, hi, need_
 
 
 @torch.library.register_fake("vae_fast::likelihood_forward_grad", lib=_LIBRARY)
-def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi):
-    nll, loss = _fake_rows(x, mean, reduction)
-    if scale is None:
-        g_scale = nll.new_empty((0,))
-    else:
-        g_scale = torch.empty_like(nll) if scale.dim() == 0 else torch.empty_like(scale)
-    return nll, loss, torch.empty_like(mean), g_scale
-
-
-@torch.library.register_fake("vae_fast::likelihood_forward_grad_", lib=_LIBRARY)
-def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi):
+def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean, g_scale):
     nll, loss = _fake_rows(x, mean, reduction)
     scalar = scale is not None and scale.dim() == 0
     return nll, loss, torch.empty_like(nll) if scalar else nll.new_empty((0,))
@@ -214,7 +201,7 @@ def _refuse(name: str):
     return backward
 
 
-for _name in ("latent_backward", "likelihood_backward", "likelihood_forward_grad"):
+for _name in ("latent_backward", "likelihood_backward"):
     torch.library.register_autograd(f"vae_fast::{_name}", _refuse(_name), lib=_LIBRARY)
 
 
@@ -269,26 +256,22 @@ class LikelihoodGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, inplace):
-        options = (beta, reduction, param, lo, hi)
+        full = scale is not None and scale.dim() > 0
         with _below_autograd():
-            if inplace:
-                nll, loss, g_shared = likelihood_forward_grad_(
-                    x, mean, scale, mask, log_q, log_p, *options
-                )
-                # Detached, since autograd refuses to hand back a chunk that was written to.
-                g_mean, g_scale = mean.detach(), g_shared
-                torch.autograd.graph.increment_version(mean)
-                if scale is not None and scale.dim() > 0:
-                    torch.autograd.graph.increment_version(scale)
-                    g_scale = scale.detach()
-            else:
-                nll, loss, g_mean, g_scale = likelihood_forward_grad(
-                    x, mean, scale, mask, log_q, log_p, *options
-                )
-        ctx.save_for_backward(g_mean, None if scale is None else g_scale)
+            # In place, detached: autograd refuses to hand back a chunk that was written to.
+            new = torch.Tensor.detach if inplace else buffers.empty_like
+            g_mean, g_scale = new(mean), new(scale) if full else None
+            nll, loss, g_shared = likelihood_forward_grad(
+                x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean, g_scale
+            )
+        if inplace:
+            torch.autograd.graph.increment_version(mean)
+            if full:
+                torch.autograd.graph.increment_version(scale)
+        ctx.scalar = scale is not None and not full
+        ctx.save_for_backward(g_mean, g_shared if ctx.scalar else g_scale)
         ctx.set_materialize_grads(False)
         ctx.scale_dtype = None if scale is None else scale.dtype
-        ctx.scalar = scale is not None and scale.dim() == 0
         ctx.rows = None if log_q is None else log_q.shape
         batch = x.shape[0]
         ctx.options = (beta, reduction, mean.shape[0] // batch if batch else 1, batch)

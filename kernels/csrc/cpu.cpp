@@ -128,10 +128,10 @@ struct Latent {
   LatentOperand mu, scale;
   std::vector<T> shared;  // a 0-dim scale, repeated
   LatentKernels<T> kernels;
-  T lo, hi;
+  Clamp clamp;
 
   Latent(const Tensor& mu_, const Tensor& scale_, const Tensor& key, int64_t num_samples,
-         int64_t first_row_, int64_t param, double lo_, double hi_)
+         int64_t first_row_, int64_t param, double lo, double hi)
       : batch(mu_.size(0)),
         samples(std::max<int64_t>(num_samples, 1)),
         size(Event{event_sizes(mu_, 1)}.numel()),
@@ -141,8 +141,7 @@ struct Latent {
         scalar(scale_.dim() == 0),
         mu(mu_),
         kernels(latent_kernels<T>(static_cast<Param>(param))),
-        lo(static_cast<T>(lo_)),
-        hi(static_cast<T>(hi_)) {
+        clamp{lo, hi} {
     if (scalar) {
       shared.assign(kTile, scalar_value<T>(scale_));
     } else {
@@ -193,8 +192,11 @@ struct Latent {
   const T* load_mu(int64_t row, int64_t begin, int64_t n, T* buffer) const {
     return mu.load(row * mu.row_stride, begin, n, buffer);
   }
-  const T* load_scale(int64_t row, int64_t begin, int64_t n, T* buffer) const {
-    return scalar ? shared.data() : scale.load(row * scale.row_stride, begin, n, buffer);
+  // The clamped scale, and which elements' gradients that makes zero.
+  const T* load_scale(int64_t row, int64_t begin, int64_t n, T* buffer, bool* zero) const {
+    const T* raw =
+        scalar ? shared.data() : scale.load(row * scale.row_stride, begin, n, buffer);
+    return clamp.active() ? clamp.apply(raw, n, buffer, zero) : raw;
   }
 };
 
@@ -222,6 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Ten
   const Operand out = operand(z, 0);
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
     T eps[kNoiseTile], mu_tile[kTile], scale_tile[kTile], z_tile[kTile];
+    bool zero[kTile];
     const int64_t pitch = latent.pitch(begin);
     for (int64_t k = 0; k < latent.samples; ++k) {
       latent.noise(b, group, begin, k, eps);
@@ -231,8 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Ten
         T* const z_row = direct ? reinterpret_cast<T*>(out.at(at)) : z_tile;
         const LatentTerms<T> terms = latent.kernels.forward(
             n, latent.load_mu(b + i, begin, n, mu_tile),
-            latent.load_scale(b + i, begin, n, scale_tile), eps + i * pitch, latent.lo, latent.hi,
-            z_row);
+            latent.load_scale(b + i, begin, n, scale_tile, zero), eps + i * pitch, z_row);
         if (!direct) scatter(out, at, 1, n, z_row);
         q[row] -= terms.q;
         p[row] -= terms.p;
@@ -276,6 +278,7 @@ std::tuple<Tensor, Tensor> latent_backward_as(const OptionalTensor& g_z,
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
     T eps[kNoiseTile], mu_tile[kTile], scale_tile[kTile], z_tile[kTile];
     T sum_mu[kNoiseTile], sum_scale[kNoiseTile];
+    bool zero[kNoiseTile];
     const int64_t pitch = latent.pitch(begin);
     std::fill(sum_mu, sum_mu + group * pitch, T(0));
     std::fill(sum_scale, sum_scale + group * pitch, T(0));
@@ -290,19 +293,20 @@ std::tuple<Tensor, Tensor> latent_backward_as(const OptionalTensor& g_z,
           g_z_row = upstream.load(at, begin, n, z_tile);
         }
         latent.kernels.backward(n, latent.load_mu(b + i, begin, n, mu_tile),
-                                latent.load_scale(b + i, begin, n, scale_tile), eps + i * pitch,
-                                g_z_row, q[row], p[row], latent.lo, latent.hi, sum_mu + i * pitch,
+                                latent.load_scale(b + i, begin, n, scale_tile, zero + i * pitch),
+                                eps + i * pitch, g_z_row, q[row], p[row], sum_mu + i * pitch,
                                 sum_scale + i * pitch);
       }
     }
     for (int64_t i = 0; i < group; ++i) {
       const int64_t at = (b + i) * latent.size + begin;
-      const T* const row_scale = sum_scale + i * pitch;
+      T* const row_scale = sum_scale + i * pitch;
+      if (latent.clamp.active()) zero_where(zero + i * pitch, n, row_scale);
       scatter(out_mu, at, 1, n, sum_mu + i * pitch);
       if (latent.scalar) {
         g_shared[b + i] += tree_sum<T>(0, n, [&](int64_t j) { return row_scale[j]; });
       } else {
-        scatter(out_scale, at, 1, n, row_scale);
+        scatter(out_scale, at, 1, n, static_cast<const T*>(row_scale));
       }
     }
   });
@@ -340,12 +344,13 @@ struct Likelihood {
   bool scalar, need_x = false;
   Event event;
   Operand x, mean, scale, mask, g_x, g_mean, g_scale;
-  T shared = T(0);  // a 0-dim scale
+  T shared = T(0);        // a 0-dim scale, clamped
+  T shared_slope = T(1);  // and its clamp's derivative
   Param param;
-  T lo, hi;
+  Clamp clamp;
 
   Likelihood(const Tensor& x_, const Tensor& mean_, const OptionalTensor& scale_,
-             const OptionalTensor& mask_, int64_t param_, double lo_, double hi_)
+             const OptionalTensor& mask_, int64_t param_, double lo, double hi)
       : batch(x_.size(0)),
         rows(mean_.size(0)),
         samples(batch > 0 ? rows / batch : 1),
@@ -353,12 +358,15 @@ struct Likelihood {
         event{event_sizes(x_, 1)},
         x(operand(x_)),
         param(static_cast<Param>(param_)),
-        lo(static_cast<T>(lo_)),
-        hi(static_cast<T>(hi_)) {
+        clamp{lo, hi} {
     size = event.numel();
     pieces = std::max<int64_t>(1, (size + kPiece - 1) / kPiece);
     split(mean_, scale_, mean, scale);
-    if (scalar) shared = scalar_value<T>(*scale_);
+    if (scalar) {
+      const T raw = scalar_value<T>(*scale_);
+      shared = clamp.of(raw);
+      shared_slope = clamp.outside(raw) ? T(0) : T(1);
+    }
     if (mask_) mask = operand(*mask_);
   }
 
@@ -395,7 +403,10 @@ struct Likelihood {
               const LikelihoodTerms<T> terms =
                   run_piece(kernel, mode, n, begin, end, weight(n), x_sum.data());
               if (values) values[n * pieces + piece] = terms.value;
-              if (scales) scales[n * pieces + piece] = terms.g_scale;
+              if (scales) {
+                // Selected, not multiplied, since the gradient outside the clamp may be infinite.
+                scales[n * pieces + piece] = shared_slope == T(0) ? T(0) : terms.g_scale;
+              }
             }
             if (need_x) {
               event.store(g_x, unit / pieces, begin, end - begin,
@@ -429,6 +440,7 @@ struct Likelihood {
   LikelihoodTerms<T> run_piece(LikelihoodPiece<T> kernel, Mode mode, int64_t n, int64_t begin,
                                int64_t end, T weight, T* x_sum) const {
     T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile];
+    bool zero[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
     const bool gradient = mode != Mode::forward;
     LikelihoodTerms<T> sum{T(0), T(0)};
@@ -438,13 +450,17 @@ struct Likelihood {
       const T* xs = event.load(x, b, begin, count, x_tile);
       const T* ms = event.load(mean, n, begin, count, m_tile);
       const T* ss = scalar ? &shared : event.load(scale, n, begin, count, s_tile);
+      const bool clamped = !scalar && clamp.active();
+      if (clamped) ss = clamp.apply(ss, count, s_tile, zero);
       LikelihoodTerms<T> terms;
       if (mask) {
-        terms = masked_tile(kernel, gradient, n, b, begin, count, xs, ms, ss, weight, x_sum, counted);
+        terms = masked_tile(kernel, gradient, n, b, begin, count, xs, ms, ss, weight, x_sum,
+                            clamped ? zero : nullptr, counted);
       } else {
         T* gm = gradient ? event.target(g_mean, n, begin, gm_tile) : nullptr;
         T* gs = gradient && !scalar ? event.target(g_scale, n, begin, gs_tile) : nullptr;
-        terms = kernel(count, xs, ms, ss, lo, hi, weight, gm, gs);
+        terms = kernel(count, xs, ms, ss, weight, gm, gs);
+        if (gs && clamped) zero_where(zero, count, gs);
         if (gradient) store_gradients(n, begin, count, gm, gs, x_sum);
         counted += count;
       }
@@ -458,7 +474,8 @@ struct Likelihood {
   // The selected elements are packed together, and only they are ever computed on.
   LikelihoodTerms<T> masked_tile(LikelihoodPiece<T> kernel, bool gradient, int64_t n, int64_t b,
                                  int64_t begin, int64_t count, const T* xs, const T* ms,
-                                 const T* ss, T weight, T* x_sum, int64_t& counted) const {
+                                 const T* ss, T weight, T* x_sum, const bool* zero,
+                                 int64_t& counted) const {
     T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
     int64_t index[kTile + 1], kept = 0;
     event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
@@ -476,13 +493,14 @@ struct Likelihood {
     }
     counted += kept;
     const LikelihoodTerms<T> terms =
-        kernel(kept, x_kept, m_kept, s_kept, lo, hi, weight, gm_kept, gs_kept);
+        kernel(kept, x_kept, m_kept, s_kept, weight, gm_kept, gs_kept);
     if (gradient) {
       T gm_tile[kTile] = {}, gs_tile[kTile] = {};
       for (int64_t i = 0; i < kept; ++i) {
         gm_tile[index[i]] = gm_kept[i];
         if (!scalar) gs_tile[index[i]] = gs_kept[i];
       }
+      if (zero) zero_where(zero, count, gs_tile);
       store_gradients(n, begin, count, gm_tile, gs_tile, x_sum);
     }
     return terms;
@@ -596,45 +614,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward(
   return run(g_nll, g_loss, x, mean, scale, mask, beta, reduction, param, lo, hi, need_x);
 }
 
-// The forward that also writes the gradients, into fresh memory or over the mean and the scale.
+// The forward that also writes the gradients, into g_mean and g_scale, which may be mean and scale.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_grad_as(
+std::tuple<Tensor, Tensor, Tensor> forward_grad_as(
     const Tensor& x, const Tensor& mean, const OptionalTensor& scale, const OptionalTensor& mask,
     const OptionalTensor& log_q, const OptionalTensor& log_p, double beta, int64_t reduction_code,
-    int64_t param, double lo, double hi, bool inplace) {
+    int64_t param, double lo, double hi, const Tensor& g_mean, const OptionalTensor& g_scale) {
   const auto reduction = static_cast<Reduction>(reduction_code);
   Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
-  const bool full = scale && !pass.scalar;
-  Tensor g_mean = inplace ? mean : gradient_like(mean);
-  Tensor g_scale = pass.scalar ? empty({pass.rows}, type_of<T>)
-                   : !full     ? none(type_of<T>)
-                   : inplace   ? *scale
-                               : gradient_like(*scale);
-  pass.gradients(g_mean, full ? OptionalTensor(g_scale) : scale);
+  pass.gradients(g_mean, pass.scalar ? scale : g_scale);
   pass.fuse();
   Tensor nll = empty({pass.rows}, type_of<T>);
+  Tensor g_shared = pass.scalar ? empty({pass.rows}, type_of<T>) : none(type_of<T>);
   const T share = row_share<T>(pass.rows, pass.samples, reduction);
   pass.run(Mode::forward_grad, [&](int64_t) { return share; }, data_of<T>(nll),
-           pass.scalar ? data_of<T>(g_scale) : nullptr);
-  return {nll, finish_loss<T>(pass, data_of<T>(nll), log_q, log_p, beta, reduction), g_mean,
-          g_scale};
+           pass.scalar ? data_of<T>(g_shared) : nullptr);
+  return {nll, finish_loss<T>(pass, data_of<T>(nll), log_q, log_p, beta, reduction), g_shared};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> likelihood_forward_grad(
+std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad(
     Tensor x, Tensor mean, OptionalTensor scale, OptionalTensor mask, OptionalTensor log_q,
-    OptionalTensor log_p, double beta, int64_t reduction, int64_t param, double lo, double hi) {
+    OptionalTensor log_p, double beta, int64_t reduction, int64_t param, double lo, double hi,
+    Tensor g_mean, OptionalTensor g_scale) {
   const auto run = is_double(mean) ? forward_grad_as<double> : forward_grad_as<float>;
-  return run(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, false);
-}
-
-std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad_(
-    Tensor x, Tensor mean, OptionalTensor scale, OptionalTensor mask, OptionalTensor log_q,
-    OptionalTensor log_p, double beta, int64_t reduction, int64_t param, double lo, double hi) {
-  const auto run = is_double(mean) ? forward_grad_as<double> : forward_grad_as<float>;
-  auto [nll, loss, g_mean, g_scale] =
-      run(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, true);
-  const bool scalar = scale && scale->dim() == 0;
-  return {nll, loss, scalar ? g_scale : none(nll.scalar_type())};
+  return run(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean, g_scale);
 }
 
 // grad[n] *= factor(n), rows in parallel.
@@ -700,6 +703,5 @@ STABLE_TORCH_LIBRARY_IMPL(vae_fast, CPU, m) {
   m.impl("likelihood_forward", TORCH_BOX(&vae_fast::likelihood_forward));
   m.impl("likelihood_backward", TORCH_BOX(&vae_fast::likelihood_backward));
   m.impl("likelihood_forward_grad", TORCH_BOX(&vae_fast::likelihood_forward_grad));
-  m.impl("likelihood_forward_grad_", TORCH_BOX(&vae_fast::likelihood_forward_grad_));
   m.impl("likelihood_rescale_", TORCH_BOX(&vae_fast::likelihood_rescale_));
 }

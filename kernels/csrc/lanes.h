@@ -85,13 +85,13 @@ template <class T>
 struct LatentKernels {
   void (*noise)(int64_t calls, const uint32_t* lo, const uint32_t* hi, uint32_t k0, uint32_t k1,
                 T* eps);
-  LatentTerms<T> (*forward)(int64_t n, const T* mu, const T* scale, const T* eps, T lo, T hi, T* z);
+  LatentTerms<T> (*forward)(int64_t n, const T* mu, const T* scale, const T* eps, T* z);
   void (*backward)(int64_t n, const T* mu, const T* scale, const T* eps, const T* g_z, T g_q, T g_p,
-                   T lo, T hi, T* g_mu, T* g_scale);
+                   T* g_mu, T* g_scale);
 };
 
 template <class T>
 using LikelihoodPiece = LikelihoodTerms<T> (*)(int64_t n, const T* x, const T* mean, const T* scale,
-                                               T lo, T hi, T weight, T* g_mean, T* g_scale);
+                                               T weight, T* g_mean, T* g_scale);
 
 }  // namespace vae_fast

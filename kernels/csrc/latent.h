@@ -53,11 +53,11 @@ VAE_FAST_TARGET void noise_tile(int64_t calls, const uint32_t* lo, const uint32_
 template <class F, Param P>
 VAE_FAST_TARGET LatentTerms<ScalarOf<F>> latent_forward_row(int64_t n, const ScalarOf<F>* mu,
                                                   const ScalarOf<F>* scale, const ScalarOf<F>* eps,
-                                                  ScalarOf<F> lo, ScalarOf<F> hi, ScalarOf<F>* z) {
+                                                  ScalarOf<F>* z) {
   using T = ScalarOf<F>;
   F q{}, p{};
   for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
-    const Scale<F, P> s(clamp(at.load(scale, T(1)), lo, hi));
+    const Scale<F, P> s(at.load(scale, T(1)));
     const F e = at.load(eps);
     const F sample = at.load(mu) + s.sigma() * e;
     at.store(z, sample);
@@ -71,18 +71,15 @@ VAE_FAST_TARGET LatentTerms<ScalarOf<F>> latent_forward_row(int64_t n, const Sca
 template <class F, Param P>
 VAE_FAST_TARGET void latent_backward_row(int64_t n, const ScalarOf<F>* mu, const ScalarOf<F>* scale,
                                          const ScalarOf<F>* eps, const ScalarOf<F>* g_z,
-                                         ScalarOf<F> g_q, ScalarOf<F> g_p, ScalarOf<F> lo,
-                                         ScalarOf<F> hi, ScalarOf<F>* g_mu, ScalarOf<F>* g_scale) {
+                                         ScalarOf<F> g_q, ScalarOf<F> g_p, ScalarOf<F>* g_mu,
+                                         ScalarOf<F>* g_scale) {
   using T = ScalarOf<F>;
   for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
-    const F raw = at.load(scale, T(1));
-    const F clamped = clamp(raw, lo, hi);
-    const Scale<F, P> s(clamped);
+    const Scale<F, P> s(at.load(scale, T(1)));
     const F noise = s.sigma() * at.load(eps);
     const F h = at.load(g_z) - (at.load(mu) + noise) * g_p;
     at.store(g_mu, at.load(g_mu) + h);
-    at.store(g_scale,
-             at.load(g_scale) + clamp_gradient((noise * h - g_q) * s.slope, raw, clamped));
+    at.store(g_scale, at.load(g_scale) + (noise * h - g_q) * s.slope);
   });
 }
 

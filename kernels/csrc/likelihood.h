@@ -8,22 +8,19 @@
 template <class F, Param P, bool kScalar, Mode kMode>
 VAE_FAST_TARGET LikelihoodTerms<ScalarOf<F>> likelihood_piece(int64_t n, const ScalarOf<F>* x,
                                                     const ScalarOf<F>* mean,
-                                                    const ScalarOf<F>* scale, ScalarOf<F> lo,
-                                                    ScalarOf<F> hi, ScalarOf<F> weight,
+                                                    const ScalarOf<F>* scale, ScalarOf<F> weight,
                                                     ScalarOf<F>* g_mean, ScalarOf<F>* g_scale) {
   using T = ScalarOf<F>;
   F value{}, g_scalar{};
   const F shared = splat<F>(*scale);
   for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
-    const F raw = kScalar ? shared : at.load(scale, T(1));
-    const F clamped = clamp(raw, lo, hi);
-    const Scale<F, P> s(clamped);
+    const Scale<F, P> s(kScalar ? shared : at.load(scale, T(1)));
     const auto inverse = s.inverse();
     const F r = inverse.times(at.load(x) - at.load(mean));
     if constexpr (kMode != Mode::backward) value += at.keep(r * r * T(0.5) + s.log_sigma);
     if constexpr (kMode != Mode::forward) {
       at.store(g_mean, inverse.times(r) * -weight);
-      const F g = clamp_gradient((T(1) - r * r) * s.slope * weight, raw, clamped);
+      const F g = (T(1) - r * r) * (s.slope * weight);
       if constexpr (kScalar) {
         g_scalar += at.keep(g);
       } else {

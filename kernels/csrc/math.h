@@ -148,39 +148,38 @@ VAE_FAST_INLINE F log_any(F x) {
 }
 VAE_FAST_INLINE double log_any(double x) { return log(x); }
 
-// A factor e^t kept as a product of two, so that d·e^t overflows or underflows only where the
-// exact product does, and 0·e^t is 0 for every finite t.
+// A factor e^t kept as its square root, so that d·e^t overflows or underflows only where the exact
+// product does, and 0·e^t is 0 for every finite t.
 template <class F>
 struct Exp {
-  F a, b;
-  VAE_FAST_INLINE F times(F d) const { return (d * a) * b; }
-  VAE_FAST_INLINE F value() const { return a * b; }
+  F root;
+  VAE_FAST_INLINE F times(F d) const { return d * root * root; }
+  VAE_FAST_INLINE F value() const { return root * root; }
 };
 
-// e^t = 2^n·e^f, |f| ≤ ln2/2, degree-4 minimax polynomial for (e^f − 1 − f)/f² (error 3e-9).
+// e^(t/2) = 2^n·e^f, |f| ≤ ln2/2, degree-4 minimax polynomial for (e^f − 1 − f)/f² (error 3e-9).
+// Beyond |t| = 172 the root stays where it is: every product that this changes is 0 or infinite.
 template <class F>
-VAE_FAST_INLINE Exp<F> exp_parts(F t) {
+VAE_FAST_INLINE Exp<F> exp_of(F t) {
   using I = typename Traits<F>::Int;
-  t = select(t < -172.0f, splat<F>(-172.0f), t);  // false for NaN, which passes through
-  t = select(t > 172.0f, splat<F>(172.0f), t);
-  const F shifted = t * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum rounds to an integer
+  F h = t * 0.5f;
+  h = select(h < -86.0f, splat<F>(-86.0f), h);  // false for NaN, which passes through
+  h = select(h > 86.0f, splat<F>(86.0f), h);
+  const F shifted = h * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum rounds to an integer
   const F n = shifted - 12582912.0f;
-  const F f = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+  const F f = (h - n * 0.693359375f) - n * -2.12194440e-4f;
   F p = f * 0.00139504799f + 0.00836888235f;
   p = p * f + 0.041666206f;
   p = p * f + 0.166665196f;
   p = p * f + 0.5f;
   p = (p * (f * f) + f) + 1.0f;
   // For NaN any exponent will do, since p is NaN.
-  const I whole = bits_as<I>(shifted) - 0x4b400000;
-  const I half = whole >> 1;
-  return {p * bits_as<F>((half + 127) << 23), bits_as<F>((whole - half + 127) << 23)};
+  return {p * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23)};
 }
-VAE_FAST_INLINE Exp<double> exp_parts(double t) {
+VAE_FAST_INLINE Exp<double> exp_of(double t) {
   t = t < -1400.0 ? -1400.0 : t;
   t = t > 1400.0 ? 1400.0 : t;
-  const double a = exp(0.5 * t);
-  return {a, a};
+  return {exp(0.5 * t)};
 }
 
 // sin(2πu) and cos(2πu) for u in [0, 1]: the nearest quarter turn is removed exactly, and minimax
@@ -225,8 +224,8 @@ template <class F>
 struct ExpScale {
   F log_sigma;
   F slope;  // d(log σ)/ds
-  VAE_FAST_INLINE F sigma() const { return exp_parts(log_sigma).value(); }
-  VAE_FAST_INLINE Exp<F> inverse() const { return exp_parts(-log_sigma); }
+  VAE_FAST_INLINE F sigma() const { return exp_of(log_sigma).value(); }
+  VAE_FAST_INLINE Exp<F> inverse() const { return exp_of(-log_sigma); }
 };
 
 template <class F>
@@ -288,28 +287,15 @@ struct Scale<F, Param::softplus> {
   Negative<F> tail;
   VAE_FAST_INLINE explicit Scale(F s) : raw(s), tail(s - cut) {
     const Negative<F> negative(s);
-    const F w = exp_parts(negative.choose(s, -s)).value();
+    const F w = exp_of(negative.choose(s, -s)).value();
     value = negative.choose(s - s, s) + log1p_unit(w);  // s − s keeps NaN
     log_sigma = tail.choose(s, log_any(value));
     slope = tail.choose(splat<F>(T(1)), negative.choose(w, splat<F>(T(1))) / ((w + T(1)) * value));
   }
   VAE_FAST_INLINE F sigma() const { return value; }
   VAE_FAST_INLINE SoftplusInverse<F> inverse() const {
-    return {tail, exp_parts(-raw), {value}};
+    return {tail, exp_of(-raw), {value}};
   }
 };
-
-// torch.clamp: NaN passes through.
-template <class F>
-VAE_FAST_INLINE F clamp(F s, typename Traits<F>::Scalar lo, typename Traits<F>::Scalar hi) {
-  s = select(s < lo, splat<F>(lo), s);
-  return select(s > hi, splat<F>(hi), s);
-}
-
-// Its gradient: g on the closed interval, 0 outside (clamped − clamped, so that NaN stays NaN).
-template <class F>
-VAE_FAST_INLINE F clamp_gradient(F g, F raw, F clamped) {
-  return select(raw == clamped, g, clamped - clamped);
-}
 
 }  // namespace vae_fast

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -210,6 +211,35 @@ struct Event {
     });
   }
 };
+
+// torch.clamp of a tile, and its gradient: 1 on the closed interval, 0 outside. NaN passes through.
+struct Clamp {
+  double lo, hi;
+  bool active() const { return lo > -INFINITY || hi < INFINITY; }
+  template <class T>
+  T of(T s) const {
+    s = s < static_cast<T>(lo) ? static_cast<T>(lo) : s;
+    return s > static_cast<T>(hi) ? static_cast<T>(hi) : s;
+  }
+  template <class T>
+  bool outside(T s) const {
+    return s < static_cast<T>(lo) || s > static_cast<T>(hi);
+  }
+  // Clamps n elements into `to`, which may be `from`, and marks those whose gradient is zero.
+  template <class T>
+  const T* apply(const T* from, int64_t n, T* to, bool* zero) const {
+    for (int64_t i = 0; i < n; ++i) {
+      zero[i] = outside(from[i]);
+      to[i] = of(from[i]);
+    }
+    return to;
+  }
+};
+
+template <class T>
+void zero_where(const bool* zero, int64_t n, T* g) {
+  for (int64_t i = 0; i < n; ++i) g[i] = zero[i] ? T(0) : g[i];
+}
 
 // ---- outputs ---------------------------------------------------------------------------------
 

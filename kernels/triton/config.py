@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 _WARP = 32
+_WARPS = 4
 
 
 def _pow2(n: int) -> int:
@@ -13,12 +14,12 @@ def _pow2(n: int) -> int:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """A program of the latent pass owns ``rows`` rows and walks them in ``steps`` of some tiles.
+    """A program of the latent pass owns ``rows`` rows and walks them in steps of a few tiles.
 
     Attributes:
-        rows, cols: the tile, powers of two.
+        rows, cols: the tile, powers of two; it has one vector of each thread, or several rows.
+        tiles: tiles side by side in a step, a power of two.
         vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
-        unroll: tiles side by side in a step, unrolled.
         steps: steps that walk the row.
         even: the steps cover the row exactly, so no column needs a mask.
         num_warps: warps per program.
@@ -26,8 +27,8 @@ class LatentConfig:
 
     rows: int
     cols: int
+    tiles: int
     vec: int
-    unroll: int
     steps: int
     even: bool
     num_warps: int
@@ -39,47 +40,51 @@ def latent_config(rows: int, size: int, itemsize: int, sms: int) -> LatentConfig
     vec, each = 16 // itemsize, 4 if itemsize == 8 else 16
     # One warp to a program while a thread's ``each`` elements let it span the row: sums then need
     # neither shared memory nor a barrier.
-    num_warps = min(_pow2(-(-size // (_WARP * each))), 4)
+    num_warps = min(_pow2(-(-size // (_WARP * each))), _WARPS)
     threads = num_warps * _WARP
     # A thread's elements lie in one row as far as may be, so that they share their addresses and
     # are summed before anything crosses threads; but a tile's row is at least a 128-byte line.
     widest = min(max(_pow2(size), vec), threads * vec)
     cols = min(max(_pow2(size) * vec // each, 128 // itemsize), widest)
-    unroll = min(_pow2(-(-size // cols)), each // vec)
+    tiles = min(_pow2(-(-size // cols)), each // vec)
     # Short rows: several to a thread, unless the multiprocessors would then be short of programs.
     tile_rows = threads * vec // cols
-    each //= vec * unroll
+    each //= vec * tiles
     while each > 1 and rows >= 8 * sms * tile_rows:
         tile_rows, each = tile_rows * 2, each // 2
     return LatentConfig(
         rows=tile_rows,
         cols=cols,
+        tiles=tiles,
         vec=vec,
-        unroll=unroll,
-        steps=-(-size // (cols * unroll)),
-        even=size % (cols * unroll) == 0,
+        steps=-(-size // (cols * tiles)),
+        even=size % (cols * tiles) == 0,
         num_warps=num_warps,
     )
 
 
 @dataclass(frozen=True)
 class LikelihoodConfig:
-    """A program of the likelihood pass owns ``tiles`` tiles of ``rows`` rows, or part of one row.
+    """A program of the likelihood pass owns some rows, or a part of one row.
 
     Attributes:
-        rows, cols: the tile, powers of two.
-        chunks: tiles that a program's part of a row is cut into.
-        tiles: tiles of rows per program, so that few partial sums are left at the end.
+        rows, cols: the tile, powers of two; it has one vector of each thread, or several rows.
+        tiles: tiles side by side in a step, a power of two.
+        vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
+        steps: steps that walk the program's part of a row.
+        passes: times ``rows`` that a program owns, so that few partial sums are left at the end.
         split: programs that share one row, for few and long rows; a power of two.
-        even: the tiles cover the row exactly, so no column needs a mask.
+        even: the steps cover the row exactly, so no column needs a mask.
         num_warps: warps per program.
         programs: size of the grid.
     """
 
     rows: int
     cols: int
-    chunks: int
     tiles: int
+    vec: int
+    steps: int
+    passes: int
     split: int
     even: bool
     num_warps: int
@@ -90,29 +95,35 @@ class LikelihoodConfig:
 def likelihood_config(rows: int, size: int, itemsize: int, sms: int) -> LikelihoodConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
     vec = 16 // itemsize
-    threads = 128
-    # 16 elements a thread keep enough loads in flight; 8 in fp64, for the registers.
-    tile = threads * (8 if itemsize == 8 else 16)
-    cols = min(max(_pow2(size), vec), tile)
-    tile_rows = min(tile // cols, _pow2(rows))
-    while tile_rows > 1 and rows < sms * tile_rows:
+    # 16 elements a thread and step keep enough loads in flight; 4 in fp64, for the registers.
+    tiles = 4 if itemsize == 4 else 2
+    # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else the
+    # program's four warps share one.
+    warps_per_row = 1 if rows >= 8 * sms else _WARPS
+    cols = min(max(_pow2(size), vec), warps_per_row * _WARP * vec)
+    tiles = min(tiles, _pow2(-(-size // cols)))
+    tile_rows = min(_WARPS * _WARP * vec // cols, _pow2(rows))
+    while tile_rows > 1 and rows < 2 * sms * tile_rows:
         tile_rows //= 2
-    chunks = -(-size // cols)
-    # Programs for every multiprocessor to hold some; more only lengthen the final sum.
+    # Enough programs for every multiprocessor to hold several; more than ``most`` only lengthen the
+    # final sum over their parts.
     enough, most = 4 * sms, 32 * sms
     row_tiles = -(-rows // tile_rows)
+    steps = -(-size // (cols * tiles))
     split = 1
-    while split < chunks and row_tiles * split < enough:
+    while split < steps and row_tiles * split < enough:
         split *= 2
-    chunks = -(-chunks // split)
-    tiles = 1 if split > 1 else -(-row_tiles // most)
+    steps = -(-steps // split)
+    passes = 1 if split > 1 else -(-row_tiles // most)
     return LikelihoodConfig(
         rows=tile_rows,
         cols=cols,
-        chunks=chunks,
         tiles=tiles,
+        vec=vec,
+        steps=steps,
+        passes=passes,
         split=split,
-        even=size == split * chunks * cols,
-        num_warps=max(1, min(threads, tile_rows * cols // vec) // _WARP),
-        programs=-(-row_tiles // tiles) * split,
+        even=size == split * steps * tiles * cols,
+        num_warps=max(1, min(_WARPS, tile_rows * cols // (vec * _WARP))),
+        programs=-(-row_tiles // passes) * split,
     )

@@ -36,12 +36,18 @@ def _finish_rows(nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, nll, beta, ROW_
     tl.store(nll_ptr + n, nll, ok)
     term = nll
     if log_q_ptr is not None:
-        term += beta * tl.load(log_q_ptr + n, ok, 0.0).to(nll.dtype)
+        term += beta * tl.load(log_q_ptr + n, ok, 0.0)
     if log_p_ptr is not None:
-        term -= beta * tl.load(log_p_ptr + n, ok, 0.0).to(nll.dtype)
+        term -= beta * tl.load(log_p_ptr + n, ok, 0.0)
     if ROW_LOSS:
         tl.store(loss_ptr + n, term, ok)
     return tl.where(ok, term, 0.0)
+
+
+@triton.jit
+def _row_sum(x):
+    """Sum a [TILES, ROWS, COLS] tile over its row: first in each thread, then across threads."""
+    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -49,19 +55,20 @@ def likelihood_kernel(
     x_ptr, mean_ptr, scale_ptr, mask_ptr, log_q_ptr, log_p_ptr, g_nll_ptr, g_loss_ptr,
     nll_ptr, loss_ptr, g_x_ptr, g_mean_ptr, g_scale_ptr, g_log_q_ptr, g_log_p_ptr,
     counter_ptr, partial_ptr,
-    N, B, D, chunks, tiles, x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row,
+    N, B, D, steps, passes, x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row,
     mask_col, g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row,
     g_loss_row, packed, g_packed,
     beta: tl.float64, weight: tl.float64, lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALAR: tl.constexpr, GROUP: tl.constexpr,
     SAMPLES: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr, ROW_LOSS: tl.constexpr,
-    SUM_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, APPROX: tl.constexpr,
+    SUM_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
+    VEC: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ``tiles`` tiles of ROWS rows; or SPLIT programs share a row, ``chunks`` each.
+    """A program owns ROWS rows in each of ``passes``; or SPLIT programs share each row.
 
-    ``weight`` is c, a row's weight in the loss. ``packed`` is the offset of the scale's half in a
-    packed row, else 0; with GROUP, the halves alternate by that many elements (channels_last).
+    It walks its part of a row in ``steps`` of TILES tiles. ``weight`` is c, a row's weight in the
+    loss. ``packed`` is the offset of the scale's half in a packed row, else 0; with GROUP, the
+    halves alternate by that many elements (channels_last).
     """
     ACC: tl.constexpr = tl.float64 if mean_ptr.dtype.element_ty == tl.float64 else tl.float32
     beta = tl.full((), beta, ACC)
@@ -69,8 +76,8 @@ def likelihood_kernel(
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
     part = pid % SPLIT
-    loss = tl.zeros([ROWS, 1], ACC)
-    g_tau_sum = tl.zeros([ROWS, 1], ACC)
+    loss = tl.zeros([1, ROWS, 1], ACC)
+    g_tau_sum = tl.zeros([1, ROWS, 1], ACC)
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
         s = clamp(raw, lo, hi) if CLAMP else raw
@@ -79,37 +86,41 @@ def likelihood_kernel(
         if CLAMP:
             slope = tl.where((raw < lo) | (raw > hi), 0.0, slope)
 
-    for tile in range(tiles):
-        n = ((pid // SPLIT).to(tl.int64) * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]
-        ok = n < N
-        b = n % B if SAMPLES else n
+    for i in range(passes):
+        row = ((pid // SPLIT).to(N.dtype) * passes + i) * ROWS + tl.arange(0, ROWS)[None, :, None]
+        ok = row < N
+        n = row.to(tl.int64)
+        b = (row % B).to(tl.int64) if SAMPLES else n
         if GRAD:
             if FORWARD:
                 w = weight
             else:
-                w = tl.zeros([ROWS, 1], ACC)
+                w = tl.zeros([1, ROWS, 1], ACC)
                 if g_loss_ptr is not None:
-                    w += weight * tl.load(g_loss_ptr + b * g_loss_row, ok, 0.0).to(ACC)
+                    w += weight * tl.load(g_loss_ptr + b * g_loss_row, ok, 0.0)
                 if part == 0:
                     tl.store(g_log_q_ptr + n, beta * w, ok)
                     tl.store(g_log_p_ptr + n, -beta * w, ok)
                 if g_nll_ptr is not None:
-                    w += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0).to(ACC)
+                    w += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0)
 
-        nll = tl.zeros([ROWS, COLS], ACC)
-        g_tau = tl.zeros([ROWS, COLS], ACC)
-        for chunk in range(chunks):
-            cols = ((part * chunks + chunk) * COLS + tl.arange(0, COLS))[None, :]
+        nll = tl.zeros([TILES, ROWS, COLS], ACC)
+        g_tau = tl.zeros([TILES, ROWS, COLS], ACC)
+        for step in range(steps):
+            tile = (part * steps + step) * TILES + tl.arange(0, TILES)[:, None, None]
+            cols = tile * COLS + tl.arange(0, COLS)[None, None, :]
             mask = ok if EVEN else ok & (cols < D)
             keep = mask
             if mask_ptr is not None:
-                keep = mask & (tl.load(mask_ptr + b * mask_row + cols * mask_col, mask, 0) != 0)
+                # At most VEC a thread, lest one-byte elements give every tensor a wider layout.
+                seen = tl.max_contiguous(b * mask_row + cols * mask_col, [1, 1, VEC])
+                keep = mask & tl.load(mask_ptr + seen, mask, 0).to(tl.int1)
             half = cols + cols // GROUP * GROUP if GROUP else cols
             x = tl.load(x_ptr + b * x_row + cols * x_col, mask, 0.0).to(ACC)
             mean = tl.load(mean_ptr + n * mean_row + half * mean_col, mask, 0.0).to(ACC)
             if not SCALAR:
-                scale = tl.load(scale_ptr + packed + n * scale_row + half * scale_col, mask, 1.0)
-                raw = scale.to(ACC)
+                raw = scale_ptr + packed + n * scale_row + half * scale_col
+                raw = tl.load(raw, mask, 1.0).to(ACC)
                 s = clamp(raw, lo, hi) if CLAMP else raw
                 log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
             residual = divide(x - mean, root, tau)
@@ -137,7 +148,7 @@ def likelihood_kernel(
                     tl.store(g_scale, g_s, mask)
 
         if FORWARD:
-            row_nll = tl.sum(nll, 1, keep_dims=True)
+            row_nll = _row_sum(nll)
             if SPLIT == 1:
                 loss += _finish_rows(
                     nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
@@ -145,7 +156,7 @@ def likelihood_kernel(
             else:
                 tl.store(partial_ptr + n * SPLIT + part, row_nll, ok)
         if GRAD and SCALAR:
-            row_g_tau = tl.sum(g_tau, 1, keep_dims=True) * slope
+            row_g_tau = _row_sum(g_tau) * slope
             if FORWARD and SPLIT == 1:
                 tl.store(g_scale_ptr + n, row_g_tau, ok)
             elif FORWARD:
@@ -199,34 +210,36 @@ def _rescale_factor(g_nll_ptr, g_loss_ptr, n, ok, B, g_nll_row, g_loss_row, weig
 @triton.jit(do_not_specialize=["N", "B"])
 def rescale_kernel(
     g_mean_ptr, g_scale_ptr, g_nll_ptr, g_loss_ptr, g_log_q_ptr, g_log_p_ptr, total_ptr,
-    N, B, D, chunks, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row, g_loss_row,
-    beta: tl.float64, weight: tl.float64,
+    N, B, D, steps, passes, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row,
+    g_loss_row, beta: tl.float64, weight: tl.float64,
     SCALAR: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    TILES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Multiply row n of the gradients by f[n] in place; rows with f = 1 cost no memory traffic."""
+    """Multiply row n of the gradients by f[n] in place; where f = 1 it costs no memory traffic."""
     ACC: tl.constexpr = g_log_q_ptr.dtype.element_ty
     beta = tl.full((), beta, ACC)
     weight = tl.full((), weight, ACC)
     pid = tl.program_id(0)
     part = pid % SPLIT
-    n = (pid // SPLIT).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    ok = n < N
-    factor, g_loss = _rescale_factor(
-        g_nll_ptr, g_loss_ptr, n, ok, B, g_nll_row, g_loss_row, weight, SAMPLES
-    )
-    if part == 0:
-        tl.store(g_log_q_ptr + n, beta * weight * g_loss, ok)
-        tl.store(g_log_p_ptr + n, -beta * weight * g_loss, ok)
-    if tl.max((ok & (factor != 1.0)).to(tl.int32)) != 0:
-        for chunk in range(chunks):
-            cols = ((part * chunks + chunk) * COLS + tl.arange(0, COLS))[None, :]
-            mask = ok & (cols < D)
-            address = g_mean_ptr + n * g_mean_row + cols * g_mean_col
-            tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
-            if g_scale_ptr is not None and not SCALAR:
-                address = g_scale_ptr + n * g_scale_row + cols * g_scale_col
+    for i in range(passes):
+        n = ((pid // SPLIT).to(tl.int64) * passes + i) * ROWS + tl.arange(0, ROWS)[None, :, None]
+        ok = n < N
+        factor, g_loss = _rescale_factor(
+            g_nll_ptr, g_loss_ptr, n, ok, B, g_nll_row, g_loss_row, weight, SAMPLES
+        )
+        if part == 0:
+            tl.store(g_log_q_ptr + n, beta * weight * g_loss, ok)
+            tl.store(g_log_p_ptr + n, -beta * weight * g_loss, ok)
+        if tl.max((ok & (factor != 1.0)).to(tl.int32)) != 0:
+            for step in range(steps):
+                tile = (part * steps + step) * TILES + tl.arange(0, TILES)[:, None, None]
+                cols = tile * COLS + tl.arange(0, COLS)[None, None, :]
+                mask = ok & (cols < D)
+                address = g_mean_ptr + n * g_mean_row + cols * g_mean_col
                 tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
+                if g_scale_ptr is not None and not SCALAR:
+                    address = g_scale_ptr + n * g_scale_row + cols * g_scale_col
+                    tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
     if SCALAR:
         if pid == 0:  # N numbers: not worth a second launch, nor more than one program
             total = tl.zeros([2048], ACC)
@@ -401,15 +414,15 @@ def _launch(
         likelihood_kernel[(config.programs,)](
             x_in, mean_in, scale_in, mask_in, log_q, log_p, g_nll, g_loss,
             nll, loss, out_x, out_mean, out_scale, g_log_q, g_log_p, counter, partial,
-            n, batch, size, config.chunks, config.tiles,
+            n, batch, size, config.steps, config.passes,
             x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row, mask_col,
             g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col,
             g_nll_row, g_loss_row, offset, g_offset,
             beta, _row_weight(reduction, samples, batch), lo, hi,
             PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar, GROUP=walk.group,
             SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
-            ROWS=config.rows, COLS=config.cols, SPLIT=split, EVEN=config.even,
-            APPROX=use_approx(mean), num_warps=config.num_warps, num_stages=1,
+            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec, SPLIT=split,
+            EVEN=config.even, APPROX=use_approx(mean), num_warps=config.num_warps, num_stages=1,
             enable_fp_fusion=True,
         )  # fmt: skip
     if grad:
@@ -511,14 +524,13 @@ def likelihood_rescale_(
         g_loss = None
     size = math.prod(g_mean.shape[1:])
     config = likelihood_config(n, size, g_mean.element_size(), multiprocessors(g_mean))
-    programs = triton.cdiv(n, config.rows) * config.split
     with on_device(g_mean):
-        rescale_kernel[(programs,)](
+        rescale_kernel[(config.programs,)](
             out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,
-            n, batch, size, config.chunks, g_mean_row, g_mean_col, g_scale_row, g_scale_col,
-            g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
+            n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,
+            g_scale_col, g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
             SCALAR=scalar, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
-            SPLIT=config.split, num_warps=config.num_warps, num_stages=1,
+            TILES=config.tiles, SPLIT=config.split, num_warps=config.num_warps, num_stages=1,
             enable_fp_fusion=True,
         )  # fmt: skip
     mean_walk.store(g_mean, out_mean)

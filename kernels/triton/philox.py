@@ -107,31 +107,26 @@ def _normal4(seed, index, APPROX: tl.constexpr):
 
 
 @triton.jit
-def normal(
-    seed, base, COLS: tl.constexpr, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr
-):
-    """ε for a [rows, COLS] tile whose rows start at the Philox counters ``base``, uint64 [rows, 1].
+def normal(seed, index, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr):
+    """ε for a tile, its last dimension VEC times that of ``index``.
 
-    VEC is how many neighbouring elements a thread loads at once (2 in fp64, 4 or 8 in fp32): it
-    makes that many normals itself, so the joins below move nothing between threads.
+    A thread holds VEC neighbouring elements of a tile (2 in fp64, 4 or 8 in fp32) and makes their
+    noise itself, so the joins below move nothing between threads. ``index`` is the uint64 Philox
+    counter of the first call that those elements take, [tiles, rows, cols / VEC].
     """
-    ROWS: tl.constexpr = base.shape[0]
-    PER_CALL: tl.constexpr = 2 if FP64 else 4
-    # The first call of each thread's run of calls.
-    group = (tl.arange(0, COLS // VEC) * (VEC // PER_CALL))[None, :].to(tl.uint64)
     if FP64:
         tl.static_assert(VEC == 2)
-        x, y, z, w = philox(seed, base + group, APPROX)
+        x, y, z, w = philox(seed, index, APPROX)
         n0, n1 = _box_muller64(x, y, z, w)
         eps = tl.join(n0, n1)
     elif VEC == 4:
-        n0, n1, n2, n3 = _normal4(seed, base + group, APPROX)
+        n0, n1, n2, n3 = _normal4(seed, index, APPROX)
         eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
     else:
         tl.static_assert(VEC == 8)
-        n0, n1, n2, n3 = _normal4(seed, base + group, APPROX)
-        m0, m1, m2, m3 = _normal4(seed, base + group + 1, APPROX)
+        n0, n1, n2, n3 = _normal4(seed, index, APPROX)
+        m0, m1, m2, m3 = _normal4(seed, index + 1, APPROX)
         eps = tl.join(
             tl.join(tl.join(n0, m0), tl.join(n2, m2)), tl.join(tl.join(n1, m1), tl.join(n3, m3))
         )
-    return tl.reshape(eps, (ROWS, COLS))
+    return tl.reshape(eps, (index.shape[0], index.shape[1], index.shape[2] * VEC))

@@ -126,8 +126,10 @@ def scale_slopes(s, sigma, PARAM: tl.constexpr, APPROX: tl.constexpr):
 @triton.jit
 def _root(log_variance, APPROX: tl.constexpr):
     """τ^(-1/2) from log τ², kept finite and nonzero: times zero it is zero, and a NaN stays one."""
-    LIMIT: tl.constexpr = 2800.0 if log_variance.dtype == tl.float64 else 348.0
-    x = tl.clamp(log_variance, -LIMIT, LIMIT, tl.PropagateNan.ALL)
+    if log_variance.dtype == tl.float64:
+        x = clamp(log_variance, -2800.0, 2800.0)
+    else:
+        x = tl.clamp(log_variance, -348.0, 348.0, tl.PropagateNan.ALL)
     return exp_half(-0.5 * x, APPROX)
 
 
