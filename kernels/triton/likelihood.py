@@ -123,12 +123,12 @@ def likelihood_kernel(
                 raw = tl.load(raw, mask, 1.0).to(ACC)
                 s = clamp(raw, lo, hi) if CLAMP else raw
                 log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
-            residual = divide(x - mean, root, tau)
+            residual = divide(x - mean, root, tau, PARAM)
             if FORWARD:
                 value = 0.5 * (residual * residual + log_variance + LOG_2PI)
                 nll += value if EVEN and mask_ptr is None else tl.where(keep, value, 0.0)
             if GRAD:
-                g_x = divide(w * residual, root, tau)
+                g_x = divide(w * residual, root, tau, PARAM)
                 g_log_tau = w * (1.0 - residual * residual)
                 if mask_ptr is not None:
                     g_x = tl.where(keep, g_x, 0.0)

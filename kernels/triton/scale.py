@@ -137,15 +137,16 @@ def _root(log_variance, APPROX: tl.constexpr):
 def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     """Log τ² = 2 log τ, and the pair (root, τ) that ``divide`` takes.
 
-    1/τ itself overflows long before x/τ does, so it is held as its square root, and multiplied in
-    twice, where τ = e^(something), and as a plain divisor where τ is given.
+    1/τ itself overflows long before x/τ does, so where τ = e^(something) its square root is held,
+    to be multiplied in twice. What ``divide`` does not use for PARAM is returned as a copy.
     """
     if PARAM == LOGVAR or PARAM == LOGSTD:
         log_variance = s if PARAM == LOGVAR else 2.0 * s
-        root, tau = _root(log_variance, APPROX), None
+        root = _root(log_variance, APPROX)
+        tau = root
     elif PARAM == STD or PARAM == VAR:
         log_variance, tau = log_variance_and_scale(s, PARAM, APPROX)
-        root = None
+        root = tau
     else:
         log_tau, tau, _ = _softplus(s, APPROX)
         log_variance = 2.0 * log_tau
@@ -156,11 +157,11 @@ def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def divide(v, root, tau):
+def divide(v, root, tau, PARAM: tl.constexpr):
     """v/τ."""
-    if root is not None:
+    if PARAM != STD and PARAM != VAR:
         v = v * root * root
-    if tau is not None:
+    if PARAM != LOGVAR and PARAM != LOGSTD:
         v = v / tau
     return v
 
