@@ -56,9 +56,7 @@ def record_row(benchmark, request):
         seconds = benchmark.stats.stats.median
         share = bytes_moved / seconds / _bandwidth[0]
         peak = peak_bytes(step, reset)
-        benchmark.extra_info.update(
-            bytes_moved=bytes_moved, bandwidth_share=share, peak_bytes=peak
-        )
+        benchmark.extra_info.update(bytes_moved=bytes_moved, bandwidth_share=share, peak_bytes=peak)
         _rows.append(
             {
                 "group": benchmark.group,

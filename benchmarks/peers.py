@@ -115,7 +115,7 @@ class Case:
         """The bytes that a step cannot avoid: each input read once, each result written once.
 
         Latent pass: μ and the scale in, z out, and for the backward pass μ, the scale and z's
-        gradient in, two gradients out. Likelihood pass: x, mean and scale in, and two gradients out.
+        gradient in, two gradients out. Likelihood pass: x, mean and scale in, two gradients out.
         """
         size = self.mu.element_size()
         small, large = self.batch * self.latent * size, self.batch * self.data * size

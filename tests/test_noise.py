@@ -34,7 +34,9 @@ def test_golden_stream_of_pytorch(case, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("latent_shape", [(1,), (2,), (3,), (5,), (16,), (63,), (2, 3), (1025,), (5000,)])
+@pytest.mark.parametrize(
+    "latent_shape", [(1,), (2,), (3,), (5,), (16,), (63,), (2, 3), (1025,), (5000,)]
+)
 def test_reference_stream(dtype, latent_shape, fused, key):
     for num_samples, first_row in ((None, 0), (3, 5)):
         ours = drawn(key, 5, num_samples, latent_shape, first_row, dtype)

@@ -20,7 +20,9 @@ def raw_scale(param, shape, dtype, device):
 
 def results_and_gradients(fn, inputs, upstream):
     """The outputs of fn, and the gradients of its inputs for the upstream gradients given."""
-    inputs = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    inputs = [
+        t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs
+    ]
     outputs = fn(*inputs)
     total = sum((o * g.to(o.dtype)).sum() for o, g in zip(outputs, upstream))
     return [o.detach() for o in outputs] + list(torch.autograd.grad(total, inputs))
@@ -264,7 +266,10 @@ def test_extreme_logvar_stays_finite(fused):
     s.requires_grad_()
     nll = vae_fast.gaussian_nll(x, mean, s)
     nll.sum().backward()
-    truth_mean, truth_s = mean.detach().double().requires_grad_(), s.detach().double().requires_grad_()
+    truth_mean, truth_s = (
+        mean.detach().double().requires_grad_(),
+        s.detach().double().requires_grad_(),
+    )
     truth = reference.gaussian_nll(x.double(), truth_mean, truth_s)
     truth.sum().backward()
     torch.testing.assert_close(nll.double(), truth, rtol=2e-5, atol=0)

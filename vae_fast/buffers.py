@@ -2,8 +2,8 @@
 
 Fresh memory costs more in page faults than the pass that fills it: the C library returns a freed
 tensor of this size to the system, and the next step faults it in again, page by page. So the last
-few buffers are kept, and one is handed out again once nothing but this module holds its memory. GPUs
-have PyTorch's caching allocator for this.
+few buffers are kept, and one is handed out again once nothing but this module holds its memory.
+GPUs have PyTorch's caching allocator for this.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ class ELBOOutput(NamedTuple):
 class FusedELBO(nn.Module):
     """Negative evidence lower bound of a VAE with Gaussian posterior, prior and likelihood.
 
-    loss = E_q[−log p(x|z)] + β·E_q[log q(z|x) − log p(z)], by Monte Carlo with K samples (Kingma and
-    Welling 2014, eq. 3; β as in Higgins et al. 2017, eq. 4). Two fused passes, one on each side of
-    the decoder, in the forward and in the backward direction.
+    loss = E_q[−log p(x|z)] + β·E_q[log q(z|x) − log p(z)], by Monte Carlo with K samples (Kingma
+    and Welling 2014, eq. 3; β as in Higgins et al. 2017, eq. 4). Two fused passes, one on each side
+    of the decoder, in the forward and in the backward direction.
 
     Args:
         beta: weight of the KL term.
@@ -149,6 +149,7 @@ class FusedELBO(nn.Module):
         return ELBOOutput(loss, nll, log_q, log_p, z)
 
     def extra_repr(self) -> str:
+        """Every option, for ``repr``."""
         return (
             f"beta={self.beta}, num_samples={self.num_samples}, "
             f"posterior_param={self.posterior_param!r}, "

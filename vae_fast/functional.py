@@ -51,8 +51,8 @@ def reparameterize(
     Args:
         mu: posterior means, (B, *latent), floating point.
         scale: raw scale parameters, broadcastable to ``mu``, or 0-dim.
-        param: what ``scale`` means: ``"logvar"`` σ = e^{s/2}, ``"logstd"`` σ = e^s, ``"std"`` σ = s,
-            ``"var"`` σ = √s, ``"softplus"`` σ = log(1 + e^s).
+        param: what ``scale`` means: ``"logvar"`` σ = e^{s/2}, ``"logstd"`` σ = e^s, ``"std"``
+            σ = s, ``"var"`` σ = √s, ``"softplus"`` σ = log(1 + e^s).
         num_samples: K samples per row; ``None`` for one, without a sample axis.
         key: noise key, ``uint64`` of shape (2,); a fresh one is drawn if ``None``.
         generator: where a fresh key is drawn from; the device's default generator if ``None``.
@@ -183,8 +183,8 @@ def fused_elbo(
 
     loss = mean over samples of nll + β(log q − log p), then ``reduction`` over the batch (Kingma
     and Welling 2014, eq. 3, by Monte Carlo; β as in Higgins et al. 2017, eq. 4). For reductions
-    ``"mean"`` and ``"sum"`` the forward pass also writes the gradients, which the backward pass then
-    only hands on.
+    ``"mean"`` and ``"sum"`` the forward pass also writes the gradients, which the backward pass
+    then only hands on.
 
     Args:
         x: data, (B, *event), floating point.
@@ -451,7 +451,9 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 def _overlaps_itself(t: Tensor) -> bool:
     reach = 1
-    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape) if sz > 1):
+    for stride, size in sorted(
+        (st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz > 1
+    ):
         if stride < reach:
             return True
         reach += stride * (size - 1)

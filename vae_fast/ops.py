@@ -15,7 +15,6 @@ Conventions, for batch size B, K samples, N = K·B rows with row n = k·B + b:
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -77,7 +76,7 @@ likelihood_rescale_ = _OPS.likelihood_rescale_.default
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of arithmetic and of per-row results: fp64 for fp64 tensors, fp32 for all others."""
+    """The dtype of arithmetic and per-row results: fp64 for fp64 tensors, fp32 for all others."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -151,7 +150,7 @@ def _latent_backward(ctx, g_z, g_log_q, g_log_p):
 
 
 def _setup_likelihood(ctx, inputs, output):
-    x, mean, scale, mask, log_q, log_p, *ctx.options = inputs
+    x, mean, scale, mask, log_q, _, *ctx.options = inputs
     ctx.save_for_backward(x, mean, scale, mask)
     ctx.rows = None if log_q is None else log_q.shape
     ctx.set_materialize_grads(False)
@@ -206,11 +205,16 @@ for _name in ("latent_backward", "likelihood_backward"):
 
 
 # The ops' registered autograd serves torch.compile and direct calls. The functions below are its
-# fast twin for eager calls: the same set-up and backward without the generic Python wrappers (or the
-# argument binding of a separate setup_context), which cost more than a small batch's arithmetic.
+# fast twin for eager calls: the same set-up and backward without the generic Python wrappers (or
+# the argument binding of a separate setup_context), which cost more than a small batch's arithmetic.
 # They call the ops below autograd, and refuse a second differentiation themselves.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_once_differentiable = torch.autograd.function.once_differentiable
+
+
+def _once_differentiable(backward):
+    """``torch.autograd.function.once_differentiable``, free unless a graph is being created."""
+    marked = torch.autograd.function.once_differentiable(backward)
+    return lambda *args: marked(*args) if torch.is_grad_enabled() else backward(*args)
 
 
 class Latent(torch.autograd.Function):
@@ -312,5 +316,5 @@ likelihood_grad = super(torch.autograd.Function, LikelihoodGrad).apply
 
 
 def eager_autograd_suffices() -> bool:
-    """Whether a call may go through the functions above, rather than the ops' registered autograd."""
+    """Whether a call may go through the functions above, not the ops' registered autograd."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())

@@ -24,7 +24,7 @@ def _accumulation(t: Tensor) -> torch.dtype:
 
 
 def log_scale_and_scale(s: Tensor, param: str) -> tuple[Tensor, Tensor]:
-    """log σ and σ of a raw scale parameter ``s``."""
+    """Log σ and σ of a raw scale parameter ``s``."""
     if param == "logvar":
         return 0.5 * s, torch.exp(0.5 * s)
     if param == "logstd":
@@ -124,7 +124,8 @@ def elbo_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Negative ELBO from per-row terms of shape (B,) or (K, B) (Kingma and Welling 2014, eq. 3;
-    β as in Higgins et al. 2017, eq. 4): the mean over k, then ``reduction`` over the batch."""
+    β as in Higgins et al. 2017, eq. 4): the mean over k, then ``reduction`` over the batch.
+    """
     rows = nll + beta * (log_q - log_p)
     if rows.dim() == 2:
         rows = rows.mean(0)

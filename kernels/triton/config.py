@@ -92,11 +92,18 @@ class LikelihoodConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def likelihood_config(rows: int, size: int, itemsize: int, sms: int) -> LikelihoodConfig:
-    """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
+def likelihood_config(
+    rows: int, size: int, itemsize: int, sms: int, heavy: bool = False
+) -> LikelihoodConfig:
+    """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
+
+    Args:
+        sms: multiprocessors of the GPU.
+        heavy: the arithmetic takes so many registers that a thread must hold fewer elements.
+    """
     vec = 16 // itemsize
     # 16 elements a thread and step keep enough loads in flight; 4 in fp64, for the registers.
-    tiles = 4 if itemsize == 4 else 2
+    tiles = (4 if itemsize == 4 else 2) // (2 if heavy else 1)
     # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else the
     # program's four warps share one.
     warps_per_row = 1 if rows >= 8 * sms else _WARPS

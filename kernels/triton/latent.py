@@ -15,11 +15,12 @@ from .config import latent_config
 from .launch import (
     accumulation,
     as_rows,
+    backend_of,
+    compile_options,
     multiprocessors,
     on_device,
     row_stride,
     scratch,
-    use_approx,
 )
 from .philox import normal
 from .reduce import is_last_program, sum_partials
@@ -211,8 +212,8 @@ def latent_forward(
             lo, hi,
             PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            EVEN=config.even, APPROX=use_approx(mu), num_warps=config.num_warps, num_stages=1,
-            enable_fp_fusion=True,
+            EVEN=config.even, num_warps=config.num_warps,
+            **compile_options(backend_of(mu), mu.dtype),
         )  # fmt: skip
     return z, log_q, log_p
 
@@ -251,7 +252,7 @@ def latent_backward(
             mu_row, mu_col, scale_row, scale_col, lo, hi,
             PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            EVEN=config.even, APPROX=use_approx(mu), num_warps=config.num_warps, num_stages=1,
-            enable_fp_fusion=True,
+            EVEN=config.even, num_warps=config.num_warps,
+            **compile_options(backend_of(mu), mu.dtype),
         )  # fmt: skip
     return g_mu, g_scale

@@ -19,9 +19,32 @@ def accumulation(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def use_approx(t: Tensor) -> bool:
-    """Whether NVIDIA's approximate PTX instructions apply: never in fp64, on AMD or on the CPU."""
-    return t.is_cuda and torch.version.hip is None and t.dtype != torch.float64
+def backend_of(t: Tensor) -> str:
+    """Who runs a kernel on ``t``: "cuda" (NVIDIA), "hip" (AMD) or "interpreter"."""
+    if not t.is_cuda:
+        return "interpreter"
+    return "cuda" if torch.version.hip is None else "hip"
+
+
+def compile_options(
+    backend: str, dtype: torch.dtype, registers: int | None = None
+) -> dict[str, bool | int]:
+    """Keyword arguments that depend on who compiles the kernel.
+
+    Args:
+        backend: as :func:`backend_of` says.
+        dtype: dtype of the arithmetic's main tensor.
+        registers: registers a thread may use, where ptxas would rather spill one than use more.
+    """
+    options: dict[str, bool | int] = {
+        # PTX's approximate instructions: AMD's compiler takes PTX silently and wrongly.
+        "APPROX": backend == "cuda" and dtype != torch.float64,
+        "enable_fp_fusion": True,
+        "num_stages": 1,
+    }
+    if backend == "cuda" and registers is not None:
+        options["maxnreg"] = registers
+    return options
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:

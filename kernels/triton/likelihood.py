@@ -14,15 +14,16 @@ from torch import Tensor
 from .config import likelihood_config
 from .launch import (
     accumulation,
+    backend_of,
     collapse,
+    compile_options,
     multiprocessors,
     on_device,
     row_stride,
     scratch,
-    use_approx,
 )
 from .reduce import is_last_program, sum_partials
-from .scale import clamp, divide, log_variance_and_divisor, log_scale_slope
+from .scale import SOFTPLUS, clamp, divide, log_scale_slope, log_variance_and_divisor
 
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
@@ -404,7 +405,9 @@ def _launch(
         g_loss = None
 
     itemsize = min(t.element_size() for t in (x, mean, scale_in))
-    config = likelihood_config(n, size, itemsize, multiprocessors(mean))
+    # softplus needs as many registers for its logarithms as the others need for all else.
+    heavy = param == SOFTPLUS.value
+    config = likelihood_config(n, size, itemsize, multiprocessors(mean), heavy)
     split, scalar_sum = config.split, grad and scalar and not forward
     counter = partial = None
     with on_device(mean):
@@ -422,8 +425,8 @@ def _launch(
             PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar, GROUP=walk.group,
             SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec, SPLIT=split,
-            EVEN=config.even, APPROX=use_approx(mean), num_warps=config.num_warps, num_stages=1,
-            enable_fp_fusion=True,
+            EVEN=config.even, num_warps=config.num_warps,
+            **compile_options(backend_of(mean), mean.dtype, registers=128),
         )  # fmt: skip
     if grad:
         walk.store(g_mean, out_mean)
@@ -530,8 +533,8 @@ def likelihood_rescale_(
             n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,
             g_scale_col, g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
             SCALAR=scalar, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
-            TILES=config.tiles, SPLIT=config.split, num_warps=config.num_warps, num_stages=1,
-            enable_fp_fusion=True,
+            TILES=config.tiles, SPLIT=config.split, num_warps=config.num_warps,
+            num_stages=1,
         )  # fmt: skip
     mean_walk.store(g_mean, out_mean)
     if g_scale is not None and not scalar:
