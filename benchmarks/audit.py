@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, with no GPU: registers, spills, access widths, instructions.
 
-    python -m benchmarks.audit [--json] [--quick]
+    python -m benchmarks.audit [--json] [--only TEXT]
 
 The launchers themselves are run on CPU tensors, with the launch recorded instead of made, so that
 what is audited is what would be launched: the same heuristics, specialisation and options. Each
@@ -183,10 +183,11 @@ def record(case: Case, backend: str) -> Launch:
         latent: ("latent_forward_kernel", "latent_backward_kernel"),
         likelihood: ("likelihood_kernel", "rescale_kernel"),
     }
-    saved = [(m, n, getattr(m, n)) for m, names in kernels.items() for n in (*names, "backend_of")]
+    machine = (132, 32) if backend == "cuda" else (304, 64)
+    plays = {"backend_of": lambda t: backend, "machine": lambda t: machine}
+    saved = [(m, n, getattr(m, n)) for m, names in kernels.items() for n in (*names, *plays)]
     for module, name, value in saved:
-        stand_in = (lambda t: backend) if name == "backend_of" else _Recorder(value, launches)
-        setattr(module, name, stand_in)
+        setattr(module, name, plays.get(name) or _Recorder(value, launches))
     try:
         _call(case)
     finally:
@@ -322,11 +323,12 @@ def executed(
     instructions: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]
 ) -> int:
     """Instructions that one thread executes, its loops (outermost first) making ``trips`` trips."""
-    # What follows the exit after the ticket is the last program's; what follows the last exit is
-    # padding.
-    exits = [i.address for i in instructions if i.opcode == "EXIT"]
+    # What follows the exit after the ticket is the last program's.
     ticket = [i.address for i in instructions if i.opcode.startswith("ATOMG")]
-    end = min(e for e in exits if e > ticket[0]) if ticket else exits[-1]
+    if ticket:
+        end = min(i.address for i in instructions if i.opcode == "EXIT" and i.address > ticket[0])
+    else:
+        end = max(i.address for i in instructions if i.opcode != "NOP" and not _is_trap(i, labels))
     weight = {i.address: 1 for i in instructions if i.address <= end}
     loops = []
     for i in instructions:
@@ -342,6 +344,12 @@ def executed(
             if first <= address <= last:
                 weight[address] *= count
     return sum(weight[i.address] for i in instructions if i.address <= end and i.opcode != "NOP")
+
+
+def _is_trap(i: Instruction, labels: dict[str, int]) -> bool:
+    """Whether this is the jump to itself that ends every kernel."""
+    target = re.search(r"\((\.L_x_\w+)\)", i.text)
+    return i.opcode == "BRA" and target is not None and labels[target[1]] == i.address
 
 
 def resources(cubin: bytes) -> int:

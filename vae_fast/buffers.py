@@ -8,6 +8,7 @@ GPUs have PyTorch's caching allocator for this.
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import torch
@@ -17,12 +18,32 @@ SMALLEST = 1 << 17  # bytes; below, the C library's heap reuses memory by itself
 MOST = 4  # buffers kept: the two gradients of a step, and two of the step before it
 LARGEST_TOTAL = 1 << 31  # bytes kept
 
-# (buffer, its storage's address, use count when nobody else holds it), the latest used last.
-_kept: list[tuple[Tensor, int, int]] = []
-_lock = threading.Lock()
-
-# Counts the owners of a storage: tensors, views, NumPy arrays. Without it nothing is reused.
+# Without this nothing is reused.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+class _Buffer:
+    """A tensor that is kept, and how many hold its memory when nobody uses it."""
+
+    __slots__ = ("alone", "nbytes", "storage", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.storage = tensor.untyped_storage()
+        self.nbytes = self.storage.nbytes()
+        self.alone = self.holders()
+
+    def holders(self) -> tuple[int, int]:
+        """Tensors, views and NumPy arrays on this memory, and holders of its storage object."""
+        return _use_count(self.storage._cdata), sys.getrefcount(self.storage)
+
+    def fits(self, t: Tensor) -> bool:
+        own = self.tensor
+        return own.shape == t.shape and own.dtype == t.dtype and own.stride() == t.stride()
+
+
+_kept: list[_Buffer] = []  # the latest used last
+_lock = threading.Lock()
 
 
 def empty_like(t: Tensor) -> Tensor:
@@ -39,22 +60,17 @@ def empty_like(t: Tensor) -> Tensor:
 
 
 def _take(t: Tensor, nbytes: int) -> Tensor:
-    for i, (buffer, storage, alone) in enumerate(_kept):
-        same = buffer.shape == t.shape and buffer.dtype == t.dtype and buffer.stride() == t.stride()
-        if same and _use_count(storage) == alone:
+    for i, buffer in enumerate(_kept):
+        if buffer.fits(t) and buffer.holders() == buffer.alone:
             _kept.append(_kept.pop(i))
-            return buffer.view_as(buffer)
-    buffer = torch.empty_like(t)
-    storage = buffer.untyped_storage()._cdata
-    kept = nbytes + sum(b.numel() * b.element_size() for b, _, _ in _kept)
-    while _kept and (len(_kept) >= MOST or kept > LARGEST_TOTAL):
-        oldest = _kept.pop(0)[0]
-        kept -= oldest.numel() * oldest.element_size()
-    # A dense layout only: empty_like of a strided tensor would not be found again by its strides.
-    if buffer.stride() == t.stride():
-        _kept.append((buffer, storage, _use_count(storage)))
-        return buffer.view_as(buffer)
-    return buffer
+            return buffer.tensor.view_as(buffer.tensor)
+    tensor = torch.empty_like(t)
+    if tensor.stride() != t.stride():  # t is not dense, and would not be recognised next time
+        return tensor
+    while _kept and (len(_kept) >= MOST or nbytes + sum(b.nbytes for b in _kept) > LARGEST_TOTAL):
+        _kept.pop(0)
+    _kept.append(_Buffer(tensor))
+    return tensor.view_as(tensor)
 
 
 def clear() -> None:

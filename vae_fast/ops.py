@@ -206,7 +206,7 @@ for _name in ("latent_backward", "likelihood_backward"):
 
 # The ops' registered autograd serves torch.compile and direct calls. The functions below are its
 # fast twin for eager calls: the same set-up and backward without the generic Python wrappers (or
-# the argument binding of a separate setup_context), which cost more than a small batch's arithmetic.
+# the argument binding of a separate setup_context), which cost more than a small batch's work.
 # They call the ops below autograd, and refuse a second differentiation themselves.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 

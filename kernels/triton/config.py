@@ -3,7 +3,6 @@
 import functools
 from dataclasses import dataclass
 
-_WARP = 32
 _WARPS = 4
 
 
@@ -35,13 +34,17 @@ class LatentConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def latent_config(rows: int, size: int, itemsize: int, sms: int) -> LatentConfig:
-    """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes."""
+def latent_config(rows: int, size: int, itemsize: int, sms: int, warp: int) -> LatentConfig:
+    """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
+
+    Args:
+        sms, warp: multiprocessors of the GPU, and threads in a warp.
+    """
     vec, each = 16 // itemsize, 4 if itemsize == 8 else 16
     # One warp to a program while a thread's ``each`` elements let it span the row: sums then need
     # neither shared memory nor a barrier.
-    num_warps = min(_pow2(-(-size // (_WARP * each))), _WARPS)
-    threads = num_warps * _WARP
+    num_warps = min(_pow2(-(-size // (warp * each))), _WARPS)
+    threads = num_warps * warp
     # A thread's elements lie in one row as far as may be, so that they share their addresses and
     # are summed before anything crosses threads; but a tile's row is at least a 128-byte line.
     widest = min(max(_pow2(size), vec), threads * vec)
@@ -93,12 +96,12 @@ class LikelihoodConfig:
 
 @functools.lru_cache(maxsize=4096)
 def likelihood_config(
-    rows: int, size: int, itemsize: int, sms: int, heavy: bool = False
+    rows: int, size: int, itemsize: int, sms: int, warp: int, heavy: bool = False
 ) -> LikelihoodConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
 
     Args:
-        sms: multiprocessors of the GPU.
+        sms, warp: multiprocessors of the GPU, and threads in a warp.
         heavy: the arithmetic takes so many registers that a thread must hold fewer elements.
     """
     vec = 16 // itemsize
@@ -107,9 +110,9 @@ def likelihood_config(
     # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else the
     # program's four warps share one.
     warps_per_row = 1 if rows >= 8 * sms else _WARPS
-    cols = min(max(_pow2(size), vec), warps_per_row * _WARP * vec)
+    cols = min(max(_pow2(size), vec), warps_per_row * warp * vec)
     tiles = min(tiles, _pow2(-(-size // cols)))
-    tile_rows = min(_WARPS * _WARP * vec // cols, _pow2(rows))
+    tile_rows = min(_WARPS * warp * vec // cols, _pow2(rows))
     while tile_rows > 1 and rows < 2 * sms * tile_rows:
         tile_rows //= 2
     # Enough programs for every multiprocessor to hold several; more than ``most`` only lengthen the
@@ -131,6 +134,6 @@ def likelihood_config(
         passes=passes,
         split=split,
         even=size == split * steps * tiles * cols,
-        num_warps=max(1, min(_WARPS, tile_rows * cols // (vec * _WARP))),
+        num_warps=max(1, min(_WARPS, tile_rows * cols // (vec * warp))),
         programs=-(-row_tiles // passes) * split,
     )

@@ -7,9 +7,10 @@ The element formulas are those of ``reference.reparameterize``.
 import math
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .config import latent_config
 from .launch import (
@@ -17,7 +18,7 @@ from .launch import (
     as_rows,
     backend_of,
     compile_options,
-    multiprocessors,
+    machine,
     on_device,
     row_stride,
     scratch,
@@ -52,7 +53,7 @@ def _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS: tl.constexpr, TILES
     calls = ((L + PER_CALL - 1) // PER_CALL).to(tl.uint64)
     start = offset + ((first_row + row0) * K + k).to(tl.uint64) * calls
     tile = step * TILES + tl.arange(0, TILES)[:, None, None]
-    group = tile * (COLS // PER_CALL) + (tl.arange(0, COLS // VEC) * (VEC // PER_CALL))[None, None, :]
+    group = tl.arange(0, COLS // VEC)[None, None, :] * (VEC // PER_CALL) + tile * (COLS // PER_CALL)
     index = start + r.to(tl.uint64) * (calls * K) + group.to(tl.uint64)
     return normal(seed, index, VEC, FP64, APPROX)
 
@@ -82,7 +83,8 @@ def latent_forward_kernel(
 
     log q = -½ Σ(ε² + log σ² + log 2π) and log p = -½ Σ(z² + log 2π).
     """
-    ACC: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
+    FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
+    ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     pid = tl.program_id(0)
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(tl.int64) * ROWS
@@ -99,9 +101,7 @@ def latent_forward_kernel(
             s = scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col)
             s = tl.load(s, mask).to(ACC)
         log_variance, sigma = log_variance_and_scale(_scale(s, lo, hi, CLAMP), PARAM, APPROX)
-        eps = _noise(
-            key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, ACC == tl.float64, APPROX
-        )
+        eps = _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX)
         z = mu + sigma * eps
         tl.store(z_ptr + n0 * L + (r * L + cols), z, mask)
         if EVEN:
@@ -131,7 +131,8 @@ def latent_backward_kernel(
 
     With h = g_z - g_p·z: ∂μ = Σ_k h and ∂s = dσ/ds·Σ_k ε·h - d(log σ)/ds·Σ_k g_q.
     """
-    ACC: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
+    FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
+    ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     pid = tl.program_id(0)
     step = pid % steps
     row0 = (pid // steps).to(tl.int64) * ROWS
@@ -158,10 +159,7 @@ def latent_backward_kernel(
             if g_z_ptr is not None:
                 g_z = g_z_ptr + n0 * g_z_row + (r * g_z_row + cols * g_z_col)
                 h += tl.load(g_z, mask).to(ACC)
-            eps = _noise(
-                key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, ACC == tl.float64,
-                APPROX,
-            )  # fmt: skip
+            eps = _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX)
             if g_log_p_ptr is not None:
                 z = mu + sigma * eps
                 h -= tl.load(g_log_p_ptr + (n0 + r) * g_log_p_row) * z
@@ -181,7 +179,7 @@ def latent_backward_kernel(
         part = tl.where(keep if EVEN else keep & mask, g_s, 0.0)
         tl.store(partial_ptr + pid, tl.sum(part))
         if is_last_program(counter_ptr):
-            tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 2048))
+            tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 512))
     else:
         tl.store(g_scale_ptr + row0 * L + (r * L + cols), g_s, mask)
 
@@ -190,7 +188,7 @@ def latent_forward(
     mu: Tensor, scale: Tensor, key: Tensor, num_samples: int, first_row: int, param: int,
     lo: float, hi: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """z ([K,] B, *latent), log q(z|x) and log p(z) ([K,] B)."""
+    """Draw z ([K,] B, *latent), with log q(z|x) and log p(z) ([K,] B)."""
     batch, samples = mu.shape[0], max(num_samples, 1)
     lead = (num_samples, batch) if num_samples else (batch,)
     z = torch.empty((*lead, *mu.shape[1:]), dtype=mu.dtype, device=mu.device)
@@ -204,7 +202,7 @@ def latent_forward(
     mu, mu_row, mu_col = as_rows(mu)
     scale, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
     itemsize = min(mu.element_size(), scale.element_size())
-    config = latent_config(batch, size, itemsize, multiprocessors(mu))
+    config = latent_config(batch, size, itemsize, *machine(mu))
     with on_device(mu):
         latent_forward_kernel[(triton.cdiv(batch, config.rows) * samples,)](
             mu, scale, key, z, log_q, log_p,
@@ -241,7 +239,7 @@ def latent_backward(
     if g_log_p is not None:
         g_log_p, g_log_p_row = row_stride(g_log_p)
     itemsize = min(mu.element_size(), scale.element_size())
-    config = latent_config(batch, size, itemsize, multiprocessors(mu))
+    config = latent_config(batch, size, itemsize, *machine(mu))
     programs = triton.cdiv(batch, config.rows) * config.steps
     with on_device(mu):
         counter, partial = scratch(mu, accumulation(mu), programs) if scalar else (None, None)

@@ -55,13 +55,14 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _machine(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.warp_size
 
 
-def multiprocessors(t: Tensor) -> int:
-    """Number of multiprocessors of ``t``'s GPU; the interpreter plays an H200."""
-    return _multiprocessors(t.device.index) if t.is_cuda else 132
+def machine(t: Tensor) -> tuple[int, int]:
+    """Multiprocessors, and threads in a warp, of ``t``'s GPU; the interpreter plays an H200."""
+    return _machine(t.device.index) if t.is_cuda else (132, 32)
 
 
 def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tensor]:

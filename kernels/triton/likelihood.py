@@ -7,9 +7,10 @@ element formulas are those of ``reference.gaussian_nll``; the loss is ``referenc
 import math
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .config import likelihood_config
 from .launch import (
@@ -17,7 +18,7 @@ from .launch import (
     backend_of,
     collapse,
     compile_options,
-    multiprocessors,
+    machine,
     on_device,
     row_stride,
     scratch,
@@ -241,17 +242,17 @@ def rescale_kernel(
                 if g_scale_ptr is not None and not SCALAR:
                     address = g_scale_ptr + n * g_scale_row + cols * g_scale_col
                     tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
-    if SCALAR:
-        if pid == 0:  # N numbers: not worth a second launch, nor more than one program
-            total = tl.zeros([2048], ACC)
-            for start in range(0, N, 2048):
-                row = start + tl.arange(0, 2048).to(tl.int64)
-                row_ok = row < N
-                row_factor, _ = _rescale_factor(
-                    g_nll_ptr, g_loss_ptr, row, row_ok, B, g_nll_row, g_loss_row, weight, SAMPLES
-                )
-                total += row_factor * tl.load(g_scale_ptr + row, row_ok, 0.0)
-            tl.store(total_ptr, tl.sum(total))
+    # N numbers: not worth a second launch, nor more than one program.
+    if SCALAR and pid == 0:
+        total = tl.zeros([2048], ACC)
+        for start in range(0, N, 2048):
+            row = start + tl.arange(0, 2048).to(tl.int64)
+            row_ok = row < N
+            row_factor, _ = _rescale_factor(
+                g_nll_ptr, g_loss_ptr, row, row_ok, B, g_nll_row, g_loss_row, weight, SAMPLES
+            )
+            total += row_factor * tl.load(g_scale_ptr + row, row_ok, 0.0)
+        tl.store(total_ptr, tl.sum(total))
 
 
 def _row_weight(reduction: int, samples: int, batch: int) -> float:
@@ -407,7 +408,7 @@ def _launch(
     itemsize = min(t.element_size() for t in (x, mean, scale_in))
     # softplus needs as many registers for its logarithms as the others need for all else.
     heavy = param == SOFTPLUS.value
-    config = likelihood_config(n, size, itemsize, multiprocessors(mean), heavy)
+    config = likelihood_config(n, size, itemsize, *machine(mean), heavy)
     split, scalar_sum = config.split, grad and scalar and not forward
     counter = partial = None
     with on_device(mean):
@@ -446,7 +447,7 @@ def likelihood_forward(
     log_q: Tensor | None, log_p: Tensor | None,
     beta: float, reduction: int, param: int, lo: float, hi: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """nll (N,), and the finished loss of the rows nll + β(log q - log p)."""
+    """Give nll (N,), and the finished loss of the rows nll + β(log q - log p)."""
     nll, loss, *_ = _launch(
         x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
         forward=True, grad=False,
@@ -472,7 +473,7 @@ def likelihood_forward_grad(
     log_q: Tensor | None, log_p: Tensor | None,
     beta: float, reduction: int, param: int, lo: float, hi: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll and loss, with ∂mean and ∂scale of the loss (a scalar scale: its part from each row)."""
+    """Give nll and loss, ∂mean and ∂scale of the loss (of a scalar scale, each row's part)."""
     nll, loss, _, g_mean, g_scale, _, _ = _launch(
         x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
         forward=True, grad=True,
@@ -526,7 +527,7 @@ def likelihood_rescale_(
     if reduction == NO_LOSS:
         g_loss = None
     size = math.prod(g_mean.shape[1:])
-    config = likelihood_config(n, size, g_mean.element_size(), multiprocessors(g_mean))
+    config = likelihood_config(n, size, g_mean.element_size(), *machine(g_mean))
     with on_device(g_mean):
         rescale_kernel[(config.programs,)](
             out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,

@@ -140,11 +140,11 @@ def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     1/τ itself overflows long before x/τ does, so where τ = e^(something) its square root is held,
     to be multiplied in twice. What ``divide`` does not use for PARAM is returned as a copy.
     """
-    if PARAM == LOGVAR or PARAM == LOGSTD:
+    if (PARAM == LOGVAR) | (PARAM == LOGSTD):
         log_variance = s if PARAM == LOGVAR else 2.0 * s
         root = _root(log_variance, APPROX)
         tau = root
-    elif PARAM == STD or PARAM == VAR:
+    elif (PARAM == STD) | (PARAM == VAR):
         log_variance, tau = log_variance_and_scale(s, PARAM, APPROX)
         root = tau
     else:

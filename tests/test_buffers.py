@@ -1,0 +1,103 @@
+"""Reused output memory: handed out again only when nobody can see it any more."""
+
+import threading
+
+import pytest
+import torch
+
+import vae_fast
+from vae_fast import buffers
+
+
+@pytest.fixture(autouse=True)
+def _empty():
+    buffers.clear()
+    yield
+    buffers.clear()
+
+
+def like(n=buffers.SMALLEST):
+    return torch.empty(n)
+
+
+def test_memory_is_reused_once_it_is_free():
+    t = like()
+    first = buffers.empty_like(t)
+    address = first.data_ptr()
+    del first
+    assert buffers.empty_like(t).data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda t: t,
+        lambda t: t[5:],
+        lambda t: t.detach(),
+        lambda t: t.numpy(),
+        lambda t: t.untyped_storage(),
+        lambda t: torch.nn.Parameter(t),
+        lambda t: memoryview(t.numpy()),
+    ],
+)
+def test_memory_that_somebody_holds_is_not_reused(hold):
+    t = like()
+    first = buffers.empty_like(t)
+    address, held = first.data_ptr(), hold(first)
+    del first
+    assert buffers.empty_like(t).data_ptr() != address
+    del held
+
+
+def test_gradients_of_two_steps_do_not_share_memory():
+    x, log = torch.randn(64, 1024), torch.zeros(64)
+    steps = []
+    for i in range(4):
+        mean, s = (torch.full((64, 1024), 0.1 * i, requires_grad=True) for _ in range(2))
+        loss, _ = vae_fast.fused_elbo(x, mean, s, log, log)
+        loss.backward()
+        steps.append((mean, s, mean.grad.clone(), s.grad.clone()))
+    for mean, s, g_mean, g_s in steps:
+        assert torch.equal(mean.grad, g_mean)
+        assert torch.equal(s.grad, g_s)
+
+
+def test_what_is_kept_is_bounded():
+    for n in range(20):
+        buffers.empty_like(like(buffers.SMALLEST + n))
+    assert len(buffers._kept) == buffers.MOST
+
+
+def test_small_and_strided_tensors_are_left_to_pytorch():
+    buffers.empty_like(like(8))
+    strided = like(2 * buffers.SMALLEST)[::2]
+    out = buffers.empty_like(strided)
+    assert out.is_contiguous()
+    assert not buffers._kept
+
+
+def test_layout_and_dtype_are_kept():
+    t = torch.empty(8, 16, 64, 64, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        out = buffers.empty_like(t)
+        assert (out.shape, out.stride(), out.dtype) == (t.shape, t.stride(), t.dtype)
+        del out
+    assert len(buffers._kept) == 1
+
+
+def test_threads_never_share_a_buffer():
+    t, clashes = like(), []
+
+    def work(mark):
+        for _ in range(300):
+            out = buffers.empty_like(t)
+            out.fill_(mark)
+            if not torch.all(out == mark):
+                clashes.append(mark)
+
+    threads = [threading.Thread(target=work, args=(m,)) for m in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not clashes

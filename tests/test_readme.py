@@ -1,0 +1,50 @@
+"""The README's Python runs as it stands, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vae_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) == 3
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_snippet_runs(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(SNIPPETS[index], f"README.md[{index}]", "exec"), scope)
+    if index == 0:
+        assert torch.isfinite(scope["out"].loss)
+        assert len(SNIPPETS[0].splitlines()) <= 14
+    elif index == 1:
+        assert scope["z"].shape == (5, 8, 4)
+        assert scope["nll"].shape == (5, 8)
+    else:
+        assert isinstance(scope["vae"], vae_fast.VAE)
+        assert (tmp_path / "model.safetensors").exists()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, flags=re.M):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_tables_are_filled_in():
+    for marker in ("training", "benchmark"):
+        table = re.search(rf"<!-- {marker} -->(.*?)<!-- /{marker} -->", README, flags=re.S)[1]
+        assert table.count("|") > 20, f"run benchmarks/readme.py: {marker}"
