@@ -7,12 +7,17 @@ import sys
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 
 import vae_fast
 from vae_fast import backends, ops
 
 UNCLAMPED = (-math.inf, math.inf)
+
+
+def gradcheck(fn, inputs):
+    """Every entry of the Jacobian; in the slow interpreter, random projections of it."""
+    interpreted = backends.backend_for("cpu") == "triton"
+    return torch.autograd.gradcheck(fn, inputs, fast_mode=interpreted)
 
 
 @pytest.mark.parametrize("param", ops.PARAMS)
@@ -38,9 +43,17 @@ def test_gradcheck_likelihood(param, scalar, num_samples, fused):
     assert gradcheck(lambda *a: vae_fast.gaussian_nll(*a, param), (x, mean, s.requires_grad_()))
 
 
-@pytest.mark.parametrize("param", ops.PARAMS)
-@pytest.mark.parametrize("layout", ["full", "scalar", "packed"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+# Every layout and reduction for the two main parameters, and the others once.
+ELBO_CASES = [
+    (param, layout, reduction)
+    for param in ops.PARAMS
+    for layout in ("full", "scalar", "packed")
+    for reduction in ("mean", "sum", "none")
+    if param in ("logvar", "std") or (layout, reduction) == ("full", "mean")
+]
+
+
+@pytest.mark.parametrize(("param", "layout", "reduction"), ELBO_CASES)
 def test_gradcheck_elbo(param, layout, reduction, fused):
     """Including the forward that writes the gradients, whose loss and rows both have gradients."""
     x = torch.randn(2, 4, dtype=torch.float64, device=fused)
@@ -96,8 +109,11 @@ def samples(device, dtype=torch.float32):
             ops.likelihood_forward_grad,
             (t(3, 7), t(6, 7), t(()), None, *rows, 1.0, *tail, t(6, 7), None),
         ),
-        (ops.likelihood_rescale_, (t(6, 7), t(6, 7), rows[0], t(()).float(), 1.0, 0, 2, 3)),
-        (ops.likelihood_rescale_, (t(6, 7), rows[1], None, t(()).float(), 1.0, 0, 2, 3)),
+        (
+            ops.likelihood_rescale_,
+            (t(6, 7), t(6, 7), None, rows[0], t(()).float(), 1.0, 0, 2, 3),
+        ),
+        (ops.likelihood_rescale_, (t(6, 7), None, rows[1], None, t(()).float(), 1.0, 0, 2, 3)),
     ]
 
 

@@ -63,7 +63,7 @@ DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x0
 # No -ffast-math: NaN and infinity must survive.
 CXX_FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",

@@ -58,9 +58,9 @@ SCHEMAS = {
     # Turns those gradients into the ones for the actual upstream gradients, row by row; free when
     # the upstream gradient is the one of a plain loss.backward().
     "likelihood_rescale_": (
-        "(Tensor(a!) g_mean, Tensor(b!)? g_scale, Tensor? g_nll, Tensor? g_loss, float beta, "
-        "int reduction, int num_samples, int batch) "
-        "-> (Tensor g_log_q, Tensor g_log_p, Tensor g_scale_total)"
+        "(Tensor(a!) g_mean, Tensor(b!)? g_scale, Tensor? g_shared, Tensor? g_nll, "
+        "Tensor? g_loss, float beta, int reduction, int num_samples, int batch) "
+        "-> (Tensor g_log_q, Tensor g_log_p, Tensor g_scalar)"
     ),
 }
 for _name, _schema in SCHEMAS.items():
@@ -126,10 +126,9 @@ def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean
 
 
 @torch.library.register_fake("vae_fast::likelihood_rescale_", lib=_LIBRARY)
-def _(g_mean, g_scale, g_nll, g_loss, beta, reduction, num_samples, batch):
+def _(g_mean, g_scale, g_shared, g_nll, g_loss, beta, reduction, num_samples, batch):
     rows = g_mean.new_empty((num_samples * batch,), dtype=accumulation_dtype(g_mean))
-    scalar = g_scale is not None and g_scale.dim() == 1 and g_mean.dim() > 1
-    return rows, torch.empty_like(rows), rows.new_empty(() if scalar else (0,))
+    return rows, torch.empty_like(rows), rows.new_empty((0,) if g_shared is None else ())
 
 
 # ---- autograd --------------------------------------------------------------------------------
@@ -272,8 +271,8 @@ class LikelihoodGrad(torch.autograd.Function):
             torch.autograd.graph.increment_version(mean)
             if full:
                 torch.autograd.graph.increment_version(scale)
-        ctx.scalar = scale is not None and not full
-        ctx.save_for_backward(g_mean, g_shared if ctx.scalar else g_scale)
+        scalar = scale is not None and not full
+        ctx.save_for_backward(g_mean, g_scale, g_shared if scalar else None)
         ctx.set_materialize_grads(False)
         ctx.scale_dtype = None if scale is None else scale.dtype
         ctx.rows = None if log_q is None else log_q.shape
@@ -286,18 +285,17 @@ class LikelihoodGrad(torch.autograd.Function):
     def backward(ctx, g_nll, g_loss):
         if g_nll is None and g_loss is None:
             return (None,) * 12
-        g_mean, g_scale = ctx.saved_tensors
+        g_mean, g_scale, g_shared = ctx.saved_tensors
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # The graph may be walked again: leave what it saved as it is.
             g_mean = g_mean.clone()
-            if g_scale is not None and not ctx.scalar:
-                g_scale = g_scale.clone()
+            g_scale = None if g_scale is None else g_scale.clone()
         with _below_autograd():
-            g_log_q, g_log_p, g_shared = likelihood_rescale_(
-                g_mean, g_scale, g_nll, g_loss, *ctx.options
+            g_log_q, g_log_p, g_scalar = likelihood_rescale_(
+                g_mean, g_scale, g_shared, g_nll, g_loss, *ctx.options
             )
-        if ctx.scalar:
-            g_scale = g_shared.to(ctx.scale_dtype)
+        if g_shared is not None:
+            g_scale = g_scalar.to(ctx.scale_dtype)
         return (
             None,
             g_mean,

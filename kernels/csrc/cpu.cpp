@@ -70,18 +70,18 @@ LatentKernels<float> latent_kernels(Param param) {
 }
 
 template <class T>
-LikelihoodPiece<T> likelihood_kernel(Param param, bool scalar, Mode mode);
+LikelihoodPiece<T> likelihood_kernel(Param param, bool scalar, bool gradient);
 template <>
-LikelihoodPiece<double> likelihood_kernel(Param param, bool scalar, Mode mode) {
-  return base::likelihood_kernel<double>(param, scalar, mode);
+LikelihoodPiece<double> likelihood_kernel(Param param, bool scalar, bool gradient) {
+  return base::likelihood_kernel<double>(param, scalar, gradient);
 }
 template <>
-LikelihoodPiece<float> likelihood_kernel(Param param, bool scalar, Mode mode) {
+LikelihoodPiece<float> likelihood_kernel(Param param, bool scalar, bool gradient) {
 #if defined(__x86_64__)
-  if (kIsa == Isa::avx512) return avx512::likelihood_kernel<f32x16>(param, scalar, mode);
-  if (kIsa == Isa::avx2) return avx2::likelihood_kernel<f32x8>(param, scalar, mode);
+  if (kIsa == Isa::avx512) return avx512::likelihood_kernel<f32x16>(param, scalar, gradient);
+  if (kIsa == Isa::avx2) return avx2::likelihood_kernel<f32x8>(param, scalar, gradient);
 #endif
-  return base::likelihood_kernel<f32x4>(param, scalar, mode);
+  return base::likelihood_kernel<f32x4>(param, scalar, gradient);
 }
 
 // ---- latent pass -----------------------------------------------------------------------------
@@ -97,36 +97,43 @@ struct LatentOperand : Operand {
     }
   }
 
+  // n elements of each row as T: in place where they already are so, else gathered into `buffer`.
   template <class T>
-  const T* load(int64_t offset, int64_t begin, int64_t n, T* buffer) const {
-    offset += begin * strides[0];
-    if (type == type_of<T> && strides[0] == 1) return reinterpret_cast<const T*>(at(offset));
-    gather(*this, offset, strides[0], n, buffer);
-    return buffer;
+  Rows<const T> load(int64_t offset, int64_t rows, int64_t begin, int64_t n, T* buffer) const {
+    const int64_t stride = strides[0];
+    offset += begin * stride;
+    if (type == type_of<T> && stride == 1) {
+      return {reinterpret_cast<const T*>(at(offset)), row_stride};
+    }
+    const bool joined = row_stride == n * stride;
+    for (int64_t row = 0; row < (joined ? 1 : rows); ++row) {
+      gather(*this, offset + row * row_stride, stride, joined ? rows * n : n, buffer + row * n);
+    }
+    return {buffer, n};
   }
 
  private:
   bool straighten(int64_t event_from) {
     static_cast<Operand&>(*this) = operand(*owner_, event_from);
-    Event event{event_sizes(*owner_, event_from)};
-    event.fuse({this}, /*reorder=*/false);
+    Event event = event_of(*owner_, event_from);
+    event.fuse<1>({this}, /*reorder=*/false);
     return event.sizes.size() == 1;
   }
   OptionalTensor owner_;
 };
 
 // What both directions share: μ and the scale by rows of L elements, and the noise of a group of
-// rows. Rows are grouped so that short ones still fill the vector registers that make noise.
+// rows. Short rows are grouped, since rows and samples that follow each other have one run of noise.
 template <class T>
 struct Latent {
   static constexpr int64_t kLanes = sizeof(T) == 4 ? 4 : 2;  // normals per Philox call
   static constexpr int64_t kCalls = kTile / kLanes;          // Philox calls per tile
 
-  int64_t batch, samples, size, calls, group, first_row;
+  int64_t batch, samples, size, calls, group, together, first_row;
   uint64_t seed, offset;
   bool scalar;
   LatentOperand mu, scale;
-  std::vector<T> shared;  // a 0-dim scale, repeated
+  T shared[kTile];  // a 0-dim scale, repeated
   LatentKernels<T> kernels;
   Clamp clamp;
 
@@ -134,16 +141,17 @@ struct Latent {
          int64_t first_row_, int64_t param, double lo, double hi)
       : batch(mu_.size(0)),
         samples(std::max<int64_t>(num_samples, 1)),
-        size(Event{event_sizes(mu_, 1)}.numel()),
+        size(event_of(mu_).numel()),
         calls((size + kLanes - 1) / kLanes),
-        group(std::max<int64_t>(1, kCalls / std::max<int64_t>(calls, 1))),
+        group(std::max<int64_t>(1, kCalls / std::max<int64_t>(1, calls * samples))),
+        together(std::clamp<int64_t>(kCalls / std::max<int64_t>(1, calls), 1, samples)),
         first_row(first_row_),
         scalar(scale_.dim() == 0),
         mu(mu_),
         kernels(latent_kernels<T>(static_cast<Param>(param))),
         clamp{lo, hi} {
     if (scalar) {
-      shared.assign(kTile, scalar_value<T>(scale_));
+      std::fill(shared, shared + std::min(size, kTile), scalar_value<T>(scale_));
     } else {
       scale = LatentOperand(scale_);
     }
@@ -169,38 +177,38 @@ struct Latent {
         });
   }
 
-  // ε of a tile at sample k; row i of the tile starts at eps + i·pitch(begin).
-  void noise(int64_t b, int64_t rows, int64_t begin, int64_t k, T* eps) const {
-    uint32_t lo32[kCalls + 16], hi32[kCalls + 16];
-    const int64_t per_row = pitch(begin) / kLanes;
-    int64_t n = 0;
-    for (int64_t r = b; r < b + rows; ++r) {
-      const uint64_t row = (uint64_t(first_row) + r) * samples + k;
-      uint64_t counter = offset + row * calls + begin / kLanes;
-      for (int64_t c = 0; c < per_row; ++c, ++n, ++counter) {
-        lo32[n] = static_cast<uint32_t>(counter);
-        hi32[n] = static_cast<uint32_t>(counter >> 32);
+  // Calls fn(k, eps) for every sample k of a tile, with its noise.
+  template <class Fn>
+  void for_samples(int64_t b, int64_t rows, int64_t begin, const Fn& fn) const {
+    alignas(64) T eps[kTile + 64];  // room for the last block of 16 counters
+    const int64_t per_row = std::min(calls - begin / kLanes, kCalls);
+    for (int64_t first = 0; first < samples; first += together) {
+      const int64_t count = std::min(together, samples - first);
+      const uint64_t row = (uint64_t(first_row) + b) * samples + first;
+      kernels.noise(rows * count * per_row, offset + row * calls + begin / kLanes,
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), eps);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t pitch = per_row * kLanes;
+        fn(first + k, Rows<const T>{eps + k * pitch, count * pitch});
       }
     }
-    std::fill(lo32 + n, lo32 + n + 16, 0);  // the kernel works in blocks of 16 counters
-    std::fill(hi32 + n, hi32 + n + 16, 0);
-    kernels.noise(n, lo32, hi32, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                  eps);
   }
-  int64_t pitch(int64_t begin) const { return std::min(calls - begin / kLanes, kCalls) * kLanes; }
 
-  const T* load_mu(int64_t row, int64_t begin, int64_t n, T* buffer) const {
-    return mu.load(row * mu.row_stride, begin, n, buffer);
+  Rows<const T> load_mu(int64_t b, int64_t rows, int64_t begin, int64_t n, T* buffer) const {
+    return mu.load(b * mu.row_stride, rows, begin, n, buffer);
   }
   // The clamped scale, and which elements' gradients that makes zero.
-  const T* load_scale(int64_t row, int64_t begin, int64_t n, T* buffer, bool* zero) const {
-    const T* raw =
-        scalar ? shared.data() : scale.load(row * scale.row_stride, begin, n, buffer);
-    return clamp.active() ? clamp.apply(raw, n, buffer, zero) : raw;
+  Rows<const T> load_scale(int64_t b, int64_t rows, int64_t begin, int64_t n, T* buffer,
+                           bool* zero) const {
+    const Rows<const T> raw = scalar ? Rows<const T>{shared, 0}
+                                     : scale.load(b * scale.row_stride, rows, begin, n, buffer);
+    if (!clamp.active()) return raw;
+    for (int64_t row = 0; row < rows; ++row) {
+      clamp.apply(raw[row], n, buffer + row * n, zero + row * n);
+    }
+    return {buffer, n};
   }
 };
-
-constexpr int64_t kNoiseTile = kTile + 64;  // room for the last block of 16 counters
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Tensor& scale,
@@ -208,11 +216,13 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Ten
                                                      int64_t first_row, int64_t param, double lo,
                                                      double hi) {
   const Latent<T> latent(mu, scale, key, num_samples, first_row, param, lo, hi);
-  std::vector<int64_t> rows{latent.batch}, shape = event_sizes(mu, 0);
+  Dims rows, shape;
   if (num_samples > 0) {
-    rows.insert(rows.begin(), num_samples);
-    shape.insert(shape.begin(), num_samples);
+    rows.push_back(num_samples);
+    shape.push_back(num_samples);
   }
+  rows.push_back(latent.batch);
+  shape.append(mu.sizes());
   Tensor z = empty(shape, mu.scalar_type());
   Tensor log_q = empty(rows, type_of<T>), log_p = empty(rows, type_of<T>);
   T* const q = data_of<T>(log_q);
@@ -221,25 +231,18 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Ten
   std::fill(q, q + count, static_cast<T>(-kHalfLog2Pi * latent.size));
   std::fill(p, p + count, static_cast<T>(-kHalfLog2Pi * latent.size));
 
-  const Operand out = operand(z, 0);
+  const Output<T> out(z);
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
-    T eps[kNoiseTile], mu_tile[kTile], scale_tile[kTile], z_tile[kTile];
+    alignas(64) T mu_tile[kTile], scale_tile[kTile], z_tile[kTile];
     bool zero[kTile];
-    const int64_t pitch = latent.pitch(begin);
-    for (int64_t k = 0; k < latent.samples; ++k) {
-      latent.noise(b, group, begin, k, eps);
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t row = k * latent.batch + b + i, at = row * latent.size + begin;
-        const bool direct = out.type == type_of<T>;
-        T* const z_row = direct ? reinterpret_cast<T*>(out.at(at)) : z_tile;
-        const LatentTerms<T> terms = latent.kernels.forward(
-            n, latent.load_mu(b + i, begin, n, mu_tile),
-            latent.load_scale(b + i, begin, n, scale_tile, zero), eps + i * pitch, z_row);
-        if (!direct) scatter(out, at, 1, n, z_row);
-        q[row] -= terms.q;
-        p[row] -= terms.p;
-      }
-    }
+    const Rows<const T> mus = latent.load_mu(b, group, begin, n, mu_tile);
+    const Rows<const T> scales = latent.load_scale(b, group, begin, n, scale_tile, zero);
+    latent.for_samples(b, group, begin, [&](int64_t k, Rows<const T> eps) {
+      const int64_t row = k * latent.batch + b, at = row * latent.size + begin;
+      T* const to = out.target(at, z_tile);
+      latent.kernels.forward(group, n, mus, scales, eps, {to, n}, q + row, p + row);
+      out.store(at, group * n, to);
+    });
   });
   return {z, log_q, log_p};
 }
@@ -259,9 +262,9 @@ std::tuple<Tensor, Tensor> latent_backward_as(const OptionalTensor& g_z,
                                               int64_t num_samples, int64_t first_row, int64_t param,
                                               double lo, double hi) {
   const Latent<T> latent(mu, scale, key, num_samples, first_row, param, lo, hi);
-  Tensor g_mu = empty(event_sizes(mu, 0), mu.scalar_type());
-  Tensor g_scale = latent.scalar ? none(type_of<T>) : empty(event_sizes(mu, 0), scale.scalar_type());
-  const Operand out_mu = operand(g_mu, 0), out_scale = operand(g_scale, 0);
+  Tensor g_mu = empty(dims_of(mu), mu.scalar_type());
+  Tensor g_scale = latent.scalar ? none(type_of<T>) : empty(dims_of(mu), scale.scalar_type());
+  const Output<T> out_mu(g_mu), out_scale(g_scale);
   std::vector<T> g_shared(latent.scalar ? latent.batch : 0, T(0));
 
   LatentOperand upstream;
@@ -276,38 +279,29 @@ std::tuple<Tensor, Tensor> latent_backward_as(const OptionalTensor& g_z,
   const RowValues<T> q(flat_q), p(flat_p);
 
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
-    T eps[kNoiseTile], mu_tile[kTile], scale_tile[kTile], z_tile[kTile];
-    T sum_mu[kNoiseTile], sum_scale[kNoiseTile];
-    bool zero[kNoiseTile];
-    const int64_t pitch = latent.pitch(begin);
-    std::fill(sum_mu, sum_mu + group * pitch, T(0));
-    std::fill(sum_scale, sum_scale + group * pitch, T(0));
+    alignas(64) T mu_tile[kTile], scale_tile[kTile], z_tile[kTile], gm_tile[kTile], gs_tile[kTile];
+    bool zero[kTile];
+    const Rows<const T> mus = latent.load_mu(b, group, begin, n, mu_tile);
+    const Rows<const T> scales = latent.load_scale(b, group, begin, n, scale_tile, zero);
+    const int64_t at = b * latent.size + begin;
+    T* const gm = out_mu.target(at, gm_tile);
+    T* const gs = latent.scalar ? gs_tile : out_scale.target(at, gs_tile);
     if (!g_z) std::fill(z_tile, z_tile + n, T(0));
-    for (int64_t k = 0; k < latent.samples; ++k) {
-      latent.noise(b, group, begin, k, eps);
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t row = k * latent.batch + b + i;
-        const T* g_z_row = z_tile;
-        if (g_z) {
-          const int64_t at = k * sample_stride + (b + i) * upstream.row_stride;
-          g_z_row = upstream.load(at, begin, n, z_tile);
-        }
-        latent.kernels.backward(n, latent.load_mu(b + i, begin, n, mu_tile),
-                                latent.load_scale(b + i, begin, n, scale_tile, zero + i * pitch),
-                                eps + i * pitch, g_z_row, q[row], p[row], sum_mu + i * pitch,
-                                sum_scale + i * pitch);
+    latent.for_samples(b, group, begin, [&](int64_t k, Rows<const T> eps) {
+      Rows<const T> g_zs{z_tile, 0};
+      if (g_z) {
+        const int64_t from = k * sample_stride + b * upstream.row_stride;
+        g_zs = upstream.load(from, group, begin, n, z_tile);
       }
-    }
-    for (int64_t i = 0; i < group; ++i) {
-      const int64_t at = (b + i) * latent.size + begin;
-      T* const row_scale = sum_scale + i * pitch;
-      if (latent.clamp.active()) zero_where(zero + i * pitch, n, row_scale);
-      scatter(out_mu, at, 1, n, sum_mu + i * pitch);
-      if (latent.scalar) {
-        g_shared[b + i] += tree_sum<T>(0, n, [&](int64_t j) { return row_scale[j]; });
-      } else {
-        scatter(out_scale, at, 1, n, static_cast<const T*>(row_scale));
-      }
+      const int64_t row = k * latent.batch + b;
+      latent.kernels.backward(group, n, mus, scales, eps, g_zs, q.from(row), p.from(row), {gm, n},
+                              {gs, n}, /*add=*/k > 0);
+    });
+    if (latent.clamp.active()) zero_where(zero, group * n, gs);
+    out_mu.store(at, group * n, gm);
+    if (!latent.scalar) out_scale.store(at, group * n, gs);
+    for (int64_t i = 0; latent.scalar && i < group; ++i) {
+      g_shared[b + i] += tree_sum<T>(i * n, (i + 1) * n, [&](int64_t j) { return gs[j]; });
     }
   });
   if (latent.scalar) {
@@ -355,7 +349,7 @@ struct Likelihood {
         rows(mean_.size(0)),
         samples(batch > 0 ? rows / batch : 1),
         scalar(scale_ && scale_->dim() == 0),
-        event{event_sizes(x_, 1)},
+        event(event_of(x_)),
         x(operand(x_)),
         param(static_cast<Param>(param_)),
         clamp{lo, hi} {
@@ -376,14 +370,14 @@ struct Likelihood {
 
   // Call once all operands are known.
   void fuse() {
-    event.fuse({&mean, &x, &scale, &mask, &g_x, &g_mean, &g_scale}, /*reorder=*/true);
+    event.fuse<7>({&mean, &x, &scale, &mask, &g_x, &g_mean, &g_scale}, /*reorder=*/true);
   }
 
   // Runs the pass. weight(n) is row n's upstream gradient; value and g_shared receive the rows'
   // −log p(x|z) and their shares of a scalar scale's gradient.
   template <class Weight>
-  void run(Mode mode, const Weight& weight, T* value, T* g_shared) const {
-    const LikelihoodPiece<T> kernel = likelihood_kernel<T>(param, scalar, mode);
+  void run(bool gradient, const Weight& weight, T* value, T* g_shared) const {
+    const LikelihoodPiece<T> kernel = likelihood_kernel<T>(param, scalar, gradient);
     // With a gradient for x, the samples that share a row of x belong to one unit of work.
     const int64_t first_rows = need_x ? batch : rows;
     std::vector<T> piece_values(pieces > 1 && value ? rows * pieces : 0);
@@ -401,7 +395,7 @@ struct Likelihood {
             std::fill(x_sum.begin(), x_sum.end(), T(0));
             for (int64_t n = unit / pieces; n < rows; n += first_rows) {
               const LikelihoodTerms<T> terms =
-                  run_piece(kernel, mode, n, begin, end, weight(n), x_sum.data());
+                  run_piece(kernel, gradient, n, begin, end, weight(n), x_sum.data());
               if (values) values[n * pieces + piece] = terms.value;
               if (scales) {
                 // Selected, not multiplied, since the gradient outside the clamp may be infinite.
@@ -437,12 +431,11 @@ struct Likelihood {
   }
 
   // One piece of one row, tile by tile, with the constant of the elements it counts.
-  LikelihoodTerms<T> run_piece(LikelihoodPiece<T> kernel, Mode mode, int64_t n, int64_t begin,
-                               int64_t end, T weight, T* x_sum) const {
+  LikelihoodTerms<T> run_piece(LikelihoodPiece<T> kernel, bool gradient, int64_t n,
+                               int64_t begin, int64_t end, T weight, T* x_sum) const {
     T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile];
     bool zero[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
-    const bool gradient = mode != Mode::forward;
     LikelihoodTerms<T> sum{T(0), T(0)};
     int64_t counted = 0;
     for (; begin < end; begin += kTile, x_sum += kTile) {
@@ -509,6 +502,7 @@ struct Likelihood {
   void store_gradients(int64_t n, int64_t begin, int64_t count, const T* gm, const T* gs,
                        T* x_sum) const {
     if (need_x) {
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) x_sum[i] -= gm[i];  // ∂x = −∂m
     }
     event.store(g_mean, n, begin, count, gm);
@@ -526,7 +520,7 @@ Tensor finish_loss(const Likelihood<T>& pass, const T* nll, const OptionalTensor
   const T b = static_cast<T>(beta);
   const auto term = [&](int64_t n) { return log_q ? nll[n] + b * (q[n] - p[n]) : nll[n]; };
   if (reduction == Reduction::none) {
-    Tensor loss = empty({pass.batch}, type_of<T>);
+    Tensor loss = empty(Dims(pass.batch), type_of<T>);
     T* const out = data_of<T>(loss);
     for (int64_t i = 0; i < pass.batch; ++i) {
       const auto sample = [&](int64_t k) { return term(k * pass.batch + i); };
@@ -534,7 +528,7 @@ Tensor finish_loss(const Likelihood<T>& pass, const T* nll, const OptionalTensor
     }
     return loss;
   }
-  Tensor loss = empty({}, type_of<T>);
+  Tensor loss = empty(Dims(), type_of<T>);
   const T count = static_cast<T>(reduction == Reduction::mean ? pass.rows : pass.samples);
   *data_of<T>(loss) = tree_sum<T>(0, pass.rows, term) / count;
   return loss;
@@ -544,7 +538,7 @@ Tensor finish_loss(const Likelihood<T>& pass, const T* nll, const OptionalTensor
 template <class T>
 std::tuple<Tensor, Tensor> latent_gradients(int64_t rows, int64_t batch, double beta, T share,
                                             const RowValues<T>& g_loss) {
-  Tensor g_log_q = empty({rows}, type_of<T>), g_log_p = empty({rows}, type_of<T>);
+  Tensor g_log_q = empty(Dims(rows), type_of<T>), g_log_p = empty(Dims(rows), type_of<T>);
   T* const q = data_of<T>(g_log_q);
   T* const p = data_of<T>(g_log_p);
   for (int64_t n = 0; n < rows; ++n) {
@@ -564,9 +558,9 @@ std::tuple<Tensor, Tensor> likelihood_forward_as(const Tensor& x, const Tensor& 
                                                  double hi) {
   Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
   pass.fuse();
-  Tensor nll = empty({pass.rows}, type_of<T>);
+  Tensor nll = empty(Dims(pass.rows), type_of<T>);
   T* const value = data_of<T>(nll);
-  pass.run(Mode::forward, [](int64_t) { return T(0); }, value, nullptr);
+  pass.run(/*gradient=*/false, [](int64_t) { return T(0); }, value, nullptr);
   return {nll, finish_loss<T>(pass, value, log_q, log_p, beta, static_cast<Reduction>(reduction))};
 }
 
@@ -597,7 +591,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_as(
   const T share = row_share<T>(pass.rows, pass.samples, static_cast<Reduction>(reduction));
   const auto weight = [&](int64_t n) { return nll[n] + share * loss[n % pass.batch]; };
   std::vector<T> g_shared(pass.scalar ? pass.rows : 0);
-  pass.run(Mode::backward, weight, nullptr, pass.scalar ? g_shared.data() : nullptr);
+  pass.run(/*gradient=*/true, weight, nullptr, pass.scalar ? g_shared.data() : nullptr);
   if (pass.scalar) {
     g_scale = scalar_tensor(tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }),
                             scale->scalar_type());
@@ -624,10 +618,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_grad_as(
   Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
   pass.gradients(g_mean, pass.scalar ? scale : g_scale);
   pass.fuse();
-  Tensor nll = empty({pass.rows}, type_of<T>);
-  Tensor g_shared = pass.scalar ? empty({pass.rows}, type_of<T>) : none(type_of<T>);
+  Tensor nll = empty(Dims(pass.rows), type_of<T>);
+  Tensor g_shared = pass.scalar ? empty(Dims(pass.rows), type_of<T>) : none(type_of<T>);
   const T share = row_share<T>(pass.rows, pass.samples, reduction);
-  pass.run(Mode::forward_grad, [&](int64_t) { return share; }, data_of<T>(nll),
+  pass.run(/*gradient=*/true, [&](int64_t) { return share; }, data_of<T>(nll),
            pass.scalar ? data_of<T>(g_shared) : nullptr);
   return {nll, finish_loss<T>(pass, data_of<T>(nll), log_q, log_p, beta, reduction), g_shared};
 }
@@ -644,8 +638,8 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad(
 template <class T, class Factor>
 void rescale_rows(const Tensor& grad, const Factor& factor) {
   Operand rows = operand(grad);
-  Event event{event_sizes(grad, 1)};
-  event.fuse({&rows}, /*reorder=*/true);
+  Event event = event_of(grad);
+  event.fuse<1>({&rows}, /*reorder=*/true);
   const int64_t size = event.numel();
   torch::stable::parallel_for(
       0, grad.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
@@ -655,7 +649,9 @@ void rescale_rows(const Tensor& grad, const Factor& factor) {
           for (int64_t begin = 0; begin < size; begin += kTile) {
             const int64_t count = std::min(size - begin, kTile);
             const T* from = event.load(rows, n, begin, count, tile);
-            for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * factor(n);
+            const T by = factor(n);
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * by;
             event.store(rows, n, begin, count, static_cast<const T*>(scaled));
           }
         }
@@ -664,21 +660,21 @@ void rescale_rows(const Tensor& grad, const Factor& factor) {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_as(
-    const Tensor& g_mean, const OptionalTensor& g_scale, const OptionalTensor& g_nll,
-    const OptionalTensor& g_loss, double beta, int64_t reduction, int64_t samples, int64_t batch) {
+    const Tensor& g_mean, const OptionalTensor& g_scale, const OptionalTensor& g_shared,
+    const OptionalTensor& g_nll, const OptionalTensor& g_loss, double beta, int64_t reduction,
+    int64_t samples, int64_t batch) {
   const RowValues<T> nll(g_nll), loss(g_loss);
   const int64_t rows = samples * batch;
   const T share = row_share<T>(rows, samples, static_cast<Reduction>(reduction));
   const auto factor = [&](int64_t n) { return loss[n % batch] + nll[n] / share; };
-  const bool scalar = g_scale && g_scale->dim() == 1 && g_mean.dim() > 1;
   const bool unit = rows == 0 || (!g_nll && loss.stride == 0 && factor(0) == T(1));
   if (!unit) {
     rescale_rows<T>(g_mean, factor);
-    if (g_scale && !scalar) rescale_rows<T>(*g_scale, factor);
+    if (g_scale) rescale_rows<T>(*g_scale, factor);
   }
   Tensor total = none(type_of<T>);
-  if (scalar) {
-    const RowValues<T> part(g_scale);
+  if (g_shared) {
+    const RowValues<T> part(g_shared);
     const auto term = [&](int64_t n) { return factor(n) * part[n]; };
     total = scalar_tensor(tree_sum<T>(0, rows, term), type_of<T>);
   }
@@ -687,11 +683,12 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_as(
 }
 
 std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_(Tensor g_mean, OptionalTensor g_scale,
+                                                       OptionalTensor g_shared,
                                                        OptionalTensor g_nll, OptionalTensor g_loss,
                                                        double beta, int64_t reduction,
                                                        int64_t samples, int64_t batch) {
   const auto run = is_double(g_mean) ? likelihood_rescale_as<double> : likelihood_rescale_as<float>;
-  return run(g_mean, g_scale, g_nll, g_loss, beta, reduction, samples, batch);
+  return run(g_mean, g_scale, g_shared, g_nll, g_loss, beta, reduction, samples, batch);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "math.h"
 #include "philox.h"
@@ -11,16 +12,6 @@ namespace vae_fast {
 
 template <class F>
 using ScalarOf = typename Traits<F>::Scalar;
-
-template <class T>
-__attribute__((noinline)) inline void load_partial(const T* p, int64_t count, int width, T fill,
-                                                   T* lane) {
-  for (int j = 0; j < width; ++j) lane[j] = j < count ? p[j] : fill;
-}
-template <class T>
-__attribute__((noinline)) inline void store_partial(T* p, int64_t count, const T* lane) {
-  for (int64_t j = 0; j < count; ++j) p[j] = lane[j];
-}
 
 // The vector of elements i, i+1, ... of a row that has `left` elements from i on. In the last,
 // partial one, the lanes beyond the row load `fill`, store nothing and add nothing.
@@ -35,31 +26,42 @@ struct At {
     if (whole()) {
       std::memcpy(&v, p + i, sizeof(v));
     } else {
-      T lane[width];
-      load_partial(p + i, left, width, fill, lane);
-      std::memcpy(&v, lane, sizeof(v));
+      v = splat<F>(fill);
+      std::memcpy(&v, p + i, left * sizeof(T));
     }
     return v;
   }
   VAE_FAST_INLINE void store(T* p, F v) const {
-    if (whole()) {
-      std::memcpy(p + i, &v, sizeof(v));
-    } else {
-      T lane[width];
-      std::memcpy(lane, &v, sizeof(v));
-      store_partial(p + i, left, lane);
-    }
+    std::memcpy(p + i, &v, whole() ? sizeof(v) : left * sizeof(T));
   }
   VAE_FAST_INLINE F keep(F v) const {
-    if (!whole()) {
-      T lane[width];
-      store(lane - i, v);
-      load_partial(lane, left, width, T(0), lane);
-      std::memcpy(&v, lane, sizeof(v));
-    }
-    return v;
+    if (whole()) return v;
+    F kept{};
+    std::memcpy(&kept, &v, left * sizeof(T));
+    return kept;
   }
 };
+
+// In each quarter of four lanes, from lane kFrom on: one of a, one of b, ... or two and two.
+template <int kFrom, int kRun, class F, int... i>
+VAE_FAST_INLINE F interleave(F a, F b, std::integer_sequence<int, i...>) {
+  constexpr int w = Traits<F>::width;
+  return __builtin_shufflevector(
+      a, b, (i / 4 * 4 + kFrom + (kRun == 1 ? i % 4 / 2 + i % 2 * w : i % 2 + i % 4 / 2 * w))...);
+}
+
+// Transposes every quarter of (x, y, z, w), four lanes of each, and stores the four vectors.
+template <class F>
+VAE_FAST_INLINE void store_transposed(F x, F y, F z, F w, float* to) {
+  constexpr std::make_integer_sequence<int, Traits<F>::width> lanes;
+  const F xy_low = interleave<0, 1>(x, y, lanes), xy_high = interleave<2, 1>(x, y, lanes);
+  const F zw_low = interleave<0, 1>(z, w, lanes), zw_high = interleave<2, 1>(z, w, lanes);
+  const F out[4] = {interleave<0, 2>(xy_low, zw_low, lanes),
+                    interleave<2, 2>(xy_low, zw_low, lanes),
+                    interleave<0, 2>(xy_high, zw_high, lanes),
+                    interleave<2, 2>(xy_high, zw_high, lanes)};
+  std::memcpy(to, out, sizeof(out));
+}
 
 // On the loop bodies, so that they are compiled for their caller's instruction set.
 #define VAE_FAST_LAMBDA __attribute__((always_inline))
@@ -70,24 +72,26 @@ VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
 }
 
 template <class T>
-struct LatentTerms {
-  T q, p;
-};
-
-template <class T>
 struct LikelihoodTerms {
   T value, g_scale;
 };
 
-enum class Mode : int { forward, backward, forward_grad };
+// The first of some rows, and how far apart they are.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t pitch;
+  VAE_FAST_INLINE T* operator[](int64_t row) const { return data + row * pitch; }
+};
 
 template <class T>
 struct LatentKernels {
-  void (*noise)(int64_t calls, const uint32_t* lo, const uint32_t* hi, uint32_t k0, uint32_t k1,
-                T* eps);
-  LatentTerms<T> (*forward)(int64_t n, const T* mu, const T* scale, const T* eps, T* z);
-  void (*backward)(int64_t n, const T* mu, const T* scale, const T* eps, const T* g_z, T g_q, T g_p,
-                   T* g_mu, T* g_scale);
+  void (*noise)(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1, T* eps);
+  void (*forward)(int64_t rows, int64_t n, Rows<const T> mu, Rows<const T> scale,
+                  Rows<const T> eps, Rows<T> z, T* log_q, T* log_p);
+  void (*backward)(int64_t rows, int64_t n, Rows<const T> mu, Rows<const T> scale,
+                   Rows<const T> eps, Rows<const T> g_z, Rows<const T> g_q, Rows<const T> g_p,
+                   Rows<T> g_mu, Rows<T> g_scale, bool add);
 };
 
 template <class T>

@@ -1,8 +1,9 @@
 // Element functions of both passes, written once for every C++ target.
 //
 // Everything here is branch-free and templated on F: on the CPU a GNU vector of floats as wide as
-// the instruction set's registers, on a GPU a plain float, or a double. fp32 uses our own polynomials, because a libm call per element would undo the
-// vectorisation; fp64 uses the standard library. The names are those of vae_fast/reference.py.
+// the instruction set's registers, on a GPU a plain float, or a double. fp32 uses our own
+// polynomials, because a libm call per element would undo the vectorisation; fp64 uses the standard
+// library. The names are those of vae_fast/reference.py.
 #pragma once
 
 #include <cmath>
@@ -42,37 +43,48 @@ struct Traits<double> {
 
 #if !defined(__CUDACC__)
 // One vector register of each width: SSE and NEON, AVX2, AVX-512.
-#define VAE_FAST_VECTOR(W)                                                                      \
+#define VAE_FAST_VECTOR(W, HALF)                                                                   \
   typedef float f32x##W __attribute__((vector_size(4 * W)));                                    \
   typedef int32_t i32x##W __attribute__((vector_size(4 * W)));                                  \
   typedef uint32_t u32x##W __attribute__((vector_size(4 * W)));                                 \
+  typedef uint64_t u64x##HALF __attribute__((vector_size(4 * W)));                              \
   template <>                                                                                   \
   struct Traits<f32x##W> {                                                                      \
     using Scalar = float;                                                                       \
     using Int = i32x##W;                                                                        \
     using UInt = u32x##W;                                                                       \
+    using ULong = u64x##HALF;                                                                   \
     static constexpr int width = W;                                                             \
   };                                                                                            \
   VAE_FAST_INLINE f32x##W to_float(i32x##W v) { return __builtin_convertvector(v, f32x##W); }   \
+  VAE_FAST_INLINE f32x##W to_float(u32x##W v) { return __builtin_convertvector(v, f32x##W); }   \
   VAE_FAST_INLINE f32x##W square_root(f32x##W v) {                                              \
     f32x##W out;                                                                                \
     for (int i = 0; i < W; ++i) out[i] = __builtin_sqrtf(v[i]);                                 \
     return out;                                                                                 \
-  }                                                                                             \
-  VAE_FAST_INLINE float sum_lanes(f32x##W v) { /* a fixed tree */                               \
-    float lane[W];                                                                              \
-    std::memcpy(lane, &v, sizeof(lane));                                                        \
-    for (int half = W / 2; half > 0; half /= 2)                                                 \
-      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];                                 \
-    return lane[0];                                                                             \
   }
-VAE_FAST_VECTOR(4)
-VAE_FAST_VECTOR(8)
-VAE_FAST_VECTOR(16)
+VAE_FAST_VECTOR(4, 2)
+VAE_FAST_VECTOR(8, 4)
+VAE_FAST_VECTOR(16, 8)
 #undef VAE_FAST_VECTOR
+
+// Sums of the lanes, as fixed trees.
+VAE_FAST_INLINE float sum_lanes(f32x4 v) {
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  return v[0] + v[1];
+}
+VAE_FAST_INLINE float sum_lanes(f32x8 v) {
+  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                   __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+VAE_FAST_INLINE float sum_lanes(f32x16 v) {
+  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
 #endif
 
 VAE_FAST_INLINE float to_float(int32_t v) { return static_cast<float>(v); }
+VAE_FAST_INLINE float to_float(uint32_t v) { return static_cast<float>(v); }
 VAE_FAST_INLINE float square_root(float v) { return sqrtf(v); }
 VAE_FAST_INLINE double square_root(double v) { return sqrt(v); }
 VAE_FAST_INLINE float sum_lanes(float v) { return v; }

@@ -16,6 +16,8 @@
 #include <optional>
 #include <vector>
 
+#include "lanes.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -59,13 +61,52 @@ int64_t element_size(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
+// The sizes or strides of a tensor's dimensions.
+struct Dims {
+  static constexpr int64_t kMax = 64;
+
+  Dims() {}
+  explicit Dims(int64_t only) { push_back(only); }
+  Dims(const Dims& other) { *this = other; }
+  Dims& operator=(const Dims& other) {
+    count_ = other.count_;
+    std::copy_n(other.value_, count_, value_);
+    return *this;
+  }
+
+  void push_back(int64_t value) {
+    STD_TORCH_CHECK(count_ < kMax, "vae_fast: too many dimensions");
+    value_[count_++] = value;
+  }
+  template <class Array>
+  void append(const Array& values, size_t from = 0) {
+    for (size_t d = from; d < values.size(); ++d) push_back(values[d]);
+  }
+  int64_t size() const { return count_; }
+  bool empty() const { return count_ == 0; }
+  const int64_t* data() const { return value_; }
+  int64_t operator[](int64_t d) const { return value_[d]; }
+  int64_t& operator[](int64_t d) { return value_[d]; }
+  int64_t back() const { return value_[count_ - 1]; }
+  int64_t& back() { return value_[count_ - 1]; }
+
+ private:
+  int64_t count_ = 0, value_[kMax];
+};
+
+Dims dims_of(const Tensor& t, int64_t from = 0) {
+  Dims sizes;
+  sizes.append(t.sizes(), from);
+  return sizes;
+}
+
 // One operand of a pass: rows of elements, an element reached through the event's dimensions.
 struct Operand {
   bool present = false;
   char* data = nullptr;  // null for an empty tensor, too
   ScalarType type = ScalarType::Float;
   int64_t row_stride = 0;
-  std::vector<int64_t> strides;  // in elements, one per event dimension
+  Dims strides;  // in elements, one per event dimension
 
   explicit operator bool() const { return present; }
   char* at(int64_t offset) const { return data + offset * element_size(type); }
@@ -78,6 +119,7 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
     using S = decltype(tag);
     const S* from = reinterpret_cast<const S*>(o.at(offset));
     if (stride == 1) {
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
@@ -90,6 +132,7 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
     using S = decltype(tag);
     S* to = reinterpret_cast<S*>(o.at(offset));
     if (stride == 1) {
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);
@@ -105,59 +148,60 @@ Operand operand(const Tensor& t, int64_t event_from = 1) {
   o.type = t.scalar_type();
   const auto strides = t.strides();
   o.row_stride = event_from == 0 ? 0 : strides[event_from - 1];
-  for (int64_t d = event_from; d < t.dim(); ++d) o.strides.push_back(strides[d]);
+  o.strides.append(strides, event_from);
   return o;
-}
-
-std::vector<int64_t> event_sizes(const Tensor& t, int64_t event_from) {
-  return {t.sizes().begin() + event_from, t.sizes().end()};
 }
 
 // The dimensions shared by the operands of a pass, fused wherever all of them allow it.
 struct Event {
-  std::vector<int64_t> sizes;
+  Dims sizes;
 
   int64_t numel() const {
     int64_t n = 1;
-    for (int64_t s : sizes) n *= s;
+    for (int64_t d = 0; d < sizes.size(); ++d) n *= sizes[d];
     return n;
   }
 
   // Likelihood terms are summed, so their order is free: `reorder` sorts the dimensions by the first
   // operand's strides, which reads channels-last tensors in memory order.
-  void fuse(std::initializer_list<Operand*> all, bool reorder) {
-    std::vector<Operand*> operands;
+  template <size_t kCount>
+  void fuse(const std::array<Operand*, kCount>& all, bool reorder) {
+    Operand* operands[kCount] = {};
+    int count = 0;
     for (Operand* o : all) {
-      if (*o) operands.push_back(o);
+      if (*o) operands[count++] = o;
     }
-    std::vector<int> order;
-    for (int d = 0; d < static_cast<int>(sizes.size()); ++d) {
+    Dims order;
+    for (int64_t d = 0; d < sizes.size(); ++d) {
       if (sizes[d] != 1) order.push_back(d);
     }
-    if (reorder) {
-      const auto& first = operands.front()->strides;
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return first[a] > first[b]; });
+    if (reorder) {  // an insertion sort, which is stable
+      const Dims& first = operands[0]->strides;
+      for (int64_t i = 1; i < order.size(); ++i) {
+        for (int64_t j = i; j > 0 && first[order[j - 1]] < first[order[j]]; --j) {
+          std::swap(order[j - 1], order[j]);
+        }
+      }
     }
-    std::vector<int64_t> fused;
-    std::vector<std::vector<int64_t>> strides(operands.size());
-    for (int d : order) {
+    Dims fused, strides[kCount];
+    for (int64_t i = 0; i < order.size(); ++i) {
+      const int64_t d = order[i];
       bool joins = !fused.empty();
-      for (size_t i = 0; joins && i < operands.size(); ++i) {
-        joins = strides[i].back() == operands[i]->strides[d] * sizes[d];
+      for (int o = 0; joins && o < count; ++o) {
+        joins = strides[o].back() == operands[o]->strides[d] * sizes[d];
       }
-      if (joins) {
-        fused.back() *= sizes[d];
-        for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i]->strides[d];
-      } else {
-        fused.push_back(sizes[d]);
-        for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i]->strides[d]);
+      if (!joins) {
+        fused.push_back(1);
+        for (int o = 0; o < count; ++o) strides[o].push_back(0);
       }
+      fused.back() *= sizes[d];
+      for (int o = 0; o < count; ++o) strides[o].back() = operands[o]->strides[d];
     }
     if (fused.empty()) {
       fused.push_back(1);
-      for (auto& s : strides) s.push_back(1);
+      for (int o = 0; o < count; ++o) strides[o].push_back(1);
     }
-    for (size_t i = 0; i < operands.size(); ++i) operands[i]->strides = strides[i];
+    for (int o = 0; o < count; ++o) operands[o]->strides = strides[o];
     sizes = fused;
   }
 
@@ -212,6 +256,8 @@ struct Event {
   }
 };
 
+Event event_of(const Tensor& t, int64_t event_from = 1) { return {dims_of(t, event_from)}; }
+
 // torch.clamp of a tile, and its gradient: 1 on the closed interval, 0 outside. NaN passes through.
 struct Clamp {
   double lo, hi;
@@ -228,6 +274,7 @@ struct Clamp {
   // Clamps n elements into `to`, which may be `from`, and marks those whose gradient is zero.
   template <class T>
   const T* apply(const T* from, int64_t n, T* to, bool* zero) const {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       zero[i] = outside(from[i]);
       to[i] = of(from[i]);
@@ -238,6 +285,7 @@ struct Clamp {
 
 template <class T>
 void zero_where(const bool* zero, int64_t n, T* g) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) g[i] = zero[i] ? T(0) : g[i];
 }
 
@@ -258,8 +306,13 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType type) {
+Tensor empty(const Dims& sizes, ScalarType type) {
+  Dims strides = sizes;
+  int64_t stride = 1;
+  for (int64_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
@@ -269,18 +322,20 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return out;
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  return empty_strided(sizes, strides, type);
-}
-
 // Stands for an output that is not wanted.
-Tensor none(ScalarType type) { return empty({0}, type); }
+Tensor none(ScalarType type) { return empty(Dims(0), type); }
+
+// A contiguous output that a kernel writes as T: in place, or in a buffer that store() converts.
+template <class T>
+struct Output : Operand {
+  explicit Output(const Tensor& t) : Operand(operand(t, 0)) {}
+  T* target(int64_t at_, T* buffer) const {
+    return type == type_of<T> ? reinterpret_cast<T*>(at(at_)) : buffer;
+  }
+  void store(int64_t at_, int64_t n, const T* from) const {
+    if (type != type_of<T>) scatter(*this, at_, 1, n, from);
+  }
+};
 
 template <class T>
 T* data_of(const Tensor& t) {
@@ -316,7 +371,7 @@ T scalar_value(const Tensor& t) {
 }
 
 Tensor scalar_tensor(double value, ScalarType type) {
-  Tensor out = empty({}, type);
+  Tensor out = empty(Dims(), type);
   with_type(type, [&](auto tag) {
     using S = decltype(tag);
     *static_cast<S*>(out.mutable_data_ptr()) = static_cast<S>(value);
@@ -324,22 +379,23 @@ Tensor scalar_tensor(double value, ScalarType type) {
   return out;
 }
 
-// A one-dimensional fp32 or fp64 tensor of per-row values, or nothing.
+// A one-dimensional fp32 or fp64 tensor of per-row values; zeros if there is none, or none in it.
 template <class T>
 struct RowValues {
-  const T* data = nullptr;
+  const T* data = &zero;
   int64_t stride = 0;
+  static constexpr T zero = 0;
 
-  RowValues() = default;
   // 0-dim tensors give every row the same value.
   explicit RowValues(const OptionalTensor& t) {
-    if (!t) return;
+    if (!t || t->numel() == 0) return;
     STD_TORCH_CHECK(t->scalar_type() == type_of<T>, "vae_fast: per-row tensors must have the accumulation dtype");
     STD_TORCH_CHECK(t->dim() <= 1, "vae_fast: per-row tensors must be flat");
     data = static_cast<const T*>(t->const_data_ptr());
     stride = t->dim() == 0 ? 0 : t->stride(0);
   }
-  T operator[](int64_t i) const { return data ? data[i * stride] : T(0); }
+  T operator[](int64_t i) const { return data[i * stride]; }
+  Rows<const T> from(int64_t i) const { return {data + i * stride, stride}; }
 };
 
 Tensor flat(const Tensor& t) {

@@ -5,7 +5,6 @@ from .likelihood import (
     likelihood_backward,
     likelihood_forward,
     likelihood_forward_grad,
-    likelihood_forward_grad_,
     likelihood_rescale_,
 )
 
@@ -15,6 +14,5 @@ __all__ = [
     "likelihood_backward",
     "likelihood_forward",
     "likelihood_forward_grad",
-    "likelihood_forward_grad_",
     "likelihood_rescale_",
 ]

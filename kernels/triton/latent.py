@@ -65,9 +65,13 @@ def _scale(raw, lo, hi, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(x):
-    """Sum a [TILES, ROWS, COLS] tile over its row: first in each thread, then across threads."""
-    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+def _row_sums(q, p):
+    """Sums of two [TILES, ROWS, COLS] tiles over their rows: in each thread, then across threads.
+
+    Joined, so that both are laid out as the memory that one of them comes from.
+    """
+    both = tl.sum(tl.sum(tl.join(q, p), 0, keep_dims=True), 2, keep_dims=True)
+    return tl.split(both)
 
 
 @triton.jit(do_not_specialize=["B", "first_row"])
@@ -112,8 +116,9 @@ def latent_forward_kernel(
             p = tl.where(mask, p + z * z, p)
     constant = L * tl.full((), LOG_2PI, ACC)
     r, _ = _tile(L, B - row0, 0, ROWS, COLS, TILES)
-    tl.store(log_q_ptr + n0 + r, -0.5 * (_row_sum(q) + constant))
-    tl.store(log_p_ptr + n0 + r, -0.5 * (_row_sum(p) + constant))
+    q_sum, p_sum = _row_sums(q, p)
+    tl.store(log_q_ptr + n0 + r, -0.5 * (q_sum + constant))
+    tl.store(log_p_ptr + n0 + r, -0.5 * (p_sum + constant))
 
 
 @triton.jit(do_not_specialize=["B", "first_row"])

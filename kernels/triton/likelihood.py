@@ -332,7 +332,8 @@ def _launch(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
     log_q: Tensor | None, log_p: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
     beta: float, reduction: int, param: int, lo: float, hi: float,
-    *, forward: bool, grad: bool, need_x: bool = False, inplace: bool = False,
+    *, forward: bool, grad: bool, need_x: bool = False,
+    g_mean: Tensor | None = None, g_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Run the kernel; returns nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p."""
     n, batch = mean.shape[0], x.shape[0]
@@ -344,7 +345,7 @@ def _launch(
     row_loss = forward and reduction == NONE and samples == 1
     sum_loss = forward and reduction in (MEAN, SUM)
 
-    nll = loss = g_x = g_mean = g_scale = g_log_q = g_log_p = None
+    nll = loss = g_x = g_log_q = g_log_p = None
     if forward:
         nll = torch.empty(n, dtype=acc, device=mean.device)
         if sum_loss:
@@ -355,14 +356,14 @@ def _launch(
         g_log_q = torch.empty(n, dtype=acc, device=mean.device)
         g_log_p = torch.empty_like(g_log_q)
     if grad:
-        g_mean = mean if inplace else torch.empty_like(mean)
+        g_mean = torch.empty_like(mean) if g_mean is None else g_mean
         g_x = torch.empty_like(x) if need_x else None
         if packed:
             g_scale = (nll if forward else mean).new_empty(0)
         elif scalar:
             g_scale = torch.empty_like(nll) if forward else torch.empty_like(scale)
         else:
-            g_scale = scale if inplace else torch.empty_like(scale)
+            g_scale = torch.empty_like(scale) if g_scale is None else g_scale
     if n == 0:
         loss = _loss(nll, log_q, log_p, beta, reduction, batch) if forward else None
         if grad:
@@ -472,31 +473,23 @@ def likelihood_forward_grad(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
     log_q: Tensor | None, log_p: Tensor | None,
     beta: float, reduction: int, param: int, lo: float, hi: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Give nll and loss, ∂mean and ∂scale of the loss (of a scalar scale, each row's part)."""
-    nll, loss, _, g_mean, g_scale, _, _ = _launch(
-        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
-        forward=True, grad=True,
-    )  # fmt: skip
-    return nll, loss, g_mean, g_scale
-
-
-def likelihood_forward_grad_(
-    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
-    log_q: Tensor | None, log_p: Tensor | None,
-    beta: float, reduction: int, param: int, lo: float, hi: float,
+    g_mean: Tensor, g_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`likelihood_forward_grad` with the gradients written over ``mean`` and ``scale``."""
+    """Give nll and loss, and write ∂mean and ∂scale, perhaps over ``mean`` and ``scale``.
+
+    Of a scalar scale, each row's part of the gradient is returned (else empty).
+    """
     nll, loss, _, _, g_scale, _, _ = _launch(
         x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
-        forward=True, grad=True, inplace=True,
+        forward=True, grad=True, g_mean=g_mean, g_scale=g_scale,
     )  # fmt: skip
     scalar = scale is not None and scale.dim() == 0
     return nll, loss, g_scale if scalar else nll.new_empty(0)
 
 
 def likelihood_rescale_(
-    g_mean: Tensor, g_scale: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
+    g_mean: Tensor, g_scale: Tensor | None, g_shared: Tensor | None,
+    g_nll: Tensor | None, g_loss: Tensor | None,
     beta: float, reduction: int, num_samples: int, batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scale gradients made for ∂loss = 1 by the true ones, in place; free where that is 1.
@@ -506,17 +499,15 @@ def likelihood_rescale_(
     n, acc = g_mean.shape[0], accumulation(g_mean)
     g_log_q = torch.empty(n, dtype=acc, device=g_mean.device)
     g_log_p = torch.empty_like(g_log_q)
-    if g_scale is not None and g_scale.numel() == 0 and g_mean.numel() != 0:
-        g_scale = None
-    scalar = g_scale is not None and g_scale.dim() == 1 and g_mean.dim() > 1
+    scalar = g_shared is not None
     total = torch.empty(() if scalar else 0, dtype=acc, device=g_mean.device)
     if n == 0:
         return g_log_q, g_log_p, total.zero_()
 
     mean_walk = _Walk(g_mean, False)
     out_mean, g_mean_row, g_mean_col = mean_walk.rows(g_mean)
-    out_scale, g_scale_row, g_scale_col = g_scale, 0, 0
-    if g_scale is not None and not scalar:
+    out_scale, g_scale_row, g_scale_col = g_shared, 0, 0
+    if g_scale is not None:
         scale_walk = _Walk(g_scale, False)
         out_scale, g_scale_row, g_scale_col = scale_walk.rows(g_scale)
     g_nll_row = g_loss_row = 0
@@ -538,6 +529,6 @@ def likelihood_rescale_(
             num_stages=1,
         )  # fmt: skip
     mean_walk.store(g_mean, out_mean)
-    if g_scale is not None and not scalar:
+    if g_scale is not None:
         scale_walk.store(g_scale, out_scale)
     return g_log_q, g_log_p, total

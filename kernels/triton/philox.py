@@ -71,7 +71,7 @@ def _box_muller(x, y, APPROX: tl.constexpr):
     u = x.to(tl.float32) * _2POW_M32 + _2POW_M33
     if APPROX:
         # lg2.approx is good to 2^-22 absolute, too coarse under a square root near u = 1. There
-        # 1 - u is exact, and -2 ln u = 2 (1 - u) to second order. Either way ε is good to 6e-6.
+        # 1 - u is exact, and -2 ln u = 2 (1 - u) to second order. Either way ε is good to 9e-6.
         square = tl.where(
             u > 1.0 - 2.0**-11, 2.0 - 2.0 * u, _ptx("lg2.approx.ftz.f32", u) * _MINUS_2LN2
         )
