@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -112,9 +113,25 @@ struct Operand {
   char* at(int64_t offset) const { return data + offset * element_size(type); }
 };
 
+// Rounded to the storage type. bf16 by its bits, to nearest even, since the class's own conversion
+// branches on NaN and would not vectorise.
+template <class S, class T>
+VAE_FAST_INLINE S narrow(T value) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const float f = static_cast<float>(value);
+    const uint32_t bits = bits_as<uint32_t>(f);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t kept = f == f ? rounded : 0x7fc0u;
+    return BFloat16(static_cast<uint16_t>(kept), BFloat16::from_bits());
+  } else {
+    return static_cast<S>(value);
+  }
+}
+
 // n elements of a straight run, as T.
 template <class T>
-__attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t stride, int64_t n, T* to) {
+__attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t stride, int64_t n,
+                                      T* to) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     const S* from = reinterpret_cast<const S*>(o.at(offset));
@@ -127,15 +144,16 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
   });
 }
 template <class T>
-__attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t stride, int64_t n, const T* from) {
+__attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t stride, int64_t n,
+                                       const T* from) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     S* to = reinterpret_cast<S*>(o.at(offset));
     if (stride == 1) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow<S>(from[i]);
     } else {
-      for (int64_t i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);
+      for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
     }
   });
 }
