@@ -395,7 +395,7 @@ def audit(case: Case, target: str) -> Report:
     tile = f"{a['ROWS']}x{a['COLS']}x{a['TILES']} w{launch.options['num_warps']}"
     report = Report(str(case), case.op, case.dtype, target, tile)
     report.shared = compiled.metadata.shared
-    report.converts = tile_converts(compiled.asm["ttgir"], a["ROWS"])
+    report.converts = tile_converts(compiled.asm["ttgir"], a["ROWS"] * a["TILES"])
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         report.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])

@@ -45,8 +45,8 @@ def assert_accurate(ours, eager, truth, dtype, truncates=False):
     """The rule of the project: twice eager's own error plus 1e-6 relative in fp32; eager's own
     error in half precision; 1e-12 relative in fp64.
 
-    ``truncates``: bf16 results were cut off and not rounded, as Triton's interpreter does, which
-    doubles their error.
+    ``truncates``: bf16 results were cut off and not rounded, as Triton's interpreter does, so
+    they may be wrong by a whole unit in the last place.
     """
     names = "results and gradients"
     assert len(ours) == len(eager) == len(truth)
@@ -58,7 +58,9 @@ def assert_accurate(ours, eager, truth, dtype, truncates=False):
         elif dtype == torch.float32:
             bound = 2 * error(e, t) + 1e-6 * scale
         else:
-            bound = error(e, t) * (2 if truncates else 1) + 1e-6 * scale
+            bound = error(e, t) + 1e-6 * scale
+        if truncates:
+            bound = max(bound, 2.0**-7 * scale)
         assert error(o, t) <= bound, (
             f"{names}[{i}]: error {error(o, t):.3g} > {bound:.3g} ({dtype})"
         )

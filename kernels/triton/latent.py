@@ -31,16 +31,21 @@ LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
 @triton.jit
-def _tile(L, left, step, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr):
-    """Row r [1, ROWS, 1] within the program and column [TILES, 1, COLS] of its elements.
+def _tile(left, step, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr):
+    """Row within the program [TILES·ROWS, 1], and column [TILES·ROWS, COLS], of a step's elements.
 
     Of ``left`` rows still to come, those past the end are the last one over again: they store the
     same values to the same place, which costs less than masking every load and store.
     """
-    last = (tl.minimum(left, ROWS) - 1).to(tl.int32)
-    r = tl.minimum(tl.arange(0, ROWS)[None, :, None], last).to(tl.int64)
-    tile = step * TILES + tl.arange(0, TILES)[:, None, None]
-    return r, tile * COLS + tl.arange(0, COLS)[None, None, :]
+    i = tl.arange(0, TILES * ROWS)[:, None]
+    cols = (step * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
+    return _clip(i % ROWS, left, ROWS), cols
+
+
+@triton.jit
+def _clip(r, left, ROWS: tl.constexpr):
+    """Row ``r`` of a program, or the last row of the batch, as int64."""
+    return tl.minimum(r, (tl.minimum(left, ROWS) - 1).to(tl.int32)).to(tl.int64)
 
 
 @triton.jit
@@ -52,8 +57,8 @@ def _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS: tl.constexpr, TILES
     # Row R = (first_row + row)·K + k starts at Philox counter offset + R·Q (mod 2^64).
     calls = ((L + PER_CALL - 1) // PER_CALL).to(tl.uint64)
     start = offset + ((first_row + row0) * K + k).to(tl.uint64) * calls
-    tile = step * TILES + tl.arange(0, TILES)[:, None, None]
-    group = tl.arange(0, COLS // VEC)[None, None, :] * (VEC // PER_CALL) + tile * (COLS // PER_CALL)
+    tile = step * TILES + tl.arange(0, r.shape[0])[:, None] // (r.shape[0] // TILES)
+    group = tl.arange(0, COLS // VEC)[None, :] * (VEC // PER_CALL) + tile * (COLS // PER_CALL)
     index = start + r.to(tl.uint64) * (calls * K) + group.to(tl.uint64)
     return normal(seed, index, VEC, FP64, APPROX)
 
@@ -65,13 +70,13 @@ def _scale(raw, lo, hi, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(q, p):
-    """Sums of two [TILES, ROWS, COLS] tiles over their rows: in each thread, then across threads.
+def _row_sums(q, p, ROWS: tl.constexpr):
+    """Sums of two [TILES·ROWS, COLS] tiles over their rows: in each thread, then across threads.
 
     Joined, so that both are laid out as the memory that one of them comes from.
     """
-    both = tl.sum(tl.sum(tl.join(q, p), 0, keep_dims=True), 2, keep_dims=True)
-    return tl.split(both)
+    both = tl.reshape(tl.join(q, p), (q.shape[0] // ROWS, ROWS, q.shape[1], 2))
+    return tl.split(tl.sum(tl.sum(both, 0), 1))
 
 
 @triton.jit(do_not_specialize=["B", "first_row"])
@@ -93,10 +98,10 @@ def latent_forward_kernel(
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(tl.int64) * ROWS
     n0 = k * B + row0
-    q = tl.zeros([TILES, ROWS, COLS], ACC)
-    p = tl.zeros([TILES, ROWS, COLS], ACC)
+    q = tl.zeros([TILES * ROWS, COLS], ACC)
+    p = tl.zeros([TILES * ROWS, COLS], ACC)
     for step in range(steps):
-        r, cols = _tile(L, B - row0, step, ROWS, COLS, TILES)
+        r, cols = _tile(B - row0, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
         mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
         if SCALAR:
@@ -115,8 +120,8 @@ def latent_forward_kernel(
             q = tl.where(mask, q + eps * eps + log_variance, q)
             p = tl.where(mask, p + z * z, p)
     constant = L * tl.full((), LOG_2PI, ACC)
-    r, _ = _tile(L, B - row0, 0, ROWS, COLS, TILES)
-    q_sum, p_sum = _row_sums(q, p)
+    q_sum, p_sum = _row_sums(q, p, ROWS)
+    r = _clip(tl.arange(0, ROWS), B - row0, ROWS)
     tl.store(log_q_ptr + n0 + r, -0.5 * (q_sum + constant))
     tl.store(log_p_ptr + n0 + r, -0.5 * (p_sum + constant))
 
@@ -141,7 +146,7 @@ def latent_backward_kernel(
     pid = tl.program_id(0)
     step = pid % steps
     row0 = (pid // steps).to(tl.int64) * ROWS
-    r, cols = _tile(L, B - row0, step, ROWS, COLS, TILES)
+    r, cols = _tile(B - row0, step, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
     mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
     if SCALAR:
@@ -152,15 +157,15 @@ def latent_backward_kernel(
     s = _scale(raw, lo, hi, CLAMP)
     _, sigma = log_variance_and_scale(s, PARAM, APPROX)
 
-    g_mu = tl.zeros([TILES, ROWS, COLS], ACC)
-    eps_h = tl.zeros([TILES, ROWS, COLS], ACC)
-    g_q = tl.zeros([1, ROWS, 1], ACC)
+    g_mu = tl.zeros([TILES * ROWS, COLS], ACC)
+    eps_h = tl.zeros([TILES * ROWS, COLS], ACC)
+    g_q = tl.zeros([TILES * ROWS, 1], ACC)
     for k in range(K):
         n0 = row0 + tl.full((), k, tl.int64) * B
         if g_log_q_ptr is not None:
             g_q += tl.load(g_log_q_ptr + (n0 + r) * g_log_q_row)
         if g_z_ptr is not None or g_log_p_ptr is not None:
-            h = tl.zeros([TILES, ROWS, COLS], ACC)
+            h = tl.zeros([TILES * ROWS, COLS], ACC)
             if g_z_ptr is not None:
                 g_z = g_z_ptr + n0 * g_z_row + (r * g_z_row + cols * g_z_col)
                 h += tl.load(g_z, mask).to(ACC)
@@ -180,7 +185,7 @@ def latent_backward_kernel(
         g_s = tl.where((raw < lo) | (raw > hi), 0.0, g_s)
     if SCALAR:
         # One number for the whole tensor: the last program to finish sums everyone's part.
-        keep = tl.arange(0, ROWS)[None, :, None] < B - row0
+        keep = tl.arange(0, TILES * ROWS)[:, None] % ROWS < B - row0
         part = tl.where(keep if EVEN else keep & mask, g_s, 0.0)
         tl.store(partial_ptr + pid, tl.sum(part))
         if is_last_program(counter_ptr):

@@ -47,9 +47,9 @@ def _finish_rows(nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, nll, beta, ROW_
 
 
 @triton.jit
-def _row_sum(x):
-    """Sum a [TILES, ROWS, COLS] tile over its row: first in each thread, then across threads."""
-    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+def _row_sum(x, ROWS: tl.constexpr):
+    """Sum a [TILES·ROWS, COLS] tile over its rows: first in each thread, then across threads."""
+    return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), 0), 1)
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -78,8 +78,10 @@ def likelihood_kernel(
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
     part = pid % SPLIT
-    loss = tl.zeros([1, ROWS, 1], ACC)
-    g_tau_sum = tl.zeros([1, ROWS, 1], ACC)
+    # Element (i, j) of a step is in row i % ROWS, and in column j of tile i // ROWS.
+    i = tl.arange(0, TILES * ROWS)[:, None]
+    loss = tl.zeros([ROWS], ACC)
+    g_tau_sum = tl.zeros([ROWS], ACC)
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
         s = clamp(raw, lo, hi) if CLAMP else raw
@@ -88,8 +90,9 @@ def likelihood_kernel(
         if CLAMP:
             slope = tl.where((raw < lo) | (raw > hi), 0.0, slope)
 
-    for i in range(passes):
-        row = ((pid // SPLIT).to(N.dtype) * passes + i) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    for trip in range(passes):
+        row0 = ((pid // SPLIT).to(N.dtype) * passes + trip) * ROWS
+        row = row0 + i % ROWS
         ok = row < N
         n = row.to(tl.int64)
         b = (row % B).to(tl.int64) if SAMPLES else n
@@ -97,25 +100,25 @@ def likelihood_kernel(
             if FORWARD:
                 w = weight
             else:
-                w = tl.zeros([1, ROWS, 1], ACC)
+                w = tl.zeros([TILES * ROWS, 1], ACC)
                 if g_loss_ptr is not None:
                     w += weight * tl.load(g_loss_ptr + b * g_loss_row, ok, 0.0)
                 if part == 0:
-                    tl.store(g_log_q_ptr + n, beta * w, ok)
-                    tl.store(g_log_p_ptr + n, -beta * w, ok)
+                    tl.store(g_log_q_ptr + n, beta * w, ok & (i < ROWS))
+                    tl.store(g_log_p_ptr + n, -beta * w, ok & (i < ROWS))
                 if g_nll_ptr is not None:
                     w += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0)
 
-        nll = tl.zeros([TILES, ROWS, COLS], ACC)
-        g_tau = tl.zeros([TILES, ROWS, COLS], ACC)
+        nll = tl.zeros([TILES * ROWS, COLS], ACC)
+        g_tau = tl.zeros([TILES * ROWS, COLS], ACC)
         for step in range(steps):
-            tile = (part * steps + step) * TILES + tl.arange(0, TILES)[:, None, None]
-            cols = tile * COLS + tl.arange(0, COLS)[None, None, :]
+            tile = (part * steps + step) * TILES + i // ROWS
+            cols = tile * COLS + tl.arange(0, COLS)[None, :]
             mask = ok if EVEN else ok & (cols < D)
             keep = mask
             if mask_ptr is not None:
                 # At most VEC a thread, lest one-byte elements give every tensor a wider layout.
-                seen = tl.max_contiguous(b * mask_row + cols * mask_col, [1, 1, VEC])
+                seen = tl.max_contiguous(b * mask_row + cols * mask_col, [1, VEC])
                 keep = mask & tl.load(mask_ptr + seen, mask, 0).to(tl.int1)
             half = cols + cols // GROUP * GROUP if GROUP else cols
             x = tl.load(x_ptr + b * x_row + cols * x_col, mask, 0.0).to(ACC)
@@ -149,8 +152,11 @@ def likelihood_kernel(
                     g_scale = g_scale_ptr + g_packed + n * g_scale_row + half * g_scale_col
                     tl.store(g_scale, g_s, mask)
 
+        row = row0 + tl.arange(0, ROWS)
+        ok = row < N
+        n = row.to(tl.int64)
         if FORWARD:
-            row_nll = _row_sum(nll)
+            row_nll = _row_sum(nll, ROWS)
             if SPLIT == 1:
                 loss += _finish_rows(
                     nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
@@ -158,7 +164,7 @@ def likelihood_kernel(
             else:
                 tl.store(partial_ptr + n * SPLIT + part, row_nll, ok)
         if GRAD and SCALAR:
-            row_g_tau = _row_sum(g_tau) * slope
+            row_g_tau = _row_sum(g_tau, ROWS) * slope
             if FORWARD and SPLIT == 1:
                 tl.store(g_scale_ptr + n, row_g_tau, ok)
             elif FORWARD:
@@ -169,20 +175,20 @@ def likelihood_kernel(
     if FORWARD and SPLIT > 1:
         # The last program to finish sums every row from its parts.
         if is_last_program(counter_ptr):
-            total = tl.zeros([2048 // SPLIT, 1], ACC)
-            parts = tl.arange(0, SPLIT)[None, :]
+            total = tl.zeros([2048 // SPLIT], ACC)
             for start in range(0, N, 2048 // SPLIT):
-                n = start + tl.arange(0, 2048 // SPLIT)[:, None]
+                n = start + tl.arange(0, 2048 // SPLIT)
                 ok = n < N
-                row = tl.load(partial_ptr + n * SPLIT + parts, ok, 0.0, cache_modifier=".cg")
-                row_nll = tl.sum(row, 1, keep_dims=True)
+                parts = n[:, None] * SPLIT + tl.arange(0, SPLIT)[None, :]
+                row = tl.load(partial_ptr + parts, ok[:, None], 0.0, cache_modifier=".cg")
+                row_nll = tl.sum(row, 1)
                 total += _finish_rows(
                     nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
                 )
                 if GRAD and SCALAR:
-                    row = partial_ptr + (N + n) * SPLIT + parts
-                    row = tl.load(row, ok, 0.0, cache_modifier=".cg")
-                    tl.store(g_scale_ptr + n, tl.sum(row, 1, keep_dims=True), ok)
+                    parts += N * SPLIT
+                    row = tl.load(partial_ptr + parts, ok[:, None], 0.0, cache_modifier=".cg")
+                    tl.store(g_scale_ptr + n, tl.sum(row, 1), ok)
             if SUM_LOSS:
                 tl.store(loss_ptr, weight * tl.sum(total))
     elif FORWARD and SUM_LOSS:
@@ -223,19 +229,20 @@ def rescale_kernel(
     weight = tl.full((), weight, ACC)
     pid = tl.program_id(0)
     part = pid % SPLIT
-    for i in range(passes):
-        n = ((pid // SPLIT).to(tl.int64) * passes + i) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    i = tl.arange(0, TILES * ROWS)[:, None]
+    for trip in range(passes):
+        n = ((pid // SPLIT).to(tl.int64) * passes + trip) * ROWS + i % ROWS
         ok = n < N
         factor, g_loss = _rescale_factor(
             g_nll_ptr, g_loss_ptr, n, ok, B, g_nll_row, g_loss_row, weight, SAMPLES
         )
         if part == 0:
-            tl.store(g_log_q_ptr + n, beta * weight * g_loss, ok)
-            tl.store(g_log_p_ptr + n, -beta * weight * g_loss, ok)
+            tl.store(g_log_q_ptr + n, beta * weight * g_loss, ok & (i < ROWS))
+            tl.store(g_log_p_ptr + n, -beta * weight * g_loss, ok & (i < ROWS))
         if tl.max((ok & (factor != 1.0)).to(tl.int32)) != 0:
             for step in range(steps):
-                tile = (part * steps + step) * TILES + tl.arange(0, TILES)[:, None, None]
-                cols = tile * COLS + tl.arange(0, COLS)[None, None, :]
+                tile = (part * steps + step) * TILES + i // ROWS
+                cols = tile * COLS + tl.arange(0, COLS)[None, :]
                 mask = ok & (cols < D)
                 address = g_mean_ptr + n * g_mean_row + cols * g_mean_col
                 tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)

@@ -112,7 +112,7 @@ def normal(seed, index, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.conste
 
     A thread holds VEC neighbouring elements of a tile (2 in fp64, 4 or 8 in fp32) and makes their
     noise itself, so the joins below move nothing between threads. ``index`` is the uint64 Philox
-    counter of the first call that those elements take, [tiles, rows, cols / VEC].
+    counter of the first call that those elements take, [rows, cols / VEC].
     """
     if FP64:
         tl.static_assert(VEC == 2)
@@ -129,4 +129,4 @@ def normal(seed, index, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.conste
         eps = tl.join(
             tl.join(tl.join(n0, m0), tl.join(n2, m2)), tl.join(tl.join(n1, m1), tl.join(n3, m3))
         )
-    return tl.reshape(eps, (index.shape[0], index.shape[1], index.shape[2] * VEC))
+    return tl.reshape(eps, (index.shape[0], index.shape[1] * VEC))
