@@ -32,7 +32,12 @@ struct At {
     return v;
   }
   VAE_FAST_INLINE void store(T* p, F v) const {
-    std::memcpy(p + i, &v, whole() ? sizeof(v) : left * sizeof(T));
+    // Two calls: with a size known at compile time the common one is a single store.
+    if (whole()) {
+      std::memcpy(p + i, &v, sizeof(v));
+    } else {
+      std::memcpy(p + i, &v, left * sizeof(T));
+    }
   }
   VAE_FAST_INLINE F keep(F v) const {
     if (whole()) return v;
