@@ -47,4 +47,4 @@ def test_pictures_exist():
 def test_tables_are_filled_in():
     for marker in ("training", "benchmark"):
         table = re.search(rf"<!-- {marker} -->(.*?)<!-- /{marker} -->", README, flags=re.S)[1]
-        assert table.count("|") > 20, f"run benchmarks/readme.py: {marker}"
+        assert table.count("\n|") >= 4, f"run benchmarks/readme.py: {marker}"
