@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import logging
@@ -36,6 +37,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 __all__ = [
     "BuildError",
@@ -45,13 +47,14 @@ __all__ = [
     "compile_into",
     "find",
     "load",
+    "load_direct",
     "source_key",
 ]
 
 logger = logging.getLogger("vae_fast.build")
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-SOURCES = ("cpu.cpp",)  # compiled; every header beside them counts as a source too
+SOURCES = ("cpu.cpp", "ops.cpp", "direct.cpp")  # compiled; every header beside them is a source too
 HEADER_SUFFIXES = (".h", ".hpp")
 LIB_NAME = "libvae_fast_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 INFO_NAME = "build.json"
@@ -72,7 +75,8 @@ CXX_FLAGS = (
     "-Wno-psabi",  # wide vectors are passed only between functions that are inlined
     *DEFINES,
 )
-LINK_FLAGS = ("-shared",)
+# Python's symbols are in the process that loads the library.
+LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 LOCK_TIMEOUT_S = 600.0
 
 
@@ -221,6 +225,7 @@ def _commands(compiler: tuple[str, ...]) -> list[tuple[str, list[str], list[str]
     include = [
         f"-I{torch_dir / 'include'}",
         f"-I{torch_dir / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+        f"-I{sysconfig.get_path('include')}",  # direct.cpp does without where there is no Python.h
     ]
     steps, objects = [], []
     for name in SOURCES:
@@ -500,6 +505,29 @@ def _load_library(info: BuildInfo) -> None:
     import torch
 
     torch.ops.load_library(str(info.path))
+
+
+def load_direct(info: BuildInfo) -> ModuleType | None:
+    """The loaded library as a Python module (``direct.cpp``), or None where it is none.
+
+    It is none if it was compiled without Python's headers, if torch has no exchange of DLPack views
+    or if Python is free-threaded (and so has no limited API).
+    """
+    import torch
+
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None
+    name = "vae_fast._cpu"
+    try:
+        loader = importlib.machinery.ExtensionFileLoader(name, str(info.path))
+        spec = importlib.util.spec_from_loader(name, loader)
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        module.connect(torch)
+    except (ImportError, AttributeError) as error:
+        logger.info("%s has no direct entry points: %s", info.path, error)
+        return None
+    return module
 
 
 _loaded: BuildInfo | None = None

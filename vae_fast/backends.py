@@ -23,10 +23,11 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
-from vae_fast import _build, ops
+from vae_fast import _build, eager, ops
 
 __all__ = ["BACKENDS", "report", "use_backend"]
 
@@ -37,6 +38,9 @@ _forced: str | None = os.environ.get("VAE_FAST_BACKEND") or None
 
 # Backend by (forced, device type), once it has been found to run.
 _resolved: dict[tuple[str | None, str], str] = {}
+
+# The C++ kernels' direct entry points, once they are loaded, or None if there are none.
+_direct_kernels: ModuleType | None = None
 
 # The Triton launchers' registrations by dispatch key; dropping one restores what was there before.
 _triton_library: dict[str, torch.library.Library] = {}
@@ -79,15 +83,12 @@ def use_backend(name: str) -> Iterator[None]:
         why = "; ".join(f"{d}: {r}" for d, r in reasons.items())
         raise RuntimeError(f"backend {name!r} cannot run on this machine ({why})")
     previous, _forced = _forced, name
-    interpreted = name == "triton" and reasons["cpu"] is None
-    if interpreted:
-        _register_triton("CPU")
+    _set_cpu_kernels()
     try:
         yield
     finally:
         _forced = previous
-        if interpreted and previous != "triton":
-            _unregister_triton("CPU")
+        _set_cpu_kernels()
 
 
 def why_not(name: str, device_type: str) -> str | None:
@@ -144,10 +145,22 @@ def _load_default(device_type: str) -> str:
 
 
 def _load(name: str, device_type: str) -> None:
+    global _direct_kernels
     if name == "cpp":
-        _build.load()
+        if _direct_kernels is None:
+            _direct_kernels = _build.load_direct(_build.load())
+        _set_cpu_kernels()
     elif name == "triton":
         _register_triton(device_type.upper())
+
+
+def _set_cpu_kernels() -> None:
+    """Make the CPU's ops and direct entry points those of the backend that is forced, if any."""
+    if _forced == "triton" and why_not("triton", "cpu") is None:
+        _register_triton("CPU")
+    elif library := _triton_library.pop("CPU", None):
+        library._destroy()
+    eager.use_kernels(_direct_kernels if _forced in (None, "cpp") else None)
 
 
 def _register_triton(dispatch_key: str) -> None:
@@ -162,12 +175,6 @@ def _register_triton(dispatch_key: str) -> None:
         for name in ops.SCHEMAS:
             library.impl(name, getattr(launchers, name), dispatch_key, allow_override=True)
     _triton_library[dispatch_key] = library
-
-
-def _unregister_triton(dispatch_key: str) -> None:
-    library = _triton_library.pop(dispatch_key, None)
-    if library is not None:
-        library._destroy()
 
 
 def _check_name(name: object, argument: str) -> None:
@@ -193,7 +200,8 @@ def report() -> dict:
     Returns:
         A dict with ``versions`` (name to version), ``devices`` (a list of ``device``, ``backend``
         and ``others``, a dict from backend to the reason that it does not serve the device) and
-        ``extension`` (``status``, ``path``, ``origin``, ``compiler``, ``flags``, ``seconds``).
+        ``extension`` (``status``, ``path``, ``origin``, ``compiler``, ``flags``, ``seconds``,
+        ``direct calls``).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
@@ -234,6 +242,7 @@ def _extension() -> dict:
         "compiler": info.compiler,
         "flags": " ".join(info.flags),
         "seconds": info.seconds,
+        "direct calls": "yes" if _build.load_direct(info) is not None else "no",
     }
 
 

@@ -14,7 +14,7 @@ import threading
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 17  # bytes; below, the C library's heap reuses memory by itself
+SMALLEST = 1 << 20  # bytes; below, the C library's heap reuses memory by itself
 MOST = 4  # buffers kept: the two gradients of a step, and two of the step before it
 LARGEST_TOTAL = 1 << 31  # bytes kept
 
@@ -47,14 +47,15 @@ _lock = threading.Lock()
 
 
 def empty_like(t: Tensor) -> Tensor:
-    """``torch.empty_like``, in reused memory where that pays. Call it below autograd."""
+    """``torch.empty_like``, in reused memory where that pays, unseen by autograd."""
     nbytes = t.numel() * t.element_size()
     reusable = t.is_cpu and SMALLEST <= nbytes <= LARGEST_TOTAL // 2 and _use_count is not None
     # Whoever finds the lock taken (another thread, or a process forked meanwhile) does without.
     if not reusable or not _lock.acquire(blocking=False):
         return torch.empty_like(t)
     try:
-        return _take(t, nbytes)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _take(t, nbytes)
     finally:
         _lock.release()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from vae_fast import noise, ops, reference
+from vae_fast import eager, noise, ops, reference
 from vae_fast.backends import backend_for
 
 __all__ = ["fused_elbo", "gaussian_nll", "reparameterize", "validate"]
@@ -81,13 +81,19 @@ def reparameterize(
             first_row=first_row,
             clamp=clamp,
         )
-    _check_tensor("mu", mu)
-    _check_tensor("scale", scale, like=mu)
-    _check_batched("mu", mu)
     code = _check_param("param", param)
     lo, hi = _check_clamp("clamp", clamp)
     if num_samples is not None:
         _check_count("num_samples", num_samples)
+    options = (num_samples or 0, first_row, code, lo, hi)
+    if not _validate and (direct := eager.kernels()) and direct.is_plain_latent(mu, scale, key):
+        if key is None:
+            key = noise.make_key(mu.device, generator)
+        return eager.latent(mu, scale, key, options)
+
+    _check_tensor("mu", mu)
+    _check_tensor("scale", scale, like=mu)
+    _check_batched("mu", mu)
     if key is None:
         key = noise.make_key(mu.device, generator)
     else:
@@ -102,8 +108,9 @@ def reparameterize(
         return reference.reparameterize(
             mu, scale, param, num_samples, key, None, first_row, clamp=clamp
         )
-    args = (mu, scale, key, num_samples or 0, first_row, code, lo, hi)
-    return ops.latent(*args) if ops.eager_autograd_suffices() else ops.latent_forward(*args)
+    if eager.suffices():
+        return eager.latent(mu, scale, key, options)
+    return ops.latent_forward(mu, scale, key, *options)
 
 
 def gaussian_nll(
@@ -148,7 +155,9 @@ def gaussian_nll(
             mask=mask,
         )
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
-    code, lo, hi, mask = _check_likelihood(x, mean, scale, param, clamp, mask, sampled)
+    code = _check_param("param", param)
+    lo, hi = _check_clamp("clamp", clamp)
+    mask = _check_likelihood(x, mean, scale, mask, sampled)
     if scale is not None:
         scale = _broadcast("scale", scale, mean)
     if _validate:
@@ -160,9 +169,11 @@ def gaussian_nll(
         rows = mean.shape[:2]
         mean = mean.flatten(0, 1)
         scale = scale.flatten(0, 1) if scale is not None and scale.dim() > 0 else scale
-    args = (x, mean, scale, mask, None, None, 0.0, ops.NO_LOSS, code, lo, hi)
-    op = ops.likelihood if ops.eager_autograd_suffices() else ops.likelihood_forward
-    nll, _ = op(*args)
+    tensors, options = (x, mean, scale, mask, None, None), (0.0, ops.NO_LOSS, code, lo, hi)
+    if eager.suffices():
+        nll, _ = eager.likelihood(*tensors, options)
+    else:
+        nll, _ = ops.likelihood_forward(*tensors, *options)
     return nll.view(rows) if sampled else nll
 
 
@@ -230,16 +241,23 @@ def fused_elbo(
             mask=mask,
             inplace=inplace,
         )
-    code, lo, hi, mask = _check_likelihood(x, mean, scale, param, clamp, mask, rows_of=log_q)
+    code = _check_param("param", param)
+    lo, hi = _check_clamp("clamp", clamp)
     reduction_code = _check_choice("reduction", reduction, _REDUCTION_CODE)
+    if not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+    options = (float(beta), reduction_code, code, lo, hi)
+    direct = None if _validate or mask is not None else eager.kernels()
+    if direct and direct.is_plain_likelihood(x, mean, scale, log_q, log_p):
+        return _run_elbo(x, mean, scale, None, log_q, log_p, options, inplace)
+
+    mask = _check_likelihood(x, mean, scale, mask, rows_of=log_q)
     _check_rows("log_q", log_q, mean, x)
     _check_rows("log_p", log_p, mean, x)
     if log_p.shape != log_q.shape:
         raise ValueError(
             f"log_p must have the shape of log_q, {tuple(log_q.shape)}; got {tuple(log_p.shape)}"
         )
-    if not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
     if scale is not None:
         scale = _broadcast("scale", scale, mean)
     if _validate:
@@ -251,21 +269,26 @@ def fused_elbo(
             scale = scale if scale is None or scale.dim() == 0 else scale.unflatten(0, log_q.shape)
         nll = reference.gaussian_nll(x, mean, scale, param, clamp, mask)
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
-
-    args = (x, mean, scale, mask, log_q, log_p, float(beta), reduction_code, code, lo, hi)
-    if not ops.eager_autograd_suffices():
-        nll, loss = ops.likelihood_forward(*args)
-    elif _gradient_in_forward(x, mean, scale, reduction, inplace):
-        if inplace:
-            _check_inplace(x, mean, scale)
-        nll, loss = ops.likelihood_grad(*args, inplace)
+    if eager.suffices():
+        loss, nll = _run_elbo(x, mean, scale, mask, log_q, log_p, options, inplace)
     else:
-        nll, loss = ops.likelihood(*args)
+        nll, loss = ops.likelihood_forward(x, mean, scale, mask, log_q, log_p, *options)
     return loss, nll.view(log_q.shape) if log_q.dim() == 2 else nll
 
 
+def _run_elbo(x, mean, scale, mask, log_q, log_p, options, inplace) -> tuple[Tensor, Tensor]:
+    """The eager op whose derivative suits the arguments, which have been checked."""
+    if _gradient_in_forward(x, mean, scale, options[1], inplace):
+        if inplace:
+            _check_inplace(x, mean, scale)
+        nll, loss = eager.likelihood_grad(x, mean, scale, mask, log_q, log_p, options, inplace)
+    else:
+        nll, loss = eager.likelihood(x, mean, scale, mask, log_q, log_p, options)
+    return loss, nll
+
+
 def _gradient_in_forward(
-    x: Tensor, mean: Tensor, scale: Tensor | None, reduction: str, inplace: bool
+    x: Tensor, mean: Tensor, scale: Tensor | None, reduction: int, inplace: bool
 ) -> bool:
     """Whether to write the gradients in the forward pass: five data-sized streams, not eight.
 
@@ -278,7 +301,7 @@ def _gradient_in_forward(
         return False
     if mean.dtype == torch.float16 or (scale is not None and scale.dtype == torch.float16):
         return False
-    return inplace or reduction != "none"
+    return inplace or reduction != _REDUCTION_CODE["none"]
 
 
 # ---- argument checks -----------------------------------------------------------------------
@@ -356,13 +379,11 @@ def _check_likelihood(
     x: Tensor,
     mean: Tensor,
     scale: Tensor | None,
-    param: str,
-    clamp: tuple[float, float] | None,
     mask: Tensor | None,
     sampled: bool = False,
     rows_of: Tensor | None = None,
-) -> tuple[int, float, float, Tensor | None]:
-    """Checks what the likelihood functions share; returns param's code, lo, hi and the mask.
+) -> Tensor | None:
+    """Checks the tensors that the likelihood functions share; returns the mask in x's shape.
 
     ``sampled``: mean has a leading sample dimension. ``rows_of``: the rows of mean are a multiple
     of x's.
@@ -372,8 +393,6 @@ def _check_likelihood(
     _check_batched("x", x)
     if scale is not None:
         _check_tensor("scale", scale, like=x)
-    code = _check_param("param", param)
-    lo, hi = _check_clamp("clamp", clamp)
 
     event = tuple(x.shape[1:])
     if scale is None:
@@ -402,7 +421,7 @@ def _check_likelihood(
             raise ValueError(f"mask is on {mask.device}, but the other tensors are on {x.device}")
         if mask.shape != x.shape:
             mask = _broadcast("mask", mask, x).expand(x.shape)
-    return code, lo, hi, mask
+    return mask
 
 
 def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:

@@ -18,8 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vae_fast import buffers
-
 PARAMS = ("logvar", "logstd", "std", "var", "softplus")
 REDUCTIONS = ("mean", "sum", "none")
 NO_LOSS = len(REDUCTIONS)
@@ -140,7 +138,7 @@ def _setup_latent(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _latent_backward(ctx, g_z, g_log_q, g_log_p):
+def _differentiate_latent(ctx, g_z, g_log_q, g_log_p):
     if g_z is None and g_log_q is None and g_log_p is None:
         return (None,) * 8
     mu, scale, key = ctx.saved_tensors
@@ -148,14 +146,14 @@ def _latent_backward(ctx, g_z, g_log_q, g_log_p):
     return g_mu, g_scale, None, None, None, None, None, None
 
 
-def _setup_likelihood(ctx, inputs, output):
+def setup_likelihood(ctx, inputs, output):
     x, mean, scale, mask, log_q, _, *ctx.options = inputs
     ctx.save_for_backward(x, mean, scale, mask)
     ctx.rows = None if log_q is None else log_q.shape
     ctx.set_materialize_grads(False)
 
 
-def _likelihood_backward(ctx, g_nll, g_loss):
+def differentiate_likelihood(ctx, g_nll, g_loss):
     if g_nll is None and g_loss is None:
         return (None,) * 11
     x, mean, scale, mask = ctx.saved_tensors
@@ -167,24 +165,24 @@ def _likelihood_backward(ctx, g_nll, g_loss):
         g_mean,
         None if scale is None else g_scale,
         None,
-        *_latent_terms(ctx.rows, g_log_q, g_log_p),
+        *latent_terms(ctx.rows, g_log_q, g_log_p),
         *(None,) * 5,
     )
 
 
-def _latent_terms(rows, g_log_q, g_log_p):
+def latent_terms(rows, g_log_q, g_log_p):
     if rows is None:
         return None, None
     return (g_log_q, g_log_p) if len(rows) == 1 else (g_log_q.view(rows), g_log_p.view(rows))
 
 
 torch.library.register_autograd(
-    "vae_fast::latent_forward", _latent_backward, setup_context=_setup_latent, lib=_LIBRARY
+    "vae_fast::latent_forward", _differentiate_latent, setup_context=_setup_latent, lib=_LIBRARY
 )
 torch.library.register_autograd(
     "vae_fast::likelihood_forward",
-    _likelihood_backward,
-    setup_context=_setup_likelihood,
+    differentiate_likelihood,
+    setup_context=setup_likelihood,
     lib=_LIBRARY,
 )
 
@@ -201,118 +199,3 @@ def _refuse(name: str):
 
 for _name in ("latent_backward", "likelihood_backward"):
     torch.library.register_autograd(f"vae_fast::{_name}", _refuse(_name), lib=_LIBRARY)
-
-
-# The ops' registered autograd serves torch.compile and direct calls. The functions below are its
-# fast twin for eager calls: the same set-up and backward without the generic Python wrappers (or
-# the argument binding of a separate setup_context), which cost more than a small batch's work.
-# They call the ops below autograd, and refuse a second differentiation themselves.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _once_differentiable(backward):
-    """``torch.autograd.function.once_differentiable``, free unless a graph is being created."""
-    marked = torch.autograd.function.once_differentiable(backward)
-    return lambda *args: marked(*args) if torch.is_grad_enabled() else backward(*args)
-
-
-class Latent(torch.autograd.Function):
-    """``latent_forward`` with its derivative, for eager calls."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        with _below_autograd():
-            output = latent_forward(*args)
-        _setup_latent(ctx, args, output)
-        return output
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx, *grads):
-        with _below_autograd():
-            return _latent_backward(ctx, *grads)
-
-
-class Likelihood(torch.autograd.Function):
-    """``likelihood_forward`` with its derivative, for eager calls."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        with _below_autograd():
-            output = likelihood_forward(*args)
-        _setup_likelihood(ctx, args, output)
-        return output
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx, *grads):
-        with _below_autograd():
-            return _likelihood_backward(ctx, *grads)
-
-
-class LikelihoodGrad(torch.autograd.Function):
-    """``likelihood_forward_grad``: the gradients are written by the forward pass.
-
-    Five data-sized streams instead of eight, and the two gradients are all that is saved. Only for
-    losses with one row weight known in advance: reduction mean or sum.
-    """
-
-    @staticmethod
-    def forward(ctx, x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, inplace):
-        full = scale is not None and scale.dim() > 0
-        with _below_autograd():
-            # In place, detached: autograd refuses to hand back a chunk that was written to.
-            new = torch.Tensor.detach if inplace else buffers.empty_like
-            g_mean, g_scale = new(mean), new(scale) if full else None
-            nll, loss, g_shared = likelihood_forward_grad(
-                x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean, g_scale
-            )
-        if inplace:
-            torch.autograd.graph.increment_version(mean)
-            if full:
-                torch.autograd.graph.increment_version(scale)
-        scalar = scale is not None and not full
-        ctx.save_for_backward(g_mean, g_scale, g_shared if scalar else None)
-        ctx.set_materialize_grads(False)
-        ctx.scale_dtype = None if scale is None else scale.dtype
-        ctx.rows = None if log_q is None else log_q.shape
-        batch = x.shape[0]
-        ctx.options = (beta, reduction, mean.shape[0] // batch if batch else 1, batch)
-        return nll, loss
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx, g_nll, g_loss):
-        if g_nll is None and g_loss is None:
-            return (None,) * 12
-        g_mean, g_scale, g_shared = ctx.saved_tensors
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            # The graph may be walked again: leave what it saved as it is.
-            g_mean = g_mean.clone()
-            g_scale = None if g_scale is None else g_scale.clone()
-        with _below_autograd():
-            g_log_q, g_log_p, g_scalar = likelihood_rescale_(
-                g_mean, g_scale, g_shared, g_nll, g_loss, *ctx.options
-            )
-        if g_shared is not None:
-            g_scale = g_scalar.to(ctx.scale_dtype)
-        return (
-            None,
-            g_mean,
-            g_scale,
-            None,
-            *_latent_terms(ctx.rows, g_log_q, g_log_p),
-            *(None,) * 6,
-        )
-
-
-# The engine's own apply: torch.autograd.Function.apply first looks for functorch transforms, which
-# eager_autograd_suffices() has ruled out.
-latent = super(torch.autograd.Function, Latent).apply
-likelihood = super(torch.autograd.Function, Likelihood).apply
-likelihood_grad = super(torch.autograd.Function, LikelihoodGrad).apply
-
-
-def eager_autograd_suffices() -> bool:
-    """Whether a call may go through the functions above, not the ops' registered autograd."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())

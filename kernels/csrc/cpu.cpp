@@ -1,12 +1,13 @@
-// The CPU backend: the ops of vae_fast/ops.py over the passes of latent.h and likelihood.h.
+// The passes of passes.h: the loops of latent.h and likelihood.h, over tiles of the operands.
 //
-// Written against LibTorch's stable ABI, so one binary serves every torch ≥ 2.10. The passes are
-// compiled for each instruction set below, and the best one is chosen when the library is loaded.
+// The loops are compiled for each instruction set below, and the best one is chosen when the library
+// is loaded. Outputs of the backward passes are written whole, whatever was in them.
 
-#include <tuple>
+#include <torch/csrc/stable/ops.h>
 
 #include "lanes.h"
 #include "operand.h"
+#include "passes.h"
 
 namespace vae_fast {
 
@@ -32,6 +33,8 @@ namespace base {  // SSE2 on x86-64, NEON on AArch64
 #undef VAE_FAST_TARGET
 
 namespace {
+
+bool is_double(const View& t) { return t.type == ScalarType::Double; }
 
 // ---- the instruction set ---------------------------------------------------------------------
 
@@ -70,13 +73,13 @@ LatentKernels<float> latent_kernels(Param param) {
 }
 
 template <class T>
-LikelihoodPiece<T> likelihood_kernel(Param param, bool scalar, bool gradient);
+LikelihoodKernel<T> likelihood_kernel(Param param, bool scalar, bool gradient);
 template <>
-LikelihoodPiece<double> likelihood_kernel(Param param, bool scalar, bool gradient) {
+LikelihoodKernel<double> likelihood_kernel(Param param, bool scalar, bool gradient) {
   return base::likelihood_kernel<double>(param, scalar, gradient);
 }
 template <>
-LikelihoodPiece<float> likelihood_kernel(Param param, bool scalar, bool gradient) {
+LikelihoodKernel<float> likelihood_kernel(Param param, bool scalar, bool gradient) {
 #if defined(__x86_64__)
   if (kIsa == Isa::avx512) return avx512::likelihood_kernel<f32x16>(param, scalar, gradient);
   if (kIsa == Isa::avx2) return avx2::likelihood_kernel<f32x8>(param, scalar, gradient);
@@ -86,15 +89,16 @@ LikelihoodPiece<float> likelihood_kernel(Param param, bool scalar, bool gradient
 
 // ---- latent pass -----------------------------------------------------------------------------
 
-// A latent tensor as rows with one element stride, copied only where its strides allow no such view.
-// The order of latent elements is the order of the noise, so no dimension moves.
+// A latent tensor as rows with one element stride. The order of latent elements is the order of the
+// noise, so no dimension moves.
 struct LatentOperand : Operand {
+  bool straight = true;
   LatentOperand() = default;
-  explicit LatentOperand(const Tensor& t, int64_t event_from = 1) : owner_(t) {
-    if (!straighten(event_from)) {
-      owner_ = torch::stable::contiguous(t);
-      straighten(event_from);
-    }
+  explicit LatentOperand(const View& t, int64_t event_from = 1)
+      : Operand(operand(t, event_from)) {
+    Event event = event_of(t, event_from);
+    event.fuse<1>({this}, /*reorder=*/false);
+    straight = event.sizes.size() == 1;
   }
 
   // n elements of each row as T: in place where they already are so, else gathered into `buffer`.
@@ -111,15 +115,6 @@ struct LatentOperand : Operand {
     }
     return {buffer, n};
   }
-
- private:
-  bool straighten(int64_t event_from) {
-    static_cast<Operand&>(*this) = operand(*owner_, event_from);
-    Event event = event_of(*owner_, event_from);
-    event.fuse<1>({this}, /*reorder=*/false);
-    return event.sizes.size() == 1;
-  }
-  OptionalTensor owner_;
 };
 
 // What both directions share: μ and the scale by rows of L elements, and the noise of a group of
@@ -137,27 +132,27 @@ struct Latent {
   LatentKernels<T> kernels;
   Clamp clamp;
 
-  Latent(const Tensor& mu_, const Tensor& scale_, const Tensor& key, int64_t num_samples,
-         int64_t first_row_, int64_t param, double lo, double hi)
-      : batch(mu_.size(0)),
-        samples(std::max<int64_t>(num_samples, 1)),
+  Latent(const View& mu_, const View& scale_, const View& key, const LatentOptions& options)
+      : batch(mu_.sizes[0]),
+        samples(std::max<int64_t>(options.num_samples, 1)),
         size(event_of(mu_).numel()),
         calls((size + kLanes - 1) / kLanes),
         group(std::max<int64_t>(1, kCalls / std::max<int64_t>(1, calls * samples))),
         together(std::clamp<int64_t>(kCalls / std::max<int64_t>(1, calls), 1, samples)),
-        first_row(first_row_),
-        scalar(scale_.dim() == 0),
+        first_row(options.first_row),
+        scalar(scale_.dim == 0),
         mu(mu_),
-        kernels(latent_kernels<T>(static_cast<Param>(param))),
-        clamp{lo, hi} {
+        kernels(latent_kernels<T>(static_cast<Param>(options.param))),
+        clamp{options.lo, options.hi} {
     if (scalar) {
       std::fill(shared, shared + std::min(size, kTile), scalar_value<T>(scale_));
     } else {
       scale = LatentOperand(scale_);
     }
-    const uint64_t* bits = static_cast<const uint64_t*>(key.const_data_ptr());
+    STD_TORCH_CHECK(mu.straight && scale.straight, "vae_fast: a latent tensor needs a copy first");
+    const uint64_t* bits = data_of<uint64_t>(key);
     seed = bits[0];
-    offset = bits[key.stride(0)];
+    offset = bits[key.strides[0]];
   }
 
   // Calls fn(b, rows, begin, n) for the tiles of the latent: `rows` whole rows from row b on, or n
@@ -211,20 +206,10 @@ struct Latent {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Tensor& scale,
-                                                     const Tensor& key, int64_t num_samples,
-                                                     int64_t first_row, int64_t param, double lo,
-                                                     double hi) {
-  const Latent<T> latent(mu, scale, key, num_samples, first_row, param, lo, hi);
-  Dims rows, shape;
-  if (num_samples > 0) {
-    rows.push_back(num_samples);
-    shape.push_back(num_samples);
-  }
-  rows.push_back(latent.batch);
-  shape.append(mu.sizes());
-  Tensor z = empty(shape, mu.scalar_type());
-  Tensor log_q = empty(rows, type_of<T>), log_p = empty(rows, type_of<T>);
+void latent_forward_as(const View& mu, const View& scale, const View& key,
+                       const LatentOptions& options, const View& z, const View& log_q,
+                       const View& log_p) {
+  const Latent<T> latent(mu, scale, key, options);
   T* const q = data_of<T>(log_q);
   T* const p = data_of<T>(log_p);
   const int64_t count = latent.samples * latent.batch;
@@ -244,39 +229,22 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_as(const Tensor& mu, const Ten
       out.store(at, group * n, to);
     });
   });
-  return {z, log_q, log_p};
-}
-
-std::tuple<Tensor, Tensor, Tensor> latent_forward(Tensor mu, Tensor scale, Tensor key,
-                                                  int64_t num_samples, int64_t first_row,
-                                                  int64_t param, double lo, double hi) {
-  const auto run = is_double(mu) ? latent_forward_as<double> : latent_forward_as<float>;
-  return run(mu, scale, key, num_samples, first_row, param, lo, hi);
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> latent_backward_as(const OptionalTensor& g_z,
-                                              const OptionalTensor& g_log_q,
-                                              const OptionalTensor& g_log_p, const Tensor& mu,
-                                              const Tensor& scale, const Tensor& key,
-                                              int64_t num_samples, int64_t first_row, int64_t param,
-                                              double lo, double hi) {
-  const Latent<T> latent(mu, scale, key, num_samples, first_row, param, lo, hi);
-  Tensor g_mu = empty(dims_of(mu), mu.scalar_type());
-  Tensor g_scale = latent.scalar ? none(type_of<T>) : empty(dims_of(mu), scale.scalar_type());
+void latent_backward_as(const View& g_z, const View& g_log_q, const View& g_log_p, const View& mu,
+                        const View& scale, const View& key, const LatentOptions& options,
+                        const View& g_mu, const View& g_scale) {
+  const Latent<T> latent(mu, scale, key, options);
   const Output<T> out_mu(g_mu), out_scale(g_scale);
   std::vector<T> g_shared(latent.scalar ? latent.batch : 0, T(0));
 
+  const bool sampled = options.num_samples > 0;
   LatentOperand upstream;
-  int64_t sample_stride = 0;
-  if (g_z) {
-    upstream = LatentOperand(*g_z, num_samples > 0 ? 2 : 1);
-    // A copied operand is contiguous; otherwise the sample dimension has a stride of its own.
-    const bool copied = upstream.data != g_z->const_data_ptr();
-    if (num_samples > 0) sample_stride = copied ? latent.batch * latent.size : g_z->stride(0);
-  }
-  const OptionalTensor flat_q = flat(g_log_q), flat_p = flat(g_log_p);
-  const RowValues<T> q(flat_q), p(flat_p);
+  if (g_z) upstream = LatentOperand(g_z, sampled ? 2 : 1);
+  STD_TORCH_CHECK(upstream.straight, "vae_fast: a latent tensor needs a copy first");
+  const int64_t sample_stride = g_z && sampled ? g_z.strides[0] : 0;
+  const RowValues<T> q(g_log_q, latent.batch), p(g_log_p, latent.batch);
 
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
     alignas(64) T mu_tile[kTile], scale_tile[kTile], z_tile[kTile], gm_tile[kTile], gs_tile[kTile];
@@ -305,24 +273,11 @@ std::tuple<Tensor, Tensor> latent_backward_as(const OptionalTensor& g_z,
     }
   });
   if (latent.scalar) {
-    g_scale = scalar_tensor(tree_sum<T>(0, latent.batch, [&](int64_t b) { return g_shared[b]; }),
-                            scale.scalar_type());
+    store_scalar(g_scale, tree_sum<T>(0, latent.batch, [&](int64_t b) { return g_shared[b]; }));
   }
-  return {g_mu, g_scale};
-}
-
-std::tuple<Tensor, Tensor> latent_backward(OptionalTensor g_z, OptionalTensor g_log_q,
-                                           OptionalTensor g_log_p, Tensor mu, Tensor scale,
-                                           Tensor key, int64_t num_samples, int64_t first_row,
-                                           int64_t param, double lo, double hi) {
-  const auto run = is_double(mu) ? latent_backward_as<double> : latent_backward_as<float>;
-  return run(g_z, g_log_q, g_log_p, mu, scale, key, num_samples, first_row, param, lo, hi);
 }
 
 // ---- likelihood pass -------------------------------------------------------------------------
-
-// The order is the op schema's integer code; vae_fast/ops.py holds the same list.
-enum class Reduction : int64_t { mean, sum, none, no_loss };
 
 // ∂loss/∂(row's term), for an upstream gradient of one.
 template <class T>
@@ -330,6 +285,9 @@ T row_share(int64_t rows, int64_t samples, Reduction reduction) {
   if (reduction == Reduction::no_loss) return T(0);
   return T(1) / static_cast<T>(reduction == Reduction::mean ? std::max<int64_t>(rows, 1) : samples);
 }
+
+constexpr int64_t kStreamed = int64_t(1) << 21;  // bytes of a gradient that go past the caches
+constexpr int64_t kVector = 64;                  // bytes of the widest vector
 
 // The operands of one likelihood op and the loop over them.
 template <class T>
@@ -343,28 +301,28 @@ struct Likelihood {
   Param param;
   Clamp clamp;
 
-  Likelihood(const Tensor& x_, const Tensor& mean_, const OptionalTensor& scale_,
-             const OptionalTensor& mask_, int64_t param_, double lo, double hi)
-      : batch(x_.size(0)),
-        rows(mean_.size(0)),
+  Likelihood(const View& x_, const View& mean_, const View& scale_, const View& mask_,
+             const LikelihoodOptions& options)
+      : batch(x_.sizes[0]),
+        rows(mean_.sizes[0]),
         samples(batch > 0 ? rows / batch : 1),
-        scalar(scale_ && scale_->dim() == 0),
+        scalar(scale_ && scale_.dim == 0),
         event(event_of(x_)),
         x(operand(x_)),
-        param(static_cast<Param>(param_)),
-        clamp{lo, hi} {
+        param(static_cast<Param>(options.param)),
+        clamp{options.lo, options.hi} {
     size = event.numel();
     pieces = std::max<int64_t>(1, (size + kPiece - 1) / kPiece);
     split(mean_, scale_, mean, scale);
     if (scalar) {
-      const T raw = scalar_value<T>(*scale_);
+      const T raw = scalar_value<T>(scale_);
       shared = clamp.of(raw);
       shared_slope = clamp.outside(raw) ? T(0) : T(1);
     }
-    if (mask_) mask = operand(*mask_);
+    if (mask_) mask = operand(mask_);
   }
 
-  void gradients(const Tensor& g_mean_, const OptionalTensor& g_scale_) {
+  void gradients(const View& g_mean_, const View& g_scale_) {
     split(g_mean_, g_scale_, g_mean, g_scale);
   }
 
@@ -373,71 +331,109 @@ struct Likelihood {
     event.fuse<7>({&mean, &x, &scale, &mask, &g_x, &g_mean, &g_scale}, /*reorder=*/true);
   }
 
-  // Runs the pass. weight(n) is row n's upstream gradient; value and g_shared receive the rows'
+  // Runs the pass. weight holds the rows' upstream gradients; value and g_shared receive the rows'
   // −log p(x|z) and their shares of a scalar scale's gradient.
-  template <class Weight>
-  void run(bool gradient, const Weight& weight, T* value, T* g_shared) const {
-    const LikelihoodPiece<T> kernel = likelihood_kernel<T>(param, scalar, gradient);
+  void run(bool gradient, Rows<const T> weight, T* value, T* g_shared) const {
+    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(param, scalar, gradient);
     // With a gradient for x, the samples that share a row of x belong to one unit of work.
     const int64_t first_rows = need_x ? batch : rows;
-    std::vector<T> piece_values(pieces > 1 && value ? rows * pieces : 0);
-    std::vector<T> piece_scales(pieces > 1 && g_shared ? rows * pieces : 0);
-    T* const values = pieces > 1 && value ? piece_values.data() : value;
-    T* const scales = pieces > 1 && g_shared ? piece_scales.data() : g_shared;
+    std::vector<LikelihoodTerms<T>> terms(rows * pieces);
     const int64_t work = std::max<int64_t>(1, std::min(size, kPiece)) * (need_x ? samples : 1);
+    const bool direct = reads_in_place(gradient), stream = direct && gradient && streams();
     torch::stable::parallel_for(
         0, first_rows * pieces, std::max<int64_t>(1, kGrain / work),
         [&](int64_t first, int64_t last) {
+          if (direct && pieces == 1) {
+            run_rows(kernel, gradient, first, last, 0, size, weight, stream,
+                     terms.data() + first);
+            return;
+          }
           std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
           for (int64_t unit = first; unit < last; ++unit) {
-            const int64_t piece = unit % pieces, begin = piece * kPiece;
+            const int64_t piece = unit % pieces, begin = piece * kPiece, row = unit / pieces;
             const int64_t end = std::min(size, begin + kPiece);
+            if (direct) {
+              run_rows(kernel, gradient, row, row + 1, begin, end, weight, stream, &terms[unit]);
+              continue;
+            }
             std::fill(x_sum.begin(), x_sum.end(), T(0));
-            for (int64_t n = unit / pieces; n < rows; n += first_rows) {
-              const LikelihoodTerms<T> terms =
-                  run_piece(kernel, gradient, n, begin, end, weight(n), x_sum.data());
-              if (values) values[n * pieces + piece] = terms.value;
-              if (scales) {
-                // Selected, not multiplied, since the gradient outside the clamp may be infinite.
-                scales[n * pieces + piece] = shared_slope == T(0) ? T(0) : terms.g_scale;
-              }
+            for (int64_t n = row; n < rows; n += first_rows) {
+              terms[n * pieces + piece] =
+                  run_piece(kernel, gradient, n, begin, end, weight[n], x_sum.data());
             }
             if (need_x) {
-              event.store(g_x, unit / pieces, begin, end - begin,
-                          static_cast<const T*>(x_sum.data()));
+              event.store(g_x, row, begin, end - begin, static_cast<const T*>(x_sum.data()));
             }
           }
         });
-    if (pieces == 1) return;
     for (int64_t n = 0; n < rows; ++n) {
-      const auto total = [&](const T* part) {
-        return tree_sum<T>(n * pieces, (n + 1) * pieces, [&](int64_t i) { return part[i]; });
+      const auto total = [&](T LikelihoodTerms<T>::*part) {
+        return tree_sum<T>(n * pieces, (n + 1) * pieces, [&](int64_t i) { return terms[i].*part; });
       };
-      if (value) value[n] = total(values);
-      if (g_shared) g_shared[n] = total(scales);
+      if (value) value[n] = total(&LikelihoodTerms<T>::value);
+      // Selected, not multiplied, since the gradient outside the clamp may be infinite.
+      if (g_shared) g_shared[n] = shared_slope == T(0) ? T(0) : total(&LikelihoodTerms<T>::g_scale);
     }
   }
 
  private:
   // The mean's and the scale's operands: two tensors, or the halves of a packed dimension 1.
-  void split(const Tensor& mean_, const OptionalTensor& scale_, Operand& m, Operand& s) const {
+  void split(const View& mean_, const View& scale_, Operand& m, Operand& s) const {
     m = operand(mean_);
     if (!scale_) {
       s = m;
-      s.data = s.at(mean_.size(1) / 2 * mean_.stride(1));
+      s.data = s.at(mean_.sizes[1] / 2 * mean_.strides[1]);
     } else if (!scalar) {
-      s = operand(*scale_);
+      s = operand(scale_);
     }
   }
 
-  // One piece of one row, tile by tile, with the constant of the elements it counts.
-  LikelihoodTerms<T> run_piece(LikelihoodPiece<T> kernel, bool gradient, int64_t n,
-                               int64_t begin, int64_t end, T weight, T* x_sum) const {
+  // Whether a kernel can read and write the operands' own memory, row by row.
+  bool reads_in_place(bool gradient) const {
+    const auto fits = [&](const Operand& o) { return event.direct<T>(o); };
+    return !mask && !need_x && fits(x) && fits(mean) && (!gradient || fits(g_mean)) &&
+           (scalar || (!clamp.active() && fits(scale) && (!gradient || fits(g_scale))));
+  }
+
+  // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
+  bool streams() const {
+    const auto suits = [&](const Operand& g, const Operand& of) {
+      return g.data != of.data && reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
+             g.row_stride * sizeof(T) % kVector == 0;
+    };
+    return rows * size * static_cast<int64_t>(sizeof(T)) >= kStreamed && suits(g_mean, mean) &&
+           (scalar || suits(g_scale, scale));
+  }
+
+  // Rows [first, last) of a batch and its samples, or a piece of each, in place.
+  void run_rows(LikelihoodKernel<T> kernel, bool gradient, int64_t first, int64_t last,
+                int64_t begin, int64_t end, Rows<const T> weight, bool stream,
+                LikelihoodTerms<T>* terms) const {
+    const auto in = [&](const Operand& o, int64_t row) {
+      return Rows<const T>{reinterpret_cast<const T*>(o.at(row * o.row_stride + begin)),
+                           o.row_stride};
+    };
+    const auto out = [&](const Operand& o, int64_t row) {
+      return Rows<T>{reinterpret_cast<T*>(o.at(row * o.row_stride + begin)), o.row_stride};
+    };
+    for (int64_t n = first; n < last;) {
+      const int64_t b = n % batch, count = std::min(last - n, batch - b);  // of one sample
+      kernel(count, end - begin, in(x, b), in(mean, n),
+             scalar ? Rows<const T>{&shared, 0} : in(scale, n), {weight[n], weight.pitch},
+             gradient ? out(g_mean, n) : Rows<T>{},
+             gradient && !scalar ? out(g_scale, n) : Rows<T>{}, stream, terms);
+      n += count;
+      terms += count;
+    }
+  }
+
+  // One piece of one row, tile by tile.
+  LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, int64_t n, int64_t begin,
+                               int64_t end, const T* weight, T* x_sum) const {
     T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile];
     bool zero[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
     LikelihoodTerms<T> sum{T(0), T(0)};
-    int64_t counted = 0;
     for (; begin < end; begin += kTile, x_sum += kTile) {
       const int64_t count = std::min(end - begin, kTile);
       const T* xs = event.load(x, b, begin, count, x_tile);
@@ -448,27 +444,25 @@ struct Likelihood {
       LikelihoodTerms<T> terms;
       if (mask) {
         terms = masked_tile(kernel, gradient, n, b, begin, count, xs, ms, ss, weight, x_sum,
-                            clamped ? zero : nullptr, counted);
+                            clamped ? zero : nullptr);
       } else {
         T* gm = gradient ? event.target(g_mean, n, begin, gm_tile) : nullptr;
         T* gs = gradient && !scalar ? event.target(g_scale, n, begin, gs_tile) : nullptr;
-        terms = kernel(count, xs, ms, ss, weight, gm, gs);
+        kernel(1, count, {xs, 0}, {ms, 0}, {ss, 0}, {weight, 0}, {gm, 0}, {gs, 0}, false, &terms);
         if (gs && clamped) zero_where(zero, count, gs);
         if (gradient) store_gradients(n, begin, count, gm, gs, x_sum);
-        counted += count;
       }
       sum.value += terms.value;
       sum.g_scale += terms.g_scale;
     }
-    sum.value += static_cast<T>(kHalfLog2Pi) * static_cast<T>(counted);
     return sum;
   }
 
   // The selected elements are packed together, and only they are ever computed on.
-  LikelihoodTerms<T> masked_tile(LikelihoodPiece<T> kernel, bool gradient, int64_t n, int64_t b,
+  LikelihoodTerms<T> masked_tile(LikelihoodKernel<T> kernel, bool gradient, int64_t n, int64_t b,
                                  int64_t begin, int64_t count, const T* xs, const T* ms,
-                                 const T* ss, T weight, T* x_sum, const bool* zero,
-                                 int64_t& counted) const {
+                                 const T* ss, const T* weight, T* x_sum,
+                                 const bool* zero) const {
     T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
     int64_t index[kTile + 1], kept = 0;
     event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
@@ -484,9 +478,9 @@ struct Likelihood {
       m_kept[i] = ms[index[i]];
       if (!scalar) s_kept[i] = ss[index[i]];
     }
-    counted += kept;
-    const LikelihoodTerms<T> terms =
-        kernel(kept, x_kept, m_kept, s_kept, weight, gm_kept, gs_kept);
+    LikelihoodTerms<T> terms;
+    kernel(1, kept, {x_kept, 0}, {m_kept, 0}, {s_kept, 0}, {weight, 0}, {gm_kept, 0}, {gs_kept, 0},
+           false, &terms);
     if (gradient) {
       T gm_tile[kTile] = {}, gs_tile[kTile] = {};
       for (int64_t i = 0; i < kept; ++i) {
@@ -512,137 +506,93 @@ struct Likelihood {
 
 // The loss of rows t = nll + β(log q − log p): the mean over samples, then the reduction.
 template <class T>
-Tensor finish_loss(const Likelihood<T>& pass, const T* nll, const OptionalTensor& log_q,
-                   const OptionalTensor& log_p, double beta, Reduction reduction) {
-  if (reduction == Reduction::no_loss) return none(type_of<T>);
-  const OptionalTensor flat_q = flat(log_q), flat_p = flat(log_p);
-  const RowValues<T> q(flat_q), p(flat_p);
-  const T b = static_cast<T>(beta);
+void finish_loss(const Likelihood<T>& pass, const T* nll, const View& log_q, const View& log_p,
+                 const LikelihoodOptions& options, const View& loss) {
+  if (!loss) return;
+  const RowValues<T> q(log_q, pass.batch), p(log_p, pass.batch);
+  const T b = static_cast<T>(options.beta);
   const auto term = [&](int64_t n) { return log_q ? nll[n] + b * (q[n] - p[n]) : nll[n]; };
-  if (reduction == Reduction::none) {
-    Tensor loss = empty(Dims(pass.batch), type_of<T>);
-    T* const out = data_of<T>(loss);
+  T* const out = data_of<T>(loss);
+  if (options.reduction == Reduction::none) {
     for (int64_t i = 0; i < pass.batch; ++i) {
       const auto sample = [&](int64_t k) { return term(k * pass.batch + i); };
       out[i] = tree_sum<T>(0, pass.samples, sample) / static_cast<T>(pass.samples);
     }
-    return loss;
+    return;
   }
-  Tensor loss = empty(Dims(), type_of<T>);
-  const T count = static_cast<T>(reduction == Reduction::mean ? pass.rows : pass.samples);
-  *data_of<T>(loss) = tree_sum<T>(0, pass.rows, term) / count;
-  return loss;
+  const bool mean = options.reduction == Reduction::mean;
+  *out = tree_sum<T>(0, pass.rows, term) / static_cast<T>(mean ? pass.rows : pass.samples);
 }
 
 // The latent terms' gradients: ±β times the row's share of the loss gradient.
 template <class T>
-std::tuple<Tensor, Tensor> latent_gradients(int64_t rows, int64_t batch, double beta, T share,
-                                            const RowValues<T>& g_loss) {
-  Tensor g_log_q = empty(Dims(rows), type_of<T>), g_log_p = empty(Dims(rows), type_of<T>);
+void latent_gradients(int64_t rows, double beta, T share, const RowValues<T>& g_loss,
+                      const View& g_log_q, const View& g_log_p) {
   T* const q = data_of<T>(g_log_q);
   T* const p = data_of<T>(g_log_p);
-  for (int64_t n = 0; n < rows; ++n) {
-    q[n] = static_cast<T>(beta) * share * g_loss[n % batch];
+  for (int64_t n = 0, b = 0; n < rows; ++n, b = b + 1 == g_loss.batch ? 0 : b + 1) {
+    q[n] = static_cast<T>(beta) * share * g_loss[b];
     p[n] = -q[n];
   }
-  return {g_log_q, g_log_p};
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> likelihood_forward_as(const Tensor& x, const Tensor& mean,
-                                                 const OptionalTensor& scale,
-                                                 const OptionalTensor& mask,
-                                                 const OptionalTensor& log_q,
-                                                 const OptionalTensor& log_p, double beta,
-                                                 int64_t reduction, int64_t param, double lo,
-                                                 double hi) {
-  Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
+void likelihood_forward_as(const View& x, const View& mean, const View& scale, const View& mask,
+                           const View& log_q, const View& log_p, const LikelihoodOptions& options,
+                           const View& nll, const View& loss) {
+  Likelihood<T> pass(x, mean, scale, mask, options);
   pass.fuse();
-  Tensor nll = empty(Dims(pass.rows), type_of<T>);
   T* const value = data_of<T>(nll);
-  pass.run(/*gradient=*/false, [](int64_t) { return T(0); }, value, nullptr);
-  return {nll, finish_loss<T>(pass, value, log_q, log_p, beta, static_cast<Reduction>(reduction))};
-}
-
-std::tuple<Tensor, Tensor> likelihood_forward(Tensor x, Tensor mean, OptionalTensor scale,
-                                              OptionalTensor mask, OptionalTensor log_q,
-                                              OptionalTensor log_p, double beta, int64_t reduction,
-                                              int64_t param, double lo, double hi) {
-  const auto run = is_double(mean) ? likelihood_forward_as<double> : likelihood_forward_as<float>;
-  return run(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi);
+  pass.run(/*gradient=*/false, {}, value, nullptr);
+  finish_loss<T>(pass, value, log_q, log_p, options, loss);
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_as(
-    const OptionalTensor& g_nll, const OptionalTensor& g_loss, const Tensor& x, const Tensor& mean,
-    const OptionalTensor& scale, const OptionalTensor& mask, double beta, int64_t reduction,
-    int64_t param, double lo, double hi, bool need_x) {
-  Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
-  const bool full = scale && !pass.scalar;
-  Tensor g_mean = gradient_like(mean);
-  Tensor g_scale = full ? gradient_like(*scale) : none(mean.scalar_type());
-  Tensor g_x = need_x ? gradient_like(x) : none(x.scalar_type());
-  pass.gradients(g_mean, full ? OptionalTensor(g_scale) : scale);
-  pass.need_x = need_x;
-  if (need_x) pass.g_x = operand(g_x);
+void likelihood_backward_as(const View& g_nll, const View& g_loss, const View& x, const View& mean,
+                            const View& scale, const View& mask, const LikelihoodOptions& options,
+                            const View& g_x, const View& g_mean, const View& g_scale,
+                            const View& g_log_q, const View& g_log_p) {
+  Likelihood<T> pass(x, mean, scale, mask, options);
+  pass.gradients(g_mean, pass.scalar ? scale : g_scale);
+  pass.need_x = g_x.present;
+  if (g_x) pass.g_x = operand(g_x);
   pass.fuse();
 
-  const RowValues<T> nll(g_nll), loss(g_loss);
-  const T share = row_share<T>(pass.rows, pass.samples, static_cast<Reduction>(reduction));
-  const auto weight = [&](int64_t n) { return nll[n] + share * loss[n % pass.batch]; };
-  std::vector<T> g_shared(pass.scalar ? pass.rows : 0);
-  pass.run(/*gradient=*/true, weight, nullptr, pass.scalar ? g_shared.data() : nullptr);
+  const RowValues<T> nll(g_nll, pass.batch), loss(g_loss, pass.batch);
+  const T share = row_share<T>(pass.rows, pass.samples, options.reduction);
+  std::vector<T> weight(pass.rows), g_shared(pass.scalar ? pass.rows : 0);
+  for (int64_t n = 0; n < pass.rows; ++n) weight[n] = nll[n] + share * loss[n % loss.batch];
+  pass.run(/*gradient=*/true, {weight.data(), 1}, nullptr,
+           pass.scalar ? g_shared.data() : nullptr);
   if (pass.scalar) {
-    g_scale = scalar_tensor(tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }),
-                            scale->scalar_type());
+    store_scalar(g_scale, tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }));
   }
-  auto [g_log_q, g_log_p] = latent_gradients<T>(pass.rows, pass.batch, beta, share, loss);
-  return {g_x, g_mean, g_scale, g_log_q, g_log_p};
+  latent_gradients<T>(pass.rows, options.beta, share, loss, g_log_q, g_log_p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward(
-    OptionalTensor g_nll, OptionalTensor g_loss, Tensor x, Tensor mean, OptionalTensor scale,
-    OptionalTensor mask, double beta, int64_t reduction, int64_t param, double lo, double hi,
-    bool need_x) {
-  const auto run = is_double(mean) ? likelihood_backward_as<double> : likelihood_backward_as<float>;
-  return run(g_nll, g_loss, x, mean, scale, mask, beta, reduction, param, lo, hi, need_x);
-}
-
-// The forward that also writes the gradients, into g_mean and g_scale, which may be mean and scale.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward_grad_as(
-    const Tensor& x, const Tensor& mean, const OptionalTensor& scale, const OptionalTensor& mask,
-    const OptionalTensor& log_q, const OptionalTensor& log_p, double beta, int64_t reduction_code,
-    int64_t param, double lo, double hi, const Tensor& g_mean, const OptionalTensor& g_scale) {
-  const auto reduction = static_cast<Reduction>(reduction_code);
-  Likelihood<T> pass(x, mean, scale, mask, param, lo, hi);
+void forward_grad_as(const View& x, const View& mean, const View& scale, const View& mask,
+                     const View& log_q, const View& log_p, const LikelihoodOptions& options,
+                     const View& g_mean, const View& g_scale, const View& nll, const View& loss,
+                     const View& g_shared) {
+  Likelihood<T> pass(x, mean, scale, mask, options);
   pass.gradients(g_mean, pass.scalar ? scale : g_scale);
   pass.fuse();
-  Tensor nll = empty(Dims(pass.rows), type_of<T>);
-  Tensor g_shared = pass.scalar ? empty(Dims(pass.rows), type_of<T>) : none(type_of<T>);
-  const T share = row_share<T>(pass.rows, pass.samples, reduction);
-  pass.run(/*gradient=*/true, [&](int64_t) { return share; }, data_of<T>(nll),
+  const T share = row_share<T>(pass.rows, pass.samples, options.reduction);
+  pass.run(/*gradient=*/true, {&share, 0}, data_of<T>(nll),
            pass.scalar ? data_of<T>(g_shared) : nullptr);
-  return {nll, finish_loss<T>(pass, data_of<T>(nll), log_q, log_p, beta, reduction), g_shared};
-}
-
-std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad(
-    Tensor x, Tensor mean, OptionalTensor scale, OptionalTensor mask, OptionalTensor log_q,
-    OptionalTensor log_p, double beta, int64_t reduction, int64_t param, double lo, double hi,
-    Tensor g_mean, OptionalTensor g_scale) {
-  const auto run = is_double(mean) ? forward_grad_as<double> : forward_grad_as<float>;
-  return run(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean, g_scale);
+  finish_loss<T>(pass, data_of<T>(nll), log_q, log_p, options, loss);
 }
 
 // grad[n] *= factor(n), rows in parallel.
 template <class T, class Factor>
-void rescale_rows(const Tensor& grad, const Factor& factor) {
+void rescale_rows(const View& grad, const Factor& factor) {
   Operand rows = operand(grad);
   Event event = event_of(grad);
   event.fuse<1>({&rows}, /*reorder=*/true);
   const int64_t size = event.numel();
   torch::stable::parallel_for(
-      0, grad.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
+      0, grad.sizes[0], std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
       [&](int64_t first, int64_t last) {
         T tile[kTile], scaled[kTile];
         for (int64_t n = first; n < last; ++n) {
@@ -659,46 +609,76 @@ void rescale_rows(const Tensor& grad, const Factor& factor) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_as(
-    const Tensor& g_mean, const OptionalTensor& g_scale, const OptionalTensor& g_shared,
-    const OptionalTensor& g_nll, const OptionalTensor& g_loss, double beta, int64_t reduction,
-    int64_t samples, int64_t batch) {
-  const RowValues<T> nll(g_nll), loss(g_loss);
+void rescale_as(const View& g_mean, const View& g_scale, const View& g_shared, const View& g_nll,
+                const View& g_loss, double beta, Reduction reduction, int64_t samples, int64_t batch,
+                const View& g_log_q, const View& g_log_p, const View& g_scalar) {
+  const RowValues<T> nll(g_nll, batch), loss(g_loss, batch);
   const int64_t rows = samples * batch;
-  const T share = row_share<T>(rows, samples, static_cast<Reduction>(reduction));
-  const auto factor = [&](int64_t n) { return loss[n % batch] + nll[n] / share; };
+  const T share = row_share<T>(rows, samples, reduction);
+  const auto factor = [&](int64_t n) { return loss[n % loss.batch] + nll[n] / share; };
   const bool unit = rows == 0 || (!g_nll && loss.stride == 0 && factor(0) == T(1));
   if (!unit) {
     rescale_rows<T>(g_mean, factor);
-    if (g_scale) rescale_rows<T>(*g_scale, factor);
+    if (g_scale) rescale_rows<T>(g_scale, factor);
   }
-  Tensor total = none(type_of<T>);
   if (g_shared) {
-    const RowValues<T> part(g_shared);
+    const RowValues<T> part(g_shared, batch);
     const auto term = [&](int64_t n) { return factor(n) * part[n]; };
-    total = scalar_tensor(tree_sum<T>(0, rows, term), type_of<T>);
+    store_scalar(g_scalar, tree_sum<T>(0, rows, term));
   }
-  auto [g_log_q, g_log_p] = latent_gradients<T>(rows, batch, beta, share, loss);
-  return {g_log_q, g_log_p, total};
-}
-
-std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_(Tensor g_mean, OptionalTensor g_scale,
-                                                       OptionalTensor g_shared,
-                                                       OptionalTensor g_nll, OptionalTensor g_loss,
-                                                       double beta, int64_t reduction,
-                                                       int64_t samples, int64_t batch) {
-  const auto run = is_double(g_mean) ? likelihood_rescale_as<double> : likelihood_rescale_as<float>;
-  return run(g_mean, g_scale, g_shared, g_nll, g_loss, beta, reduction, samples, batch);
+  latent_gradients<T>(rows, beta, share, loss, g_log_q, g_log_p);
 }
 
 }  // namespace
-}  // namespace vae_fast
 
-STABLE_TORCH_LIBRARY_IMPL(vae_fast, CPU, m) {
-  m.impl("latent_forward", TORCH_BOX(&vae_fast::latent_forward));
-  m.impl("latent_backward", TORCH_BOX(&vae_fast::latent_backward));
-  m.impl("likelihood_forward", TORCH_BOX(&vae_fast::likelihood_forward));
-  m.impl("likelihood_backward", TORCH_BOX(&vae_fast::likelihood_backward));
-  m.impl("likelihood_forward_grad", TORCH_BOX(&vae_fast::likelihood_forward_grad));
-  m.impl("likelihood_rescale_", TORCH_BOX(&vae_fast::likelihood_rescale_));
+bool is_straight(const View& t, int64_t event_from) {
+  return t.dim < event_from || LatentOperand(t, event_from).straight;
 }
+
+void latent_forward(const View& mu, const View& scale, const View& key, const LatentOptions& options,
+                    const View& z, const View& log_q, const View& log_p) {
+  const auto run = is_double(mu) ? latent_forward_as<double> : latent_forward_as<float>;
+  run(mu, scale, key, options, z, log_q, log_p);
+}
+
+void latent_backward(const View& g_z, const View& g_log_q, const View& g_log_p, const View& mu,
+                     const View& scale, const View& key, const LatentOptions& options,
+                     const View& g_mu, const View& g_scale) {
+  const auto run = is_double(mu) ? latent_backward_as<double> : latent_backward_as<float>;
+  run(g_z, g_log_q, g_log_p, mu, scale, key, options, g_mu, g_scale);
+}
+
+void likelihood_forward(const View& x, const View& mean, const View& scale, const View& mask,
+                        const View& log_q, const View& log_p, const LikelihoodOptions& options,
+                        const View& nll, const View& loss) {
+  const auto run = is_double(mean) ? likelihood_forward_as<double> : likelihood_forward_as<float>;
+  run(x, mean, scale, mask, log_q, log_p, options, nll, loss);
+}
+
+void likelihood_backward(const View& g_nll, const View& g_loss, const View& x, const View& mean,
+                         const View& scale, const View& mask, const LikelihoodOptions& options,
+                         const View& g_x, const View& g_mean, const View& g_scale,
+                         const View& g_log_q, const View& g_log_p) {
+  const auto run = is_double(mean) ? likelihood_backward_as<double> : likelihood_backward_as<float>;
+  run(g_nll, g_loss, x, mean, scale, mask, options, g_x, g_mean, g_scale, g_log_q, g_log_p);
+}
+
+void likelihood_forward_grad(const View& x, const View& mean, const View& scale, const View& mask,
+                             const View& log_q, const View& log_p,
+                             const LikelihoodOptions& options, const View& g_mean,
+                             const View& g_scale, const View& nll, const View& loss,
+                             const View& g_shared) {
+  const auto run = is_double(mean) ? forward_grad_as<double> : forward_grad_as<float>;
+  run(x, mean, scale, mask, log_q, log_p, options, g_mean, g_scale, nll, loss, g_shared);
+}
+
+void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_shared,
+                        const View& g_nll, const View& g_loss, double beta, Reduction reduction,
+                        int64_t samples, int64_t batch, const View& g_log_q, const View& g_log_p,
+                        const View& g_scalar) {
+  const auto run = is_double(g_mean) ? rescale_as<double> : rescale_as<float>;
+  run(g_mean, g_scale, g_shared, g_nll, g_loss, beta, reduction, samples, batch, g_log_q, g_log_p,
+      g_scalar);
+}
+
+}  // namespace vae_fast

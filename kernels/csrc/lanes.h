@@ -10,6 +10,8 @@
 
 namespace vae_fast {
 
+constexpr int64_t kTile = 1024;  // elements worked on at once, in L1
+
 template <class F>
 using ScalarOf = typename Traits<F>::Scalar;
 
@@ -37,6 +39,14 @@ struct At {
       std::memcpy(p + i, &v, sizeof(v));
     } else {
       std::memcpy(p + i, &v, left * sizeof(T));
+    }
+  }
+  // Past the caches where there is an instruction for it; p + i must be aligned to a whole vector.
+  VAE_FAST_INLINE void stream(T* p, F v) const {
+    if (whole()) {
+      store_past_caches(p + i, v);
+    } else {
+      store(p, v);
     }
   }
   VAE_FAST_INLINE F keep(F v) const {
@@ -100,7 +110,8 @@ struct LatentKernels {
 };
 
 template <class T>
-using LikelihoodPiece = LikelihoodTerms<T> (*)(int64_t n, const T* x, const T* mean, const T* scale,
-                                               T weight, T* g_mean, T* g_scale);
+using LikelihoodKernel = void (*)(int64_t rows, int64_t n, Rows<const T> x, Rows<const T> mean,
+                                  Rows<const T> scale, Rows<const T> weight, Rows<T> g_mean,
+                                  Rows<T> g_scale, bool stream, LikelihoodTerms<T>* terms);
 
 }  // namespace vae_fast

@@ -102,6 +102,41 @@ VAE_FAST_INLINE F select(Mask mask, F yes, F no) {
   return mask ? yes : no;
 }
 
+// What GCC 12 does not find by itself for 512-bit vectors. It knows an instruction set's functions
+// once something is declared for it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define VAE_FAST_GCC_X86 1
+__attribute__((target("avx512f"))) void declare_avx512();
+// One instruction each; b where a or b is NaN.
+VAE_FAST_INLINE f32x16 minimum(f32x16 a, f32x16 b) {
+  return __builtin_ia32_minps512_mask(a, b, f32x16{}, 0xffff, 4);
+}
+VAE_FAST_INLINE f32x16 maximum(f32x16 a, f32x16 b) {
+  return __builtin_ia32_maxps512_mask(a, b, f32x16{}, 0xffff, 4);
+}
+// a·2^n for a whole n of any size, rounded once.
+VAE_FAST_INLINE f32x16 times_power(f32x16 a, f32x16 n) {
+  return __builtin_ia32_scalefps512_mask(a, n, f32x16{}, 0xffff, 4);
+}
+#endif
+
+// Writes a vector past the caches, which reads no line of memory first: for results that are much
+// larger than the caches, and an aligned p. finish_stream() must follow before others read them.
+template <class F>
+VAE_FAST_INLINE void store_past_caches(typename Traits<F>::Scalar* p, F v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+VAE_FAST_INLINE void finish_stream() {
+#if defined(__x86_64__) && !defined(__CUDACC__)
+  __builtin_ia32_sfence();
+#endif
+}
+#if defined(VAE_FAST_GCC_X86)
+VAE_FAST_INLINE void store_past_caches(float* p, f32x4 v) { __builtin_ia32_movntps(p, v); }
+VAE_FAST_INLINE void store_past_caches(float* p, f32x8 v) { __builtin_ia32_movntps256(p, v); }
+VAE_FAST_INLINE void store_past_caches(float* p, f32x16 v) { __builtin_ia32_movntps512(p, v); }
+#endif
+
 template <class To, class From>
 VAE_FAST_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits_as needs equal sizes");
@@ -160,6 +195,17 @@ VAE_FAST_INLINE F log_any(F x) {
 }
 VAE_FAST_INLINE double log_any(double x) { return log(x); }
 
+// e^f for |f| ≤ ½ln 2: 1 + f + f²·(degree-4 minimax polynomial, error 3e-9).
+template <class F>
+VAE_FAST_INLINE F exp_near_zero(F f) {
+  F p = f * 0.00139504799f + 0.00836888235f;
+  p = p * f + 0.041666206f;
+  p = p * f + 0.166665196f;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
 // A factor e^t kept as its square root, so that d·e^t overflows or underflows only where the exact
 // product does, and 0·e^t is 0 for every finite t.
 template <class F>
@@ -169,8 +215,8 @@ struct Exp {
   VAE_FAST_INLINE F value() const { return root * root; }
 };
 
-// e^(t/2) = 2^n·e^f, |f| ≤ ln2/2, degree-4 minimax polynomial for (e^f − 1 − f)/f² (error 3e-9).
-// Beyond |t| = 172 the root stays where it is: every product that this changes is 0 or infinite.
+// e^(t/2) = 2^n·e^f. Beyond |t| = 172 the root stays where it is: every product that this changes
+// is 0 or infinite.
 template <class F>
 VAE_FAST_INLINE Exp<F> exp_of(F t) {
   using I = typename Traits<F>::Int;
@@ -180,14 +226,23 @@ VAE_FAST_INLINE Exp<F> exp_of(F t) {
   const F shifted = h * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum rounds to an integer
   const F n = shifted - 12582912.0f;
   const F f = (h - n * 0.693359375f) - n * -2.12194440e-4f;
-  F p = f * 0.00139504799f + 0.00836888235f;
-  p = p * f + 0.041666206f;
-  p = p * f + 0.166665196f;
-  p = p * f + 0.5f;
-  p = (p * (f * f) + f) + 1.0f;
-  // For NaN any exponent will do, since p is NaN.
-  return {p * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23)};
+  // For NaN any exponent will do, since the other factor is NaN.
+  return {exp_near_zero(f) * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23)};
 }
+#if defined(VAE_FAST_GCC_X86)
+// With an instruction that multiplies by any 2^n, the factor is kept as 2^n·p instead.
+template <>
+struct Exp<f32x16> {
+  f32x16 n, p;
+  VAE_FAST_INLINE f32x16 times(f32x16 d) const { return times_power(d, n) * p; }
+  VAE_FAST_INLINE f32x16 value() const { return times_power(p, n); }
+};
+VAE_FAST_INLINE Exp<f32x16> exp_of(f32x16 t) {
+  t = minimum(splat<f32x16>(300.0f), maximum(splat<f32x16>(-300.0f), t));
+  const f32x16 n = (t * 1.44269504f + 12582912.0f) - 12582912.0f;
+  return {n, exp_near_zero((t - n * 0.693359375f) - n * -2.12194440e-4f)};
+}
+#endif
 VAE_FAST_INLINE Exp<double> exp_of(double t) {
   t = t < -1400.0 ? -1400.0 : t;
   t = t > 1400.0 ? 1400.0 : t;

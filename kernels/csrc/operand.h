@@ -1,11 +1,9 @@
-// Tensors as the passes see them: rows of elements with strides, and freshly allocated outputs.
+// Tensors as the passes see them: views of somebody's memory, and rows of elements with strides.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -13,28 +11,20 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "lanes.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "passes.h"
 
 namespace vae_fast {
 namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- tensors as rows of elements ---------------------------------------------------------------
 
-constexpr int64_t kTile = 1024;        // elements worked on at once, in L1
 constexpr int64_t kPiece = 8 * kTile;  // elements of a row that one unit of parallel work covers
 constexpr int64_t kGrain = 16384;      // elements that make another thread worth waking
 
@@ -57,17 +47,11 @@ auto with_type(ScalarType type, Fn fn) {
 template <class T>
 constexpr ScalarType type_of = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
-int64_t element_size(ScalarType type) {
-  if (type == ScalarType::Bool) return 1;
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
-
 // The sizes or strides of a tensor's dimensions.
 struct Dims {
   static constexpr int64_t kMax = 64;
 
   Dims() {}
-  explicit Dims(int64_t only) { push_back(only); }
   Dims(const Dims& other) { *this = other; }
   Dims& operator=(const Dims& other) {
     count_ = other.count_;
@@ -79,9 +63,8 @@ struct Dims {
     STD_TORCH_CHECK(count_ < kMax, "vae_fast: too many dimensions");
     value_[count_++] = value;
   }
-  template <class Array>
-  void append(const Array& values, size_t from = 0) {
-    for (size_t d = from; d < values.size(); ++d) push_back(values[d]);
+  void append(const int64_t* values, int64_t from, int64_t to) {
+    for (int64_t d = from; d < to; ++d) push_back(values[d]);
   }
   int64_t size() const { return count_; }
   bool empty() const { return count_ == 0; }
@@ -94,12 +77,6 @@ struct Dims {
  private:
   int64_t count_ = 0, value_[kMax];
 };
-
-Dims dims_of(const Tensor& t, int64_t from = 0) {
-  Dims sizes;
-  sizes.append(t.sizes(), from);
-  return sizes;
-}
 
 // One operand of a pass: rows of elements, an element reached through the event's dimensions.
 struct Operand {
@@ -158,15 +135,14 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
   });
 }
 
-// The first dimensions of `t` before `event_from` must be one row dimension.
-Operand operand(const Tensor& t, int64_t event_from = 1) {
+// The dimensions of `t` before `event_from` must be one row dimension.
+Operand operand(const View& t, int64_t event_from = 1) {
   Operand o;
-  o.present = true;
-  o.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-  o.type = t.scalar_type();
-  const auto strides = t.strides();
-  o.row_stride = event_from == 0 ? 0 : strides[event_from - 1];
-  o.strides.append(strides, event_from);
+  o.present = t.present;
+  o.data = static_cast<char*>(t.data);
+  o.type = t.type;
+  o.row_stride = event_from == 0 ? 0 : t.strides[event_from - 1];
+  o.strides.append(t.strides, event_from, t.dim);
   return o;
 }
 
@@ -274,7 +250,11 @@ struct Event {
   }
 };
 
-Event event_of(const Tensor& t, int64_t event_from = 1) { return {dims_of(t, event_from)}; }
+Event event_of(const View& t, int64_t event_from = 1) {
+  Event event;
+  event.sizes.append(t.sizes, event_from, t.dim);
+  return event;
+}
 
 // torch.clamp of a tile, and its gradient: 1 on the closed interval, 0 outside. NaN passes through.
 struct Clamp {
@@ -307,46 +287,12 @@ void zero_where(const bool* zero, int64_t n, T* g) {
   for (int64_t i = 0; i < n; ++i) g[i] = zero[i] ? T(0) : g[i];
 }
 
-// ---- outputs ---------------------------------------------------------------------------------
-
-// Fresh memory of the data's size costs more in page faults than the pass that fills it: ask for
-// huge pages, which fault 512 times less often.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  if (bytes < int64_t(2 * kHuge)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
-Tensor empty(const Dims& sizes, ScalarType type) {
-  Dims strides = sizes;
-  int64_t stride = 1;
-  for (int64_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
-  advise_huge_pages(out.mutable_data_ptr(), out.numel() * element_size(type));
-  return out;
-}
-
-// Stands for an output that is not wanted.
-Tensor none(ScalarType type) { return empty(Dims(0), type); }
+// ---- outputs and per-row values ----------------------------------------------------------------
 
 // A contiguous output that a kernel writes as T: in place, or in a buffer that store() converts.
 template <class T>
 struct Output : Operand {
-  explicit Output(const Tensor& t) : Operand(operand(t, 0)) {}
+  explicit Output(const View& t) : Operand(operand(t, 0)) {}
   T* target(int64_t at_, T* buffer) const {
     return type == type_of<T> ? reinterpret_cast<T*>(at(at_)) : buffer;
   }
@@ -356,17 +302,8 @@ struct Output : Operand {
 };
 
 template <class T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-
-// torch.empty_like: a gradient in its tensor's memory order.
-Tensor gradient_like(const Tensor& t) {
-  Tensor out = torch::stable::empty_like(t);
-  advise_huge_pages(out.mutable_data_ptr(), out.numel() * element_size(t.scalar_type()));
-  return out;
+T* data_of(const View& t) {
+  return static_cast<T*>(t.data);
 }
 
 // A fixed binary tree over fixed blocks: the same bits for any number of threads.
@@ -382,46 +319,45 @@ T tree_sum(int64_t begin, int64_t end, const Fn& term) {
 }
 
 template <class T>
-T scalar_value(const Tensor& t) {
-  return with_type(t.scalar_type(), [&](auto tag) {
-    return static_cast<T>(*static_cast<const decltype(tag)*>(t.const_data_ptr()));
+T scalar_value(const View& t) {
+  return with_type(t.type, [&](auto tag) {
+    return static_cast<T>(*static_cast<const decltype(tag)*>(t.data));
   });
 }
 
-Tensor scalar_tensor(double value, ScalarType type) {
-  Tensor out = empty(Dims(), type);
-  with_type(type, [&](auto tag) {
+void store_scalar(const View& t, double value) {
+  with_type(t.type, [&](auto tag) {
     using S = decltype(tag);
-    *static_cast<S*>(out.mutable_data_ptr()) = static_cast<S>(value);
+    *static_cast<S*>(t.data) = static_cast<S>(value);
   });
-  return out;
 }
 
-// A one-dimensional fp32 or fp64 tensor of per-row values; zeros if there is none, or none in it.
+// The values of rows n = k·B + b, of shape (B,), (K, B) or () for the same value in every row, in the
+// accumulation dtype; zeros if there are none.
 template <class T>
 struct RowValues {
   const T* data = &zero;
-  int64_t stride = 0;
+  int64_t batch, stride = 0, sample_stride = 0;
+  bool even = true;  // one stride for all rows
   static constexpr T zero = 0;
 
-  // 0-dim tensors give every row the same value.
-  explicit RowValues(const OptionalTensor& t) {
-    if (!t || t->numel() == 0) return;
-    STD_TORCH_CHECK(t->scalar_type() == type_of<T>, "vae_fast: per-row tensors must have the accumulation dtype");
-    STD_TORCH_CHECK(t->dim() <= 1, "vae_fast: per-row tensors must be flat");
-    data = static_cast<const T*>(t->const_data_ptr());
-    stride = t->dim() == 0 ? 0 : t->stride(0);
+  RowValues(const View& t, int64_t batch_) : batch(std::max<int64_t>(batch_, 1)) {
+    if (!t.present || t.numel() == 0) return;
+    STD_TORCH_CHECK(t.type == type_of<T>,
+                    "vae_fast: per-row tensors must have the accumulation dtype");
+    data = static_cast<const T*>(t.data);
+    if (t.dim > 0) stride = t.strides[t.dim - 1];
+    if (t.dim == 2) {
+      sample_stride = t.strides[0];
+      even = t.sizes[0] == 1 || sample_stride == batch * stride;
+    }
   }
-  T operator[](int64_t i) const { return data[i * stride]; }
-  Rows<const T> from(int64_t i) const { return {data + i * stride, stride}; }
+  const T* at(int64_t n) const {
+    return data + (even ? n * stride : n / batch * sample_stride + n % batch * stride);
+  }
+  T operator[](int64_t n) const { return *at(n); }
+  Rows<const T> from(int64_t n) const { return {at(n), stride}; }
 };
-
-Tensor flat(const Tensor& t) {
-  if (t.dim() <= 1) return t;
-  const std::array<int64_t, 1> shape{-1};
-  return torch::stable::reshape(t, {shape.data(), 1});
-}
-OptionalTensor flat(const OptionalTensor& t) { return t ? OptionalTensor(flat(*t)) : t; }
 
 }  // namespace
 }  // namespace vae_fast

@@ -15,9 +15,7 @@ struct Words {
 // The 64-bit product of the low halves, also for vectors of 64-bit lanes. On x86 that is one
 // instruction, which GCC 12 does not find by itself.
 VAE_FAST_INLINE uint64_t multiply_low(uint64_t a, uint32_t b) { return (a & 0xffffffffu) * b; }
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
-// GCC knows an instruction set's functions once something is declared for it.
-__attribute__((target("avx512f"))) void declare_avx512();
+#if defined(VAE_FAST_GCC_X86)
 typedef long long i64x8 __attribute__((vector_size(64)));
 VAE_FAST_INLINE u64x2 multiply_low(u64x2 a, uint32_t b) {
   return (u64x2)__builtin_ia32_pmuludq128((i32x4)a, (i32x4)(u64x2{} + b));
@@ -35,13 +33,32 @@ VAE_FAST_INLINE U multiply_low(U a, uint32_t b) {
 }
 #endif
 
+// The high half of each lane in its low half, which is all that multiply_low and the callers read. A
+// shuffle, since on x86 the port that shifts is the one that multiplies.
+VAE_FAST_INLINE uint64_t high_half(uint64_t v) { return v >> 32; }
+#if !defined(__CUDACC__)
+VAE_FAST_INLINE u64x2 high_half(u64x2 v) {
+  const u32x4 u = bits_as<u32x4>(v);
+  return bits_as<u64x2>(__builtin_shufflevector(u, u, 1, 1, 3, 3));
+}
+VAE_FAST_INLINE u64x4 high_half(u64x4 v) {
+  const u32x8 u = bits_as<u32x8>(v);
+  return bits_as<u64x4>(__builtin_shufflevector(u, u, 1, 1, 3, 3, 5, 5, 7, 7));
+}
+VAE_FAST_INLINE u64x8 high_half(u64x8 v) {
+  const u32x16 u = bits_as<u32x16>(v);
+  return bits_as<u64x8>(__builtin_shufflevector(u, u, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13,
+                                                15, 15));
+}
+#endif
+
 // Ten rounds on the 128-bit counter (counter, 0), U being uint64_t or a vector of it. The words are
 // the low halves of what comes back; the high ones hold nothing of use.
 template <class U>
 VAE_FAST_INLINE Words<U> philox(U counter, uint32_t k0, uint32_t k1) {
   // Of the first round's two products one is zero.
   const U first = multiply_low(counter, 0xD2511F53u);
-  U c0 = (counter >> 32) ^ k0, c1{}, c2 = (first >> 32) ^ k1, c3 = first;
+  U c0 = high_half(counter) ^ k0, c1{}, c2 = high_half(first) ^ k1, c3 = first;
 #if defined(__clang__) || defined(__CUDACC__)
 #pragma unroll
 #else
@@ -51,8 +68,8 @@ VAE_FAST_INLINE Words<U> philox(U counter, uint32_t k0, uint32_t k1) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
     const U p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c0 = high_half(p1) ^ c1 ^ k0;
+    c2 = high_half(p0) ^ c3 ^ k1;
     c1 = p1;
     c3 = p0;
   }

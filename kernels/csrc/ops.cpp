@@ -1,0 +1,199 @@
+// The ops of vae_fast/ops.py for the CPU: outputs are allocated here and written by the passes.
+//
+// Written against LibTorch's stable ABI, so one binary serves every torch ≥ 2.10.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "passes.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace vae_fast {
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+View view(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  return {true, const_cast<void*>(t.const_data_ptr()), t.scalar_type(),
+          static_cast<int64_t>(sizes.size()), sizes.data(), strides.data()};
+}
+View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
+
+// ---- outputs ---------------------------------------------------------------------------------
+
+// Fresh memory of the data's size costs more in page faults than the pass that fills it: ask for
+// huge pages, which fault 512 times less often.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t bytes = t.numel() * element_size(t.scalar_type());
+  if (bytes < 2 * kHuge) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t begin = (data + kHuge - 1) & ~(kHuge - 1), end = (data + bytes) & ~(kHuge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
+Tensor empty(const Sizes& sizes, ScalarType type) {
+  Sizes strides(sizes);
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  advise_huge_pages(out);
+  return out;
+}
+
+// Stands for an output that is not wanted.
+Tensor none(ScalarType type) { return empty({0}, type); }
+
+// torch.empty_like: a gradient in its tensor's memory order.
+Tensor gradient_like(const Tensor& t) {
+  Tensor out = torch::stable::empty_like(t);
+  advise_huge_pages(out);
+  return out;
+}
+
+ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor straight(const Tensor& t, int64_t event_from = 1) {
+  return is_straight(view(t), event_from) ? t : torch::stable::contiguous(t);
+}
+
+Tensor loss_for(const Tensor& x, const Tensor& nll, Reduction reduction) {
+  if (reduction == Reduction::no_loss) return none(nll.scalar_type());
+  return empty(reduction == Reduction::none ? Sizes{x.size(0)} : Sizes{}, nll.scalar_type());
+}
+
+bool is_scalar(const OptionalTensor& scale) { return scale && scale->dim() == 0; }
+
+// ---- the ops ---------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> latent_forward_op(Tensor mu, Tensor scale, Tensor key,
+                                                     int64_t num_samples, int64_t first_row,
+                                                     int64_t param, double lo, double hi) {
+  const auto sizes = mu.sizes();
+  Sizes shape(sizes.begin(), sizes.end()), rows{mu.size(0)};
+  if (num_samples > 0) {
+    shape.insert(shape.begin(), num_samples);
+    rows.insert(rows.begin(), num_samples);
+  }
+  const Tensor z = empty(shape, mu.scalar_type());
+  const Tensor log_q = empty(rows, accumulation_type(mu)), log_p = empty(rows, accumulation_type(mu));
+  mu = straight(mu);
+  scale = straight(scale);
+  latent_forward(view(mu), view(scale), view(key), {num_samples, first_row, param, lo, hi}, view(z),
+                 view(log_q), view(log_p));
+  return {z, log_q, log_p};
+}
+
+std::tuple<Tensor, Tensor> latent_backward_op(OptionalTensor g_z, OptionalTensor g_log_q,
+                                              OptionalTensor g_log_p, Tensor mu, Tensor scale,
+                                              Tensor key, int64_t num_samples, int64_t first_row,
+                                              int64_t param, double lo, double hi) {
+  const auto sizes = mu.sizes();
+  const Sizes shape(sizes.begin(), sizes.end());
+  const Tensor g_mu = empty(shape, mu.scalar_type());
+  const Tensor g_scale = empty(scale.dim() == 0 ? Sizes{} : shape, scale.scalar_type());
+  mu = straight(mu);
+  scale = straight(scale);
+  if (g_z) g_z = straight(*g_z, num_samples > 0 ? 2 : 1);
+  latent_backward(view(g_z), view(g_log_q), view(g_log_p), view(mu), view(scale), view(key),
+                  {num_samples, first_row, param, lo, hi}, view(g_mu), view(g_scale));
+  return {g_mu, g_scale};
+}
+
+std::tuple<Tensor, Tensor> likelihood_forward_op(Tensor x, Tensor mean, OptionalTensor scale,
+                                                 OptionalTensor mask, OptionalTensor log_q,
+                                                 OptionalTensor log_p, double beta,
+                                                 int64_t reduction, int64_t param, double lo,
+                                                 double hi) {
+  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), param, lo, hi};
+  const Tensor nll = empty({mean.size(0)}, accumulation_type(mean));
+  const Tensor loss = loss_for(x, nll, options.reduction);
+  likelihood_forward(view(x), view(mean), view(scale), view(mask), view(log_q), view(log_p),
+                     options, view(nll),
+                     options.reduction == Reduction::no_loss ? View{} : view(loss));
+  return {nll, loss};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_op(
+    OptionalTensor g_nll, OptionalTensor g_loss, Tensor x, Tensor mean, OptionalTensor scale,
+    OptionalTensor mask, double beta, int64_t reduction, int64_t param, double lo, double hi,
+    bool need_x) {
+  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), param, lo, hi};
+  const Tensor g_mean = gradient_like(mean);
+  const Tensor g_scale = scale ? gradient_like(*scale) : none(mean.scalar_type());
+  const Tensor g_x = need_x ? gradient_like(x) : none(x.scalar_type());
+  const Tensor g_log_q = empty({mean.size(0)}, accumulation_type(mean));
+  const Tensor g_log_p = empty({mean.size(0)}, accumulation_type(mean));
+  likelihood_backward(view(g_nll), view(g_loss), view(x), view(mean), view(scale), view(mask),
+                      options, need_x ? view(g_x) : View{}, view(g_mean),
+                      scale ? view(g_scale) : View{}, view(g_log_q), view(g_log_p));
+  return {g_x, g_mean, g_scale, g_log_q, g_log_p};
+}
+
+std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad_op(
+    Tensor x, Tensor mean, OptionalTensor scale, OptionalTensor mask, OptionalTensor log_q,
+    OptionalTensor log_p, double beta, int64_t reduction, int64_t param, double lo, double hi,
+    Tensor g_mean, OptionalTensor g_scale) {
+  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), param, lo, hi};
+  const Tensor nll = empty({mean.size(0)}, accumulation_type(mean));
+  const Tensor loss = loss_for(x, nll, options.reduction);
+  const Tensor g_shared =
+      is_scalar(scale) ? empty({mean.size(0)}, nll.scalar_type()) : none(nll.scalar_type());
+  likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(log_q), view(log_p),
+                          options, view(g_mean), view(g_scale), view(nll),
+                          options.reduction == Reduction::no_loss ? View{} : view(loss),
+                          is_scalar(scale) ? view(g_shared) : View{});
+  return {nll, loss, g_shared};
+}
+
+std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_op(Tensor g_mean, OptionalTensor g_scale,
+                                                         OptionalTensor g_shared,
+                                                         OptionalTensor g_nll,
+                                                         OptionalTensor g_loss, double beta,
+                                                         int64_t reduction, int64_t samples,
+                                                         int64_t batch) {
+  const ScalarType type = accumulation_type(g_mean);
+  const Tensor g_log_q = empty({samples * batch}, type), g_log_p = empty({samples * batch}, type);
+  const Tensor g_scalar = g_shared ? empty({}, type) : none(type);
+  likelihood_rescale(view(g_mean), view(g_scale), view(g_shared), view(g_nll), view(g_loss), beta,
+                     static_cast<Reduction>(reduction), samples, batch, view(g_log_q), view(g_log_p),
+                     g_shared ? view(g_scalar) : View{});
+  return {g_log_q, g_log_p, g_scalar};
+}
+
+}  // namespace
+}  // namespace vae_fast
+
+STABLE_TORCH_LIBRARY_IMPL(vae_fast, CPU, m) {
+  m.impl("latent_forward", TORCH_BOX(&vae_fast::latent_forward_op));
+  m.impl("latent_backward", TORCH_BOX(&vae_fast::latent_backward_op));
+  m.impl("likelihood_forward", TORCH_BOX(&vae_fast::likelihood_forward_op));
+  m.impl("likelihood_backward", TORCH_BOX(&vae_fast::likelihood_backward_op));
+  m.impl("likelihood_forward_grad", TORCH_BOX(&vae_fast::likelihood_forward_grad_op));
+  m.impl("likelihood_rescale_", TORCH_BOX(&vae_fast::likelihood_rescale_op));
+}
