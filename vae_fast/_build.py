@@ -33,7 +33,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -47,16 +47,16 @@ __all__ = [
     "compile_into",
     "find",
     "load",
-    "load_direct",
+    "load_eager",
     "source_key",
 ]
 
 logger = logging.getLogger("vae_fast.build")
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-SOURCES = ("cpu.cpp", "ops.cpp", "direct.cpp")  # compiled; every header beside them is a source too
 HEADER_SUFFIXES = (".h", ".hpp")
-LIB_NAME = "libvae_fast_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+LIB_NAME = "libvae_fast_cpu" + _SUFFIX
 INFO_NAME = "build.json"
 PREBUILT_DIR = "_lib"  # inside the package; not a package itself
 
@@ -78,6 +78,33 @@ CXX_FLAGS = (
 # Python's symbols are in the process that loads the library.
 LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 LOCK_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A library to build."""
+
+    lib_name: str
+    sources: tuple[str, ...]  # compiled; every header beside them counts as a source too
+    libraries: tuple[str, ...]  # of torch's
+    cxx_flags: tuple[str, ...] | None = None  # None: CXX_FLAGS
+    facts: tuple[str, ...] = ()  # of this process, for which alone the library is made
+
+
+KERNELS = Target(LIB_NAME, ("cpu.cpp", "ops.cpp"), ("torch_cpu",))
+
+
+def eager_target() -> Target:
+    """The shortcut for eager calls (``eager.cpp``), made for this very torch and Python."""
+    import torch
+
+    return Target(
+        "vae_fast_eager" + _SUFFIX,
+        ("eager.cpp",),
+        ("c10", "torch_cpu", "torch_python"),
+        ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"),
+        (torch.__version__, torch.__file__, sys.version, sysconfig.get_config_var("SOABI") or ""),
+    )
 
 
 class BuildError(RuntimeError):
@@ -108,34 +135,34 @@ def csrc_dir() -> Path:
     """The folder of the C++ sources: in an installed wheel, or beside the package in a checkout."""
     places = (PACKAGE_DIR / "_csrc", PACKAGE_DIR.parent / "kernels" / "csrc")
     for place in places:
-        if (place / SOURCES[0]).is_file():
+        if (place / KERNELS.sources[0]).is_file():
             return place
-    raise BuildError(f"no {SOURCES[0]} in " + " nor in ".join(str(place) for place in places))
+    raise BuildError(f"no {KERNELS.sources[0]} in " + " nor in ".join(str(place) for place in places))
 
 
-def _source_files() -> list[Path]:
+def _source_files(target: Target) -> list[Path]:
     """Everything whose contents decide what the library does, in a fixed order."""
     folder = csrc_dir()
     headers = sorted(path for path in folder.iterdir() if path.suffix in HEADER_SUFFIXES)
-    return [*(folder / name for name in SOURCES), *headers]
+    return [*(folder / name for name in target.sources), *headers]
 
 
-def flags() -> tuple[str, ...]:
+def flags(target: Target = KERNELS) -> tuple[str, ...]:
     """Compiler and linker flags, without include and library folders."""
-    return (*CXX_FLAGS, *LINK_FLAGS)
+    return (*(CXX_FLAGS if target.cxx_flags is None else target.cxx_flags), *LINK_FLAGS)
 
 
-def source_key() -> str:
+def source_key(target: Target = KERNELS) -> str:
     """Hash of the sources, the flags and the target machine, 16 hex digits.
 
-    A library with another key must not be used. The key does not depend on the compiler, nor on
-    which torch is installed: the stable ABI makes the binary serve every torch from 2.10 on.
+    A library with another key must not be used. The kernels' key does not depend on the compiler,
+    nor on which torch is installed: the stable ABI makes them serve every torch from 2.10 on.
     """
     digest = hashlib.sha256()
-    for fact in (sys.platform, platform.machine(), *flags()):
+    for fact in (sys.platform, platform.machine(), *flags(target), *target.facts):
         digest.update(fact.encode() + b"\0")
     try:
-        for path in _source_files():
+        for path in _source_files(target):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     except OSError as error:
         raise BuildError(f"cannot read the C++ sources: {error}") from error
@@ -219,26 +246,28 @@ def can_build() -> str | None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _commands(compiler: tuple[str, ...]) -> list[tuple[str, list[str], list[str]]]:
+def _commands(compiler: tuple[str, ...], target: Target) -> list[tuple[str, list[str], list[str]]]:
     """(output, inputs, command) of every step; outputs are relative to the working folder."""
     torch_dir, csrc = _torch_dir(), csrc_dir()
     include = [
         f"-I{torch_dir / 'include'}",
         f"-I{torch_dir / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-        f"-I{sysconfig.get_path('include')}",  # direct.cpp does without where there is no Python.h
+        f"-I{sysconfig.get_path('include')}",
     ]
     steps, objects = [], []
-    for name in SOURCES:
+    compile_flags = CXX_FLAGS if target.cxx_flags is None else target.cxx_flags
+    for name in target.sources:
         source, output = str(csrc / name), f"{Path(name).stem}.o"
         steps.append(
-            (output, [source], [*compiler, *CXX_FLAGS, *include, "-c", source, "-o", output])
+            (output, [source], [*compiler, *compile_flags, *include, "-c", source, "-o", output])
         )
         objects.append(output)
     lib = torch_dir / "lib"
     # torch is in the process before the library is: only macOS's loader needs an rpath.
     rpath = [f"-Wl,-rpath,{lib}"] if sys.platform == "darwin" else []
-    link = [*compiler, *LINK_FLAGS, *objects, "-o", LIB_NAME, f"-L{lib}", "-ltorch_cpu", *rpath]
-    steps.append((LIB_NAME, objects, link))
+    libraries = [f"-L{lib}", *(f"-l{name}" for name in target.libraries)]
+    link = [*compiler, *LINK_FLAGS, *objects, "-o", target.lib_name, *libraries, *rpath]
+    steps.append((target.lib_name, objects, link))
     return steps
 
 
@@ -294,15 +323,15 @@ def _run(command: list[str], folder: Path) -> None:
         raise BuildError(f"compiling the C++ kernels failed ({what}):\n{_excerpt(done.stdout)}")
 
 
-def compile_into(folder: Path) -> BuildInfo:
+def compile_into(folder: Path, target: Target = KERNELS) -> BuildInfo:
     """Compiles the library and its record into ``folder``, which must exist, and describes it.
 
     Raises BuildError: no compiler, no torch headers, or what the compiler said.
     """
     started = time.perf_counter()
     compiler, version = find_compiler()
-    key = source_key()
-    steps = _commands(compiler)
+    key = source_key(target)
+    steps = _commands(compiler, target)
     ninja = _find_ninja()
     try:
         with tempfile.TemporaryDirectory(prefix="vae_fast-") as work_name:
@@ -313,16 +342,16 @@ def compile_into(folder: Path) -> BuildInfo:
             else:
                 for _, _, command in steps:
                     _run(command, work)
-            shutil.copy2(work / LIB_NAME, folder / LIB_NAME)
+            shutil.copy2(work / target.lib_name, folder / target.lib_name)
         info = BuildInfo(
-            path=folder / LIB_NAME,
+            path=folder / target.lib_name,
             origin="built now",
             key=key,
             compiler=version,
-            flags=flags(),
+            flags=flags(target),
             seconds=round(time.perf_counter() - started, 3),
         )
-        record = asdict(info) | {"path": LIB_NAME}
+        record = asdict(info) | {"path": target.lib_name}
         (folder / INFO_NAME).write_text(json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise BuildError(f"cannot write the compiled C++ kernels: {error}") from error
@@ -334,12 +363,12 @@ def compile_into(folder: Path) -> BuildInfo:
 # ------------------------------------------------------------------------------------------------
 
 
-def _read(folder: Path, origin: str, key: str) -> BuildInfo | None:
+def _read(folder: Path, origin: str, key: str, target: Target = KERNELS) -> BuildInfo | None:
     """The library in ``folder``, or None where there is none or it was made from other sources."""
     try:
         record = json.loads((folder / INFO_NAME).read_text())
         info = BuildInfo(
-            path=folder / LIB_NAME,
+            path=folder / target.lib_name,
             origin=origin,
             key=str(record["key"]),
             compiler=str(record["compiler"]),
@@ -396,7 +425,7 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _find_cached(root: Path, key: str) -> BuildInfo | None:
+def _find_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo | None:
     try:
         _, version = find_compiler()
     except BuildError:  # no compiler any more: whatever was made from these sources will do
@@ -404,7 +433,7 @@ def _find_cached(root: Path, key: str) -> BuildInfo | None:
     else:
         entries = [root / f"{key}-{_toolchain_key(version)}"]
     for entry in entries:
-        if info := _read(entry, "cached", key):
+        if info := _read(entry, "cached", key, target):
             return info
     return None
 
@@ -441,21 +470,21 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _build_cached(root: Path, key: str) -> BuildInfo:
+def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
     """Compiles into the cache folder ``root``, unless another process has just done so."""
     _, version = find_compiler()
     entry = root / f"{key}-{_toolchain_key(version)}"
     with _lock(root / f"{key}.lock"):
-        if info := _read(entry, "cached", key):
+        if info := _read(entry, "cached", key, target):
             return info
-        logger.info("building the C++ kernels with %s (once; kept in %s)", version, entry)
+        logger.info("building %s with %s (once; kept in %s)", target.lib_name, version, entry)
         try:
             scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             scratch.mkdir()
         except OSError as error:
             raise BuildError(f"cannot write to the cache folder {root}: {error}") from error
         try:
-            info = compile_into(scratch)
+            info = compile_into(scratch, target)
             if info.key != key:
                 raise BuildError("the C++ sources changed while they were being compiled")
             try:
@@ -463,7 +492,7 @@ def _build_cached(root: Path, key: str) -> BuildInfo:
             except (
                 OSError
             ):  # the entry is there: another process's, as good as ours, or a broken one
-                if other := _read(entry, "cached", key):
+                if other := _read(entry, "cached", key, target):
                     return other
                 shutil.rmtree(entry, ignore_errors=True)
                 scratch.rename(entry)
@@ -471,8 +500,8 @@ def _build_cached(root: Path, key: str) -> BuildInfo:
             raise BuildError(f"cannot write to the cache folder {root}: {error}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    logger.info("built the C++ kernels in %.1f s", info.seconds)
-    return replace(info, path=entry / LIB_NAME)
+    logger.info("built %s in %.1f s", target.lib_name, info.seconds)
+    return replace(info, path=entry / target.lib_name)
 
 
 _warned_about: set[Path] = set()
@@ -507,25 +536,29 @@ def _load_library(info: BuildInfo) -> None:
     torch.ops.load_library(str(info.path))
 
 
-def load_direct(info: BuildInfo) -> ModuleType | None:
-    """The loaded library as a Python module (``direct.cpp``), or None where it is none.
+def load_eager(empty_like: Callable, smallest: int) -> ModuleType | None:
+    """Finds or builds the shortcut for eager calls (``eager.cpp``); None where it cannot be had.
 
-    It is none if it was compiled without Python's headers, if torch has no exchange of DLPack views
-    or if Python is free-threaded (and so has no limited API).
+    Everything works without it, small batches more slowly. Call it after :func:`load`.
+    ``empty_like`` makes the gradients of ``smallest`` bytes or more (:mod:`vae_fast.buffers`).
     """
-    import torch
+    import ctypes
 
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
-    name = "vae_fast._cpu"
     try:
+        target = eager_target()
+        key = source_key(target)
+        info = _find_cached(cache_dir(), key, target)
+        if info is None:
+            info = _build_cached(_usable_root(), key, target)
+        name = "vae_fast._eager"
         loader = importlib.machinery.ExtensionFileLoader(name, str(info.path))
-        spec = importlib.util.spec_from_loader(name, loader)
-        module = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
-        module.connect(torch)
-    except (ImportError, AttributeError) as error:
-        logger.info("%s has no direct entry points: %s", info.path, error)
+        passes = ctypes.CDLL(str(load().path)).vae_fast_passes
+        passes.restype = ctypes.c_void_p
+        module.connect(passes(), empty_like, smallest)
+    except (BuildError, ImportError, AttributeError, OSError) as error:
+        logger.info("no shortcut for eager calls: %s", error)
         return None
     return module
 

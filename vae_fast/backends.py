@@ -27,7 +27,7 @@ from types import ModuleType
 
 import torch
 
-from vae_fast import _build, eager, ops
+from vae_fast import _build, buffers, eager, ops
 
 __all__ = ["BACKENDS", "report", "use_backend"]
 
@@ -39,8 +39,8 @@ _forced: str | None = os.environ.get("VAE_FAST_BACKEND") or None
 # Backend by (forced, device type), once it has been found to run.
 _resolved: dict[tuple[str | None, str], str] = {}
 
-# The C++ kernels' direct entry points, once they are loaded, or None if there are none.
-_direct_kernels: ModuleType | None = None
+# eager.cpp, once the C++ kernels are loaded, if it can be had.
+_cpu_shortcut: ModuleType | None = None
 
 # The Triton launchers' registrations by dispatch key; dropping one restores what was there before.
 _triton_library: dict[str, torch.library.Library] = {}
@@ -83,12 +83,12 @@ def use_backend(name: str) -> Iterator[None]:
         why = "; ".join(f"{d}: {r}" for d, r in reasons.items())
         raise RuntimeError(f"backend {name!r} cannot run on this machine ({why})")
     previous, _forced = _forced, name
-    _set_cpu_kernels()
+    _serve_cpu()
     try:
         yield
     finally:
         _forced = previous
-        _set_cpu_kernels()
+        _serve_cpu()
 
 
 def why_not(name: str, device_type: str) -> str | None:
@@ -145,22 +145,23 @@ def _load_default(device_type: str) -> str:
 
 
 def _load(name: str, device_type: str) -> None:
-    global _direct_kernels
+    global _cpu_shortcut
     if name == "cpp":
-        if _direct_kernels is None:
-            _direct_kernels = _build.load_direct(_build.load())
-        _set_cpu_kernels()
+        _build.load()
+        if _cpu_shortcut is None:
+            _cpu_shortcut = _build.load_eager(buffers.empty_like, buffers.SMALLEST)
+        _serve_cpu()
     elif name == "triton":
         _register_triton(device_type.upper())
 
 
-def _set_cpu_kernels() -> None:
-    """Make the CPU's ops and direct entry points those of the backend that is forced, if any."""
+def _serve_cpu() -> None:
+    """Make the CPU's ops and its shortcut those of the backend that is forced, if any."""
     if _forced == "triton" and why_not("triton", "cpu") is None:
         _register_triton("CPU")
     elif library := _triton_library.pop("CPU", None):
         library._destroy()
-    eager.use_kernels(_direct_kernels if _forced in (None, "cpp") else None)
+    eager.use_shortcut(_cpu_shortcut if _forced in (None, "cpp") else None)
 
 
 def _register_triton(dispatch_key: str) -> None:
@@ -201,7 +202,7 @@ def report() -> dict:
         A dict with ``versions`` (name to version), ``devices`` (a list of ``device``, ``backend``
         and ``others``, a dict from backend to the reason that it does not serve the device) and
         ``extension`` (``status``, ``path``, ``origin``, ``compiler``, ``flags``, ``seconds``,
-        ``direct calls``).
+        ``eager calls``).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
@@ -242,7 +243,7 @@ def _extension() -> dict:
         "compiler": info.compiler,
         "flags": " ".join(info.flags),
         "seconds": info.seconds,
-        "direct calls": "yes" if _build.load_direct(info) is not None else "no",
+        "eager calls": "in Python" if _cpu_shortcut is None else "in C++",
     }
 
 

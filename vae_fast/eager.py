@@ -5,8 +5,8 @@ calls. What stands here is its twin for plain eager calls, where the generic Pyt
 than a small batch's arithmetic: the same set-up and backward as ``torch.autograd.Function``. The ops
 run below autograd, and a second differentiation is refused here.
 
-For the same reason a small call on the CPU goes past PyTorch's dispatcher too, straight to the C++
-kernels, which then write to tensors made here.
+On the CPU even that is too much: there ``eager.cpp`` does the same in C++, for the plain cases, where
+it can be built.
 """
 
 from __future__ import annotations
@@ -14,72 +14,34 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
-from torch.autograd import profiler
 from torch.autograd.function import once_differentiable
 
 from vae_fast import buffers, ops
 
-_cpu_kernels: ModuleType | None = None  # direct.cpp, while the C++ kernels serve the CPU
+_shortcut: ModuleType | None = None  # eager.cpp, while the C++ kernels serve the CPU
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch = torch._C._are_functorch_transforms_active
-_tracing = torch._C._is_tracing
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def use_kernels(module: ModuleType | None) -> None:
-    """Let small CPU calls go to the functions of ``module`` (``direct.cpp``); ``None`` stops that."""
-    global _cpu_kernels
-    _cpu_kernels = module
+def use_shortcut(module: ModuleType | None) -> None:
+    """Let plain CPU calls go to ``module`` (``eager.cpp``); ``None`` stops that."""
+    global _shortcut
+    _shortcut = module
+
+
+def shortcut() -> ModuleType | None:
+    """``eager.cpp``, for plain CPU calls outside of torch.compile."""
+    return None if torch.compiler.is_dynamo_compiling() else _shortcut
 
 
 def suffices() -> bool:
     """Whether a call may go through the functions below, not the ops' registered autograd."""
-    return not (torch.compiler.is_compiling() or _functorch() or _tracing())
-
-
-def kernels() -> ModuleType | None:
-    """The CPU kernels to call directly; none where that would not do, or somebody would miss it.
-
-    Who traces, transforms, intercepts or profiles calls sees only those of the dispatcher.
-    """
-    if _is_dynamo_compiling() or _dispatch_modes() or _functorch() or _tracing():
-        return None
-    return None if profiler._is_profiler_enabled else _cpu_kernels
-
-
-# ---- the ops, directly where possible ------------------------------------------------------
-
-
-def _latent_forward(*args):
-    if (direct := kernels()) and (out := direct.latent_forward(*args)):
-        return out
-    with _below_autograd():
-        return ops.latent_forward(*args)
-
-
-def _latent_backward(*args):
-    if (direct := kernels()) and (out := direct.latent_backward(*args)):
-        return out
-    with _below_autograd():
-        return ops.latent_backward(*args)
-
-
-def _likelihood_forward_grad(*args):
-    if (direct := kernels()) and (out := direct.likelihood_forward_grad(*args)):
-        return out
-    with _below_autograd():
-        return ops.likelihood_forward_grad(*args)
-
-
-def _likelihood_rescale_(*args):
-    if (direct := kernels()) and (out := direct.likelihood_rescale(*args)):
-        return out
-    with _below_autograd():
-        return ops.likelihood_rescale_(*args)
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
 
 
 # ---- autograd ------------------------------------------------------------------------------
@@ -101,14 +63,18 @@ class Latent(torch.autograd.Function):
         ctx.save_for_backward(mu, scale, key)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return _latent_forward(mu, scale, key, *options)
+        with _below_autograd():
+            return ops.latent_forward(mu, scale, key, *options)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, g_z, g_log_q, g_log_p):
         if g_z is None and g_log_q is None and g_log_p is None:
             return None, None, None, None
-        g_mu, g_scale = _latent_backward(g_z, g_log_q, g_log_p, *ctx.saved_tensors, *ctx.options)
+        with _below_autograd():
+            g_mu, g_scale = ops.latent_backward(
+                g_z, g_log_q, g_log_p, *ctx.saved_tensors, *ctx.options
+            )
         return g_mu, g_scale, None, None
 
 
@@ -147,9 +113,10 @@ class LikelihoodGrad(torch.autograd.Function):
             torch.autograd.graph.increment_version((mean, scale) if full else mean)
         else:
             g_mean, g_scale = buffers.empty_like(mean), buffers.empty_like(scale) if full else None
-        nll, loss, g_shared = _likelihood_forward_grad(
-            x, mean, scale, mask, log_q, log_p, *options, g_mean, g_scale
-        )
+        with _below_autograd():
+            nll, loss, g_shared = ops.likelihood_forward_grad(
+                x, mean, scale, mask, log_q, log_p, *options, g_mean, g_scale
+            )
         if full or scale is None:
             g_shared = None
         ctx.save_for_backward(g_mean, g_scale, g_shared)
@@ -168,9 +135,11 @@ class LikelihoodGrad(torch.autograd.Function):
         if _keeps_graph():  # which may be walked again: leave what it saved as it is
             g_mean = g_mean.clone()
             g_scale = None if g_scale is None else g_scale.clone()
-        g_log_q, g_log_p, g_scalar = _likelihood_rescale_(
-            g_mean, g_scale, g_shared, g_nll, g_loss, *options, 1 if len(rows) == 1 else rows[0], batch
-        )
+        samples = 1 if len(rows) == 1 else rows[0]
+        with _below_autograd():
+            g_log_q, g_log_p, g_scalar = ops.likelihood_rescale_(
+                g_mean, g_scale, g_shared, g_nll, g_loss, *options, samples, batch
+            )
         if g_shared is not None:
             g_scale = g_scalar.to(scale_dtype)
         if len(rows) == 2:
@@ -180,13 +149,6 @@ class LikelihoodGrad(torch.autograd.Function):
 
 # The engine's own apply: torch.autograd.Function.apply first looks for functorch transforms, which
 # suffices() has ruled out.
-_apply_latent = super(torch.autograd.Function, Latent).apply
+latent = super(torch.autograd.Function, Latent).apply
 likelihood = super(torch.autograd.Function, Likelihood).apply
 likelihood_grad = super(torch.autograd.Function, LikelihoodGrad).apply
-
-
-def latent(mu, scale, key, options):
-    """``latent_forward``, with its derivative where a graph is being recorded."""
-    if torch.is_grad_enabled():
-        return _apply_latent(mu, scale, key, options)
-    return _latent_forward(mu, scale, key, *options)

@@ -86,10 +86,10 @@ def reparameterize(
     if num_samples is not None:
         _check_count("num_samples", num_samples)
     options = (num_samples or 0, first_row, code, lo, hi)
-    if not _validate and (direct := eager.kernels()) and direct.is_plain_latent(mu, scale, key):
-        if key is None:
-            key = noise.make_key(mu.device, generator)
-        return eager.latent(mu, scale, key, options)
+    if generator is None and not _validate and (shortcut := eager.shortcut()):
+        results = shortcut.latent(mu, scale, key, *options)
+        if results is not None:
+            return results
 
     _check_tensor("mu", mu)
     _check_tensor("scale", scale, like=mu)
@@ -247,9 +247,15 @@ def fused_elbo(
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
     options = (float(beta), reduction_code, code, lo, hi)
-    direct = None if _validate or mask is not None else eager.kernels()
-    if direct and direct.is_plain_likelihood(x, mean, scale, log_q, log_p):
-        return _run_elbo(x, mean, scale, None, log_q, log_p, options, inplace)
+    if mask is None and not _validate and (shortcut := eager.shortcut()):
+        if inplace:
+            _check_likelihood(x, mean, scale, mask, rows_of=log_q)
+            if _gradient_in_forward(x, mean, scale, reduction_code, inplace):
+                _check_inplace(x, mean, scale)
+        results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, inplace)
+        if results is not None:
+            nll, loss = results
+            return loss, nll
 
     mask = _check_likelihood(x, mean, scale, mask, rows_of=log_q)
     _check_rows("log_q", log_q, mean, x)
@@ -277,7 +283,7 @@ def fused_elbo(
 
 
 def _run_elbo(x, mean, scale, mask, log_q, log_p, options, inplace) -> tuple[Tensor, Tensor]:
-    """The eager op whose derivative suits the arguments, which have been checked."""
+    """The op whose derivative suits the arguments."""
     if _gradient_in_forward(x, mean, scale, options[1], inplace):
         if inplace:
             _check_inplace(x, mean, scale)

@@ -9,6 +9,10 @@
 #include "operand.h"
 #include "passes.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace vae_fast {
 
 #if defined(__x86_64__)
@@ -635,6 +639,18 @@ bool is_straight(const View& t, int64_t event_from) {
   return t.dim < event_from || LatentOperand(t, event_from).straight;
 }
 
+void advise_huge_pages(const View& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t bytes = t.numel() * element_size(t.type), data = reinterpret_cast<uintptr_t>(t.data);
+  if (bytes < 2 * kHuge) return;
+  const uintptr_t begin = (data + kHuge - 1) & ~(kHuge - 1), end = (data + bytes) & ~(kHuge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
 void latent_forward(const View& mu, const View& scale, const View& key, const LatentOptions& options,
                     const View& z, const View& log_q, const View& log_p) {
   const auto run = is_double(mu) ? latent_forward_as<double> : latent_forward_as<float>;
@@ -682,3 +698,11 @@ void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_s
 }
 
 }  // namespace vae_fast
+
+const vae_fast::Passes* vae_fast_passes() {
+  static const vae_fast::Passes passes = {
+      vae_fast::is_straight,        vae_fast::latent_forward,
+      vae_fast::latent_backward,    vae_fast::likelihood_forward_grad,
+      vae_fast::likelihood_rescale, vae_fast::advise_huge_pages};
+  return &passes;
+}

@@ -13,10 +13,6 @@
 
 #include "passes.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace vae_fast {
 namespace {
 
@@ -33,21 +29,6 @@ View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
 
 // ---- outputs ---------------------------------------------------------------------------------
 
-// Fresh memory of the data's size costs more in page faults than the pass that fills it: ask for
-// huge pages, which fault 512 times less often.
-void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  const uintptr_t bytes = t.numel() * element_size(t.scalar_type());
-  if (bytes < 2 * kHuge) return;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (data + kHuge - 1) & ~(kHuge - 1), end = (data + bytes) & ~(kHuge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
-
 Tensor empty(const Sizes& sizes, ScalarType type) {
   Sizes strides(sizes);
   int64_t stride = 1;
@@ -60,7 +41,7 @@ Tensor empty(const Sizes& sizes, ScalarType type) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
-  advise_huge_pages(out);
+  advise_huge_pages(view(out));
   return out;
 }
 
@@ -70,7 +51,7 @@ Tensor none(ScalarType type) { return empty({0}, type); }
 // torch.empty_like: a gradient in its tensor's memory order.
 Tensor gradient_like(const Tensor& t) {
   Tensor out = torch::stable::empty_like(t);
-  advise_huge_pages(out);
+  advise_huge_pages(view(out));
   return out;
 }
 

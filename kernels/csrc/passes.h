@@ -80,4 +80,20 @@ void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_s
                         int64_t samples, int64_t batch, const View& g_log_q, const View& g_log_p,
                         const View& g_scalar);
 
+// Asks for huge pages behind an output of several megabytes: fresh memory of the data's size costs
+// more in page faults than the pass that fills it, and huge pages fault 512 times less often.
+void advise_huge_pages(const View& t);
+
+// What eager.cpp, a library of its own, calls of the above.
+struct Passes {
+  decltype(&vae_fast::is_straight) is_straight;
+  decltype(&vae_fast::latent_forward) latent_forward;
+  decltype(&vae_fast::latent_backward) latent_backward;
+  decltype(&vae_fast::likelihood_forward_grad) likelihood_forward_grad;
+  decltype(&vae_fast::likelihood_rescale) likelihood_rescale;
+  decltype(&vae_fast::advise_huge_pages) advise_huge_pages;
+};
+
 }  // namespace vae_fast
+
+extern "C" __attribute__((visibility("default"))) const vae_fast::Passes* vae_fast_passes();

@@ -1,0 +1,350 @@
+// Eager calls on the CPU: checks, autograd and outputs in C++, since in Python they cost more than a
+// small batch's arithmetic.
+//
+// Compiled against one torch and one Python, unlike everything else here: autograd has no stable ABI.
+// It holds no kernel, only this shortcut to the passes of the stable library, and every result is the
+// one that vae_fast/eager.py would give without it. Each function takes the arguments of the function
+// of that name there and returns None, having done nothing, where the case is not plain; the caller
+// then goes the long way, which knows every case.
+
+#include <ATen/ATen.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+
+#include "passes.h"
+
+namespace vae_fast {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const Passes* passes = nullptr;
+PyObject* reused_empty_like = nullptr;  // vae_fast.buffers.empty_like
+size_t smallest_reused = 0;             // bytes
+
+// ---- views ---------------------------------------------------------------------------------------
+
+View view(const Tensor& t) {
+  if (!t.defined()) return {};
+  return {true, t.data_ptr(), static_cast<ScalarType>(t.scalar_type()), t.dim(), t.sizes().data(),
+          t.strides().data()};
+}
+
+at::TensorOptions row_options(const Tensor& t) {
+  return t.options().dtype(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// ---- what is plain -------------------------------------------------------------------------------
+
+// Nobody watches or changes what PyTorch's dispatcher does.
+bool unwatched() {
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() &&
+         !torch::jit::tracer::isTracing() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// The tensor of a Python object, if its memory holds its values; undefined for None, null if neither.
+const Tensor* plain(PyObject* object) {
+  static const Tensor undefined;
+  if (object == Py_None) return &undefined;
+  if (!THPVariable_CheckExact(object)) return nullptr;
+  const Tensor& t = THPVariable_Unpack(object);
+  const bool own_values = t.device().is_cpu() && t.layout() == at::kStrided && t.has_storage() &&
+                          !t.is_neg() && !t._is_zerotensor() &&
+                          !t.unsafeGetTensorImpl()->is_python_dispatch() && !t._fw_grad(0).defined();
+  return own_values ? &t : nullptr;
+}
+
+bool is_data(const Tensor& t) {
+  const at::ScalarType type = t.defined() ? t.scalar_type() : at::kBool;
+  return (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) &&
+         t.dim() > 0;
+}
+bool is_row_term(const Tensor& t, const Tensor& x) {
+  return t.defined() && t.dim() == 1 && t.size(0) == x.size(0) &&
+         t.scalar_type() == (x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// ---- autograd ------------------------------------------------------------------------------------
+
+// What a node keeps besides tensors.
+template <class Options>
+struct Kept : torch::CustomClassHolder {
+  Options options;
+  explicit Kept(const Options& o) : options(o) {}
+  static void keep(AutogradContext* ctx, const Options& options) {
+    ctx->saved_data["options"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(options));
+  }
+  static const Options& of(AutogradContext* ctx) {
+    return static_cast<Kept*>(ctx->saved_data["options"].toCapsule().get())->options;
+  }
+};
+
+// Results that refuse a second differentiation, if a graph of this one is being recorded.
+variable_list once(variable_list results) {
+  if (!at::GradMode::is_enabled()) return results;
+  constexpr const char* message =
+      "vae_fast: double backward is not supported by the fused kernels; differentiate the reference "
+      "instead (vae_fast.use_backend(\"reference\"))";
+  variable_list defined;
+  for (const Tensor& t : results) {
+    if (t.defined()) defined.push_back(t.detach().requires_grad_());
+  }
+  torch::autograd::DelayedError error(message, static_cast<int64_t>(defined.size()));
+  variable_list marked = error.apply(std::move(defined));
+  size_t next = 0;
+  for (Tensor& t : results) {
+    if (t.defined()) t = marked[next++];
+  }
+  return results;
+}
+
+struct Latent : torch::autograd::Function<Latent> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& scale,
+                               const Tensor& key, const LatentOptions& options) {
+    ctx->save_for_backward({mu, scale, key});
+    Kept<LatentOptions>::keep(ctx, options);
+    ctx->set_materialize_grads(false);
+    return run(mu, scale, key, options);
+  }
+
+  static variable_list run(const Tensor& mu, const Tensor& scale, const Tensor& key,
+                           const LatentOptions& options) {
+    at::DimVector shape(mu.sizes()), rows{mu.size(0)};
+    if (options.num_samples > 0) {
+      shape.insert(shape.begin(), options.num_samples);
+      rows.insert(rows.begin(), options.num_samples);
+    }
+    Tensor z = at::empty(shape, mu.options());
+    Tensor log_q = at::empty(rows, row_options(mu)), log_p = at::empty(rows, row_options(mu));
+    passes->advise_huge_pages(view(z));
+    passes->latent_forward(view(mu), view(scale), view(key), options, view(z), view(log_q),
+                           view(log_p));
+    return {z, log_q, log_p};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+    if (!g[0].defined() && !g[1].defined() && !g[2].defined()) return {{}, {}, {}, {}};
+    const LatentOptions& options = Kept<LatentOptions>::of(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &mu = saved[0], &scale = saved[1], &key = saved[2];
+    Tensor g_z = g[0].defined() ? g[0].resolve_neg() : g[0];
+    if (g_z.defined() && !passes->is_straight(view(g_z), options.num_samples > 0 ? 2 : 1)) {
+      g_z = g_z.contiguous();
+    }
+    const Tensor g_mu = at::empty(mu.sizes(), mu.options());
+    const Tensor g_scale = at::empty(scale.sizes(), scale.options());
+    passes->advise_huge_pages(view(g_mu));
+    passes->advise_huge_pages(view(g_scale));
+    passes->latent_backward(view(g_z), view(resolved(g[1])), view(resolved(g[2])), view(mu),
+                            view(scale), view(key), options, view(g_mu), view(g_scale));
+    return once({g_mu, g_scale, {}, {}});
+  }
+
+ private:
+  static Tensor resolved(const Tensor& t) { return t.defined() ? t.resolve_neg() : t; }
+};
+
+// The loss with its gradients, which the forward pass writes into `targets`.
+struct ElboState {
+  LikelihoodOptions options;
+  int64_t batch;
+};
+struct Targets {
+  Tensor g_mean, g_scale;
+};
+
+struct Elbo : torch::autograd::Function<Elbo> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
+                               const std::optional<Tensor>& scale, const Tensor& log_q,
+                               const Tensor& log_p, const LikelihoodOptions& options,
+                               const Targets& targets) {
+    const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
+    const Tensor loss = loss_like(nll, x, options);
+    passes->likelihood_forward_grad(view(x), view(mean), scale ? view(*scale) : View{}, {},
+                                    view(log_q), view(log_p), options, view(targets.g_mean),
+                                    view(targets.g_scale), view(nll), view(loss), {});
+    ctx->save_for_backward({targets.g_mean, targets.g_scale});
+    Kept<ElboState>::keep(ctx, {options, x.size(0)});
+    ctx->set_materialize_grads(false);
+    return {nll, loss};
+  }
+
+  static Tensor loss_like(const Tensor& nll, const Tensor& x, const LikelihoodOptions& options) {
+    return options.reduction == Reduction::none ? at::empty({x.size(0)}, nll.options())
+                                                : at::empty({}, nll.options());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+    if (!g[0].defined() && !g[1].defined()) return {{}, {}, {}, {}, {}, {}, {}};
+    const auto& [options, batch] = Kept<ElboState>::of(ctx);
+    variable_list saved = ctx->get_saved_variables();
+    Tensor &g_mean = saved[0], &g_scale = saved[1];
+    if (torch::autograd::get_current_graph_task_keep_graph()) {
+      // Which may be walked again: leave what it saved as it is.
+      g_mean = g_mean.clone();
+      if (g_scale.defined()) g_scale = g_scale.clone();
+    }
+    const Tensor g_nll = g[0].defined() ? g[0].resolve_neg() : g[0];
+    const Tensor g_loss = g[1].defined() ? g[1].resolve_neg() : g[1];
+    const int64_t rows = g_mean.size(0);
+    const Tensor g_log_q = at::empty({rows}, row_options(g_mean));
+    const Tensor g_log_p = at::empty({rows}, row_options(g_mean));
+    passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g_nll), view(g_loss),
+                               options.beta, options.reduction, rows / std::max<int64_t>(batch, 1),
+                               batch, view(g_log_q), view(g_log_p), {});
+    return once({{}, g_mean, g_scale, g_log_q, g_log_p, {}, {}});
+  }
+};
+
+// ---- Python --------------------------------------------------------------------------------------
+
+PyObject* wrapped(const variable_list& tensors) {
+  PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(tensors.size()));
+  for (size_t i = 0; tuple != nullptr && i < tensors.size(); ++i) {
+    PyTuple_SET_ITEM(tuple, i, THPVariable_Wrap(tensors[i]));
+  }
+  return tuple;
+}
+
+// Memory for a gradient of t.
+Tensor gradient_like(const Tensor& t) {
+  if (!t.defined()) return {};
+  if (t.nbytes() < smallest_reused) return at::empty_like(t.detach());
+  PyObject* const argument = THPVariable_Wrap(t);
+  PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
+  Py_XDECREF(argument);
+  if (made == nullptr) throw python_error();
+  const Tensor gradient = THPVariable_Unpack(made);
+  Py_DECREF(made);
+  return gradient;
+}
+
+bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
+
+// (mu, scale, key or None, num_samples, first_row, param, lo, hi) -> (z, log_q, log_p) or None
+PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 8, "latent takes 8 arguments, got ", count);
+  const Tensor *mu = plain(objects[0]), *scale = plain(objects[1]), *given = plain(objects[2]);
+  if (!mu || !scale || !given || !unwatched() || !is_data(*mu) || !scale->defined() ||
+      scale->scalar_type() != mu->scalar_type() || scale->sizes() != mu->sizes() ||
+      (given->defined() &&
+       (given->scalar_type() != at::kUInt64 || given->dim() != 1 || given->size(0) != 2)) ||
+      !passes->is_straight(view(*mu), 1) || !passes->is_straight(view(*scale), 1)) {
+    Py_RETURN_NONE;
+  }
+  const LatentOptions options{PyLong_AsLongLong(objects[3]), PyLong_AsLongLong(objects[4]),
+                              PyLong_AsLongLong(objects[5]), PyFloat_AsDouble(objects[6]),
+                              PyFloat_AsDouble(objects[7])};
+  if (PyErr_Occurred()) return nullptr;
+  const Tensor m = *mu, s = *scale;
+  Tensor key = *given;
+  variable_list results;
+  {
+    py::gil_scoped_release no_gil;
+    if (!key.defined()) {  // the very draw of vae_fast/noise.py
+      key = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {2},
+                        at::kLong)
+                .view(at::kUInt64);
+    }
+    const bool graph = at::GradMode::is_enabled() && (differentiable(m) || differentiable(s));
+    results = graph ? Latent::apply(m, s, key, options) : Latent::run(m, s, key, options);
+  }
+  return wrapped(results);
+  END_HANDLE_TH_ERRORS
+}
+
+// (x, mean, scale or None, log_q, log_p, beta, reduction, param, lo, hi, inplace) -> (nll, loss) or
+// None. With inplace, which the caller has checked, the gradients overwrite mean and scale.
+PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 11, "elbo takes 11 arguments, got ", count);
+  const bool inplace = objects[10] == Py_True;
+  const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]),
+               *log_q_ = plain(objects[3]), *log_p_ = plain(objects[4]);
+  if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
+  const Tensor x = *x_, mean = *mean_, scale = *scale_, log_q = *log_q_, log_p = *log_p_;
+  if (!is_data(x) || !is_data(mean) || mean.scalar_type() != x.scalar_type() ||
+      !is_row_term(log_q, x) || !is_row_term(log_p, x)) {
+    Py_RETURN_NONE;
+  }
+  if (scale.defined()) {
+    if (scale.scalar_type() != x.scalar_type() || mean.sizes() != x.sizes() ||
+        scale.sizes() != x.sizes()) {
+      Py_RETURN_NONE;
+    }
+  } else {  // packed along dimension 1
+    if (x.dim() < 2 || mean.dim() != x.dim() || mean.size(0) != x.size(0) ||
+        mean.size(1) != 2 * x.size(1) || mean.sizes().slice(2) != x.sizes().slice(2)) {
+      Py_RETURN_NONE;
+    }
+  }
+  LikelihoodOptions options;
+  options.beta = PyFloat_AsDouble(objects[5]);
+  options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[6]));
+  options.param = PyLong_AsLongLong(objects[7]);
+  options.lo = PyFloat_AsDouble(objects[8]);
+  options.hi = PyFloat_AsDouble(objects[9]);
+  if (PyErr_Occurred()) return nullptr;
+  // Where the gradients are not written by the forward pass, for the reasons given in functional.py.
+  const bool graph = at::GradMode::is_enabled();
+  if (!graph || x.requires_grad() || !(mean.requires_grad() || differentiable(scale)) ||
+      mean.scalar_type() == at::kHalf || (options.reduction == Reduction::none && !inplace)) {
+    Py_RETURN_NONE;
+  }
+  Targets targets;
+  if (inplace) {
+    // The same memory and version counter, but no view: autograd refuses to hand back a chunk that was
+    // written to.
+    targets = {mean.tensor_data(), scale.defined() ? scale.tensor_data() : Tensor()};
+    mean.unsafeGetTensorImpl()->bump_version();
+    if (scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
+  } else {
+    targets = {gradient_like(mean), gradient_like(scale)};
+  }
+  variable_list results;
+  {
+    py::gil_scoped_release no_gil;
+    const std::optional<Tensor> given = scale.defined() ? std::optional(scale) : std::nullopt;
+    results = Elbo::apply(x, mean, given, log_q, log_p, options, targets);
+  }
+  return wrapped(results);
+  END_HANDLE_TH_ERRORS
+}
+
+// connect(address, empty_like, smallest): what vae_fast_passes() of the stable library returned, and
+// what makes gradients of `smallest` bytes or more.
+PyObject* connect(PyObject*, PyObject* arguments) {
+  PyObject* address = nullptr;
+  Py_ssize_t smallest = 0;
+  if (!PyArg_ParseTuple(arguments, "OOn", &address, &reused_empty_like, &smallest)) return nullptr;
+  passes = static_cast<const Passes*>(PyLong_AsVoidPtr(address));
+  if (passes == nullptr) return nullptr;
+  Py_INCREF(reused_empty_like);
+  smallest_reused = static_cast<size_t>(smallest);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"connect", connect, METH_VARARGS, nullptr},
+    {"latent", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(latent)), METH_FASTCALL,
+     nullptr},
+    {"elbo", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(elbo)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "vae_fast._eager", nullptr, -1, methods, nullptr,
+                      nullptr,               nullptr,           nullptr};
+
+}  // namespace
+}  // namespace vae_fast
+
+PyMODINIT_FUNC PyInit__eager() { return PyModule_Create(&vae_fast::module); }
