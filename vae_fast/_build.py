@@ -10,6 +10,9 @@ a few seconds. It comes from one of three places, in this order:
 
 A library is used only if it was made from the very sources and flags that this package has now.
 
+A second library, the shortcut for eager calls, holds no kernels but needs torch's unstable C++
+interface. It is never prebuilt, always for the torch and Python at hand, and can be done without.
+
 ``setup.py`` runs this file by its path, before the package or torch can be imported: it needs
 nothing beyond the standard library until :func:`load` hands the library to torch.
 """
@@ -42,6 +45,7 @@ from types import ModuleType
 __all__ = [
     "BuildError",
     "BuildInfo",
+    "build_eager",
     "cache_dir",
     "can_build",
     "compile_into",
@@ -137,7 +141,9 @@ def csrc_dir() -> Path:
     for place in places:
         if (place / KERNELS.sources[0]).is_file():
             return place
-    raise BuildError(f"no {KERNELS.sources[0]} in " + " nor in ".join(str(place) for place in places))
+    raise BuildError(
+        f"no {KERNELS.sources[0]} in " + " nor in ".join(str(place) for place in places)
+    )
 
 
 def _source_files(target: Target) -> list[Path]:
@@ -536,29 +542,48 @@ def _load_library(info: BuildInfo) -> None:
     torch.ops.load_library(str(info.path))
 
 
-def load_eager(empty_like: Callable, smallest: int) -> ModuleType | None:
+def build_eager() -> Path | None:
     """Finds or builds the shortcut for eager calls (``eager.cpp``); None where it cannot be had.
 
-    Everything works without it, small batches more slowly. Call it after :func:`load`.
+    Everything works without it, small batches more slowly. A failure is remembered beside where the
+    library would be, since trying takes seconds.
+    """
+    try:
+        target = eager_target()
+        key = source_key(target)
+        if info := _find_cached(cache_dir(), key, target):
+            return info.path
+        root = _usable_root()
+        failure = root / f"{key}.failed"
+        if failure.is_file():
+            raise BuildError(f"it could not be compiled before, see {failure}")
+        try:
+            return _build_cached(root, key, target).path
+        except BuildError as error:
+            failure.write_text(f"{error}\n")
+            raise
+    except (BuildError, OSError) as error:
+        logger.info("no shortcut for eager calls: %s", error)
+        return None
+
+
+def load_eager(path: Path, empty_like: Callable, smallest: int) -> ModuleType | None:
+    """The library that :func:`build_eager` found as a module; after :func:`load`.
+
     ``empty_like`` makes the gradients of ``smallest`` bytes or more (:mod:`vae_fast.buffers`).
     """
     import ctypes
 
+    name = "vae_fast._eager"
     try:
-        target = eager_target()
-        key = source_key(target)
-        info = _find_cached(cache_dir(), key, target)
-        if info is None:
-            info = _build_cached(_usable_root(), key, target)
-        name = "vae_fast._eager"
-        loader = importlib.machinery.ExtensionFileLoader(name, str(info.path))
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
         passes = ctypes.CDLL(str(load().path)).vae_fast_passes
         passes.restype = ctypes.c_void_p
         module.connect(passes(), empty_like, smallest)
-    except (BuildError, ImportError, AttributeError, OSError) as error:
-        logger.info("no shortcut for eager calls: %s", error)
+    except (ImportError, OSError) as error:
+        logger.warning("cannot load %s (%s); eager calls stay in Python", path, error)
         return None
     return module
 

@@ -23,6 +23,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import torch
@@ -147,9 +148,11 @@ def _load_default(device_type: str) -> str:
 def _load(name: str, device_type: str) -> None:
     global _cpu_shortcut
     if name == "cpp":
-        _build.load()
-        if _cpu_shortcut is None:
-            _cpu_shortcut = _build.load_eager(buffers.empty_like, buffers.SMALLEST)
+        with ThreadPoolExecutor(1) as pool:
+            path = pool.submit(_build.build_eager)  # beside the kernels, if both must be built
+            _build.load()
+        if _cpu_shortcut is None and path.result() is not None:
+            _cpu_shortcut = _build.load_eager(path.result(), buffers.empty_like, buffers.SMALLEST)
         _serve_cpu()
     elif name == "triton":
         _register_triton(device_type.upper())

@@ -1,12 +1,12 @@
 """Eager calls: the ops' derivatives without the generic machinery.
 
-The autograd registered with the ops (:mod:`vae_fast.ops`) serves torch.compile, functorch and direct
-calls. What stands here is its twin for plain eager calls, where the generic Python wrappers cost more
-than a small batch's arithmetic: the same set-up and backward as ``torch.autograd.Function``. The ops
-run below autograd, and a second differentiation is refused here.
+The autograd registered with the ops (:mod:`vae_fast.ops`) serves torch.compile, functorch and
+direct calls. What stands here is its twin for plain eager calls, where the generic Python wrappers
+cost more than a small batch's arithmetic: the same set-up and backward as
+``torch.autograd.Function``. The ops run below autograd, and a second differentiation is refused.
 
-On the CPU even that is too much: there ``eager.cpp`` does the same in C++, for the plain cases, where
-it can be built.
+On the CPU even that is too much: there ``eager.cpp`` does the same in C++, for the plain cases,
+where it can be built.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ class Likelihood(torch.autograd.Function):
         args = (x, mean, scale, mask, log_q, log_p, *options)
         with _below_autograd():
             output = ops.likelihood_forward(*args)
-        ops.setup_likelihood(ctx, args, output)
+        ops._setup_likelihood(ctx, args, output)
         return output
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
         with _below_autograd():
-            return (*ops.differentiate_likelihood(ctx, *grads)[:6], None)
+            return (*ops._differentiate_likelihood(ctx, *grads)[:6], None)
 
 
 class LikelihoodGrad(torch.autograd.Function):

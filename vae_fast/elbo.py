@@ -124,11 +124,11 @@ class FusedELBO(nn.Module):
             mu,
             scale,
             self.posterior_param,
-            num_samples=samples,
-            key=key,
-            generator=generator,
-            first_row=first_row,
-            clamp=self.posterior_clamp,
+            samples,
+            key,
+            generator,
+            first_row,
+            self.posterior_clamp,
         )
         output = decoder(z if samples is None else z.flatten(0, 1))
         mean, likelihood_scale = _mean_and_scale(output)
@@ -140,11 +140,12 @@ class FusedELBO(nn.Module):
             likelihood_scale,
             log_q,
             log_p,
-            beta=self.beta,
-            reduction=self.reduction,
-            param=self.likelihood_param,
-            clamp=self.likelihood_clamp,
-            inplace=self.inplace,
+            self.beta,
+            self.reduction,
+            self.likelihood_param,
+            self.likelihood_clamp,
+            None,
+            self.inplace,
         )
         return ELBOOutput(loss, nll, log_q, log_p, z)
 
@@ -177,10 +178,11 @@ def _packed(mean: object, scale: object) -> Tensor | None:
     Reading it packed gives it one packed gradient, where the split's own backward pass would
     concatenate two. Not if somebody watches the halves' gradients.
     """
-    if torch.compiler.is_compiling() or not (type(mean) is type(scale) is Tensor):
+    if torch.compiler.is_compiling() or type(mean) is not Tensor or (base := mean._base) is None:
         return None
-    base = mean._base
-    if base is None or base is not scale._base or base.dim() != mean.dim() or mean.dim() < 2:
+    if type(scale) is not Tensor or base is not scale._base:
+        return None
+    if base.dim() != mean.dim() or mean.dim() < 2:
         return None
     watched = any(t._backward_hooks or t.retains_grad for t in (mean, scale))
     half = mean.shape[1]

@@ -81,8 +81,8 @@ def reparameterize(
             first_row=first_row,
             clamp=clamp,
         )
-    code = _check_param("param", param)
-    lo, hi = _check_clamp("clamp", clamp)
+    code = _check_choice("param", param, _PARAM_CODE)
+    lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
     if num_samples is not None:
         _check_count("num_samples", num_samples)
     options = (num_samples or 0, first_row, code, lo, hi)
@@ -155,8 +155,8 @@ def gaussian_nll(
             mask=mask,
         )
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
-    code = _check_param("param", param)
-    lo, hi = _check_clamp("clamp", clamp)
+    code = _check_choice("param", param, _PARAM_CODE)
+    lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
     mask = _check_likelihood(x, mean, scale, mask, sampled)
     if scale is not None:
         scale = _broadcast("scale", scale, mean)
@@ -241,18 +241,15 @@ def fused_elbo(
             mask=mask,
             inplace=inplace,
         )
-    code = _check_param("param", param)
-    lo, hi = _check_clamp("clamp", clamp)
+    code = _check_choice("param", param, _PARAM_CODE)
+    lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
     reduction_code = _check_choice("reduction", reduction, _REDUCTION_CODE)
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
     options = (float(beta), reduction_code, code, lo, hi)
     if mask is None and not _validate and (shortcut := eager.shortcut()):
-        if inplace:
-            _check_likelihood(x, mean, scale, mask, rows_of=log_q)
-            if _gradient_in_forward(x, mean, scale, reduction_code, inplace):
-                _check_inplace(x, mean, scale)
-        results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, inplace)
+        check = _check_inplace if inplace else None
+        results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, check)
         if results is not None:
             nll, loss = results
             return loss, nll

@@ -146,14 +146,14 @@ def _differentiate_latent(ctx, g_z, g_log_q, g_log_p):
     return g_mu, g_scale, None, None, None, None, None, None
 
 
-def setup_likelihood(ctx, inputs, output):
+def _setup_likelihood(ctx, inputs, output):
     x, mean, scale, mask, log_q, _, *ctx.options = inputs
     ctx.save_for_backward(x, mean, scale, mask)
     ctx.rows = None if log_q is None else log_q.shape
     ctx.set_materialize_grads(False)
 
 
-def differentiate_likelihood(ctx, g_nll, g_loss):
+def _differentiate_likelihood(ctx, g_nll, g_loss):
     if g_nll is None and g_loss is None:
         return (None,) * 11
     x, mean, scale, mask = ctx.saved_tensors
@@ -165,12 +165,12 @@ def differentiate_likelihood(ctx, g_nll, g_loss):
         g_mean,
         None if scale is None else g_scale,
         None,
-        *latent_terms(ctx.rows, g_log_q, g_log_p),
+        *_latent_terms(ctx.rows, g_log_q, g_log_p),
         *(None,) * 5,
     )
 
 
-def latent_terms(rows, g_log_q, g_log_p):
+def _latent_terms(rows, g_log_q, g_log_p):
     if rows is None:
         return None, None
     return (g_log_q, g_log_p) if len(rows) == 1 else (g_log_q.view(rows), g_log_p.view(rows))
@@ -181,8 +181,8 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "vae_fast::likelihood_forward",
-    differentiate_likelihood,
-    setup_context=setup_likelihood,
+    _differentiate_likelihood,
+    setup_context=_setup_likelihood,
     lib=_LIBRARY,
 )
 

@@ -264,12 +264,13 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale or None, log_q, log_p, beta, reduction, param, lo, hi, inplace) -> (nll, loss) or
-// None. With inplace, which the caller has checked, the gradients overwrite mean and scale.
+// (x, mean, scale or None, log_q, log_p, beta, reduction, param, lo, hi, check) -> (nll, loss) or None.
+// With a check, a function of (x, mean, scale) that raises where it may not be, the gradients overwrite
+// mean and scale.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 11, "elbo takes 11 arguments, got ", count);
-  const bool inplace = objects[10] == Py_True;
+  const bool inplace = objects[10] != Py_None;
   const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]),
                *log_q_ = plain(objects[3]), *log_p_ = plain(objects[4]);
   if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
@@ -304,6 +305,10 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   }
   Targets targets;
   if (inplace) {
+    PyObject* const checked =
+        PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], nullptr);
+    if (checked == nullptr) return nullptr;
+    Py_DECREF(checked);
     // The same memory and version counter, but no view: autograd refuses to hand back a chunk that was
     // written to.
     targets = {mean.tensor_data(), scale.defined() ? scale.tensor_data() : Tensor()};

@@ -1,0 +1,256 @@
+"""The C++ shortcut for eager CPU calls does what the Python path does, and leaves it the rest."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vae_fast
+from vae_fast import _build, backends, eager
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _shortcut():
+    """The shortcut in place, whatever a test does to it; it must be there where it can be built."""
+    vae_fast.reparameterize(torch.zeros(1, 1), torch.zeros(1, 1))
+    before = eager.shortcut()
+    if before is None:
+        pytest.skip("no C++ compiler, or no Python headers")
+    yield
+    eager.use_shortcut(before)
+
+
+@pytest.fixture
+def key():
+    return torch.tensor([7, 11], dtype=torch.uint64)
+
+
+class Calls:
+    """Stands in for the shortcut and counts what it did not refuse."""
+
+    def __init__(self):
+        self.module, self.taken = eager.shortcut(), []
+        eager.use_shortcut(self)
+
+    def __getattr__(self, name):
+        def call(*args):
+            result = getattr(self.module, name)(*args)
+            if result is not None:
+                self.taken.append(name)
+            return result
+
+        return call
+
+
+def step(dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", **graph):
+    torch.manual_seed(0)
+    x, mu, logvar = (torch.randn(6, n, dtype=dtype) for n in (9, 5, 5))
+    decoder = torch.nn.Linear(5, 18).to(dtype)
+    leaves = [mu.requires_grad_(), logvar.requires_grad_(), *decoder.parameters()]
+    elbo = vae_fast.FusedELBO(0.5, num_samples, reduction=reduction, inplace=inplace)
+    out = elbo(
+        x, mu, logvar, decoder if packed else lambda z: decoder(z).tensor_split(2, 1), key=key
+    )
+    grads = torch.autograd.grad(out.loss.sum() + 0.1 * out.nll.sum(), leaves, **graph)
+    return [*out, *grads]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_same_bits_as_without_it(dtype, inplace, packed, reduction, key):
+    calls = Calls()
+    fast = step(dtype, key, inplace, packed, reduction=reduction)
+    assert "latent" in calls.taken
+    written = dtype != torch.float16 and (inplace or reduction != "none")
+    assert ("elbo" in calls.taken) == written
+    eager.use_shortcut(None)
+    for a, b in zip(fast, step(dtype, key, inplace, packed, reduction=reduction)):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_a_seed_draws_the_same_noise():
+    z = []
+    for module in (eager.shortcut(), None):
+        eager.use_shortcut(module)
+        torch.manual_seed(3)
+        z.append([vae_fast.reparameterize(torch.zeros(4, 3), torch.zeros(4, 3))[0] for _ in "ab"])
+    assert torch.equal(z[0][0], z[1][0])
+    assert torch.equal(z[0][1], z[1][1])
+    assert not torch.equal(z[0][0], z[0][1])
+
+
+@pytest.mark.parametrize("upstream", [(0,), (1,), (2,), (0, 1, 2)])
+def test_each_upstream_gradient(upstream, key):
+    grads = []
+    for module in (eager.shortcut(), None):
+        eager.use_shortcut(module)
+        torch.manual_seed(1)
+        mu, s = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        results = vae_fast.reparameterize(mu, s, key=key, num_samples=3)
+        grads.append(torch.autograd.grad(sum(results[i].square().sum() for i in upstream), (mu, s)))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
+def test_frozen_inputs_build_no_graph(key):
+    t = torch.randn(3, 4)
+    calls = Calls()
+    assert not vae_fast.reparameterize(t, t, key=key)[0].requires_grad
+    with torch.no_grad():
+        assert not vae_fast.reparameterize(t.clone().requires_grad_(), t, key=key)[0].requires_grad
+    with torch.inference_mode():
+        assert vae_fast.reparameterize(torch.randn(3, 4), t, key=key)[0].is_inference()
+    assert calls.taken == ["latent"] * 3
+
+
+def not_plain():
+    t = torch.randn(4, 6)
+    yield "lazily negated", torch.complex(t, t).conj().imag
+    yield "subclass", t.as_subclass(type("Sub", (torch.Tensor,), {}))
+    yield "broadcast", t[:1].squeeze(0)
+    yield "no single stride", torch.randn(4, 2, 5)[:, :, :3]
+    yield "other dtype", t.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("what", "scale"), list(not_plain()), ids=lambda v: v if type(v) is str else ""
+)
+def test_what_is_not_plain_goes_the_long_way(what, scale, key):
+    mu = torch.randn(4, 2, 3) if scale.dim() == 3 else torch.randn(4, 6)
+    calls = Calls()
+    z = vae_fast.reparameterize(mu, scale, key=key)[0]
+    assert calls.taken == []
+    want = vae_fast.reference.reparameterize(mu, scale.resolve_neg().expand(mu.shape), key=key)[0]
+    torch.testing.assert_close(z.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor))
+
+
+def test_a_negated_upstream_gradient(key):
+    mu = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    z, _, _ = vae_fast.reparameterize(mu, torch.zeros(4, 6, dtype=torch.float64), key=key)
+    upstream = torch.complex(z.detach(), z.detach()).conj().imag
+    assert upstream.is_neg()
+    z.backward(upstream)
+    torch.testing.assert_close(mu.grad, -z.detach())
+
+
+def test_whoever_watches_the_dispatcher_sees_the_ops(key):
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        step(torch.float32, key)
+    with torch.profiler.profile() as profile:
+        step(torch.float32, key)
+    names = {event.key for event in profile.key_averages()}
+    for op in ("latent_forward", "latent_backward", "likelihood_forward_grad"):
+        assert f"vae_fast.{op}.default" in seen
+        assert f"vae_fast::{op}" in names
+
+
+def test_functorch_is_left_to_the_ops(key):
+    calls = Calls()
+    s = torch.zeros(2, 3)
+    # Which say what they cannot do; the shortcut would silently miss the transform.
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda mu: vae_fast.reparameterize(mu, s, key=key)[1].sum())(s)
+    assert calls.taken == []
+
+
+def test_second_derivatives_are_refused(key):
+    grads = step(torch.float64, key, create_graph=True)[5:]
+    assert all(g.requires_grad for g in grads)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grads[0].sum().backward()
+
+
+def test_a_graph_can_be_walked_twice(key):
+    torch.manual_seed(0)
+    x, mu = torch.randn(4, 6), torch.randn(4, 6, requires_grad=True)
+    out = vae_fast.FusedELBO()(x, mu, torch.zeros(4, 6), lambda z: (z * 1.0, z * 0.1), key=key)
+    first = torch.autograd.grad(out.loss * 3, mu, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(out.loss * 3, mu, retain_graph=True)[0], first)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, mu)[0] * 3, first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.loss, mu)
+
+
+def test_modified_inputs_are_noticed(key):
+    mu = torch.randn(4, 6, requires_grad=True)
+    moved = mu * 1.0
+    z, _, _ = vae_fast.reparameterize(moved, torch.zeros(4, 6), key=key)
+    moved.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_saved_tensor_hooks_see_what_is_kept(key):
+    packed = []
+
+    def pack(t):
+        packed.append(tuple(t.shape))
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        mu, s = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+        z, log_q, log_p = vae_fast.reparameterize(mu, s, key=key)
+        assert packed == [(4, 6), (4, 6), (2,)]
+        packed.clear()
+        loss, _ = vae_fast.fused_elbo(torch.randn(4, 6), z * 1.0, z * 0.5, log_q, log_p)
+        assert packed.count((4, 6)) == 2
+    loss.backward()
+    assert torch.isfinite(mu.grad).all()
+
+
+def test_what_inplace_must_not_overwrite_is_still_refused(key):
+    x, log = torch.randn(4, 6), torch.zeros(4)
+    mean, scale = torch.randn(4, 6, requires_grad=True), torch.zeros(4, 6, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace=True would overwrite mean"):
+        vae_fast.fused_elbo(x, mean, scale, log, log, inplace=True)
+    moved = mean * 1.0
+    before = moved._version
+    vae_fast.fused_elbo(x, moved, scale * 1.0, log, log, inplace=True)
+    assert moved._version > before
+
+
+def test_without_it_everything_works(monkeypatch, tmp_path, key):
+    attempts = []
+
+    def no_headers(folder, target=_build.KERNELS):
+        attempts.append(target.lib_name)
+        raise _build.BuildError("no Python.h")
+
+    want = step(torch.float32, key)
+    monkeypatch.setattr(_build, "compile_into", no_headers)
+    monkeypatch.setenv("VAE_FAST_CACHE", str(tmp_path))
+    assert _build.build_eager() is None
+    assert _build.build_eager() is None  # and does not try again
+    assert len(attempts) == 1
+    assert "no Python.h" in next(tmp_path.glob("*.failed")).read_text()
+    eager.use_shortcut(None)
+    for a, b in zip(step(torch.float32, key), want):
+        assert torch.equal(a, b)
+
+
+def test_one_that_cannot_be_loaded_is_done_without(tmp_path, caplog):
+    broken = tmp_path / "vae_fast_eager.so"
+    broken.write_text("not a library")
+    assert _build.load_eager(broken, torch.empty_like, 1) is None
+    assert "stay in Python" in caplog.text
+
+
+def test_another_backend_is_not_bypassed(key):
+    with vae_fast.use_backend("reference"):
+        assert eager.shortcut() is None
+        with vae_fast.use_backend("cpp"):
+            assert eager.shortcut() is not None
+        assert eager.shortcut() is None
+    assert eager.shortcut() is not None
+    assert backends.report()["extension"]["eager calls"] == "in C++"
