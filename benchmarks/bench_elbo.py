@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-only
 
 All implementations run in this process on the same tensors, each drawing its own noise inside its
-time, and take turns round by round, so that whatever else the machine does slows all of them. A
+time, and take turns of some rounds each, so that whatever else the machine does slows all of them. A
 result that is wrong fails before it is timed. The table at the end gives, per size, the ratio to
 the best peer and the share of this machine's measured copy bandwidth.
 """
@@ -18,9 +18,9 @@ import torch
 from peers import IMPLEMENTATIONS, Case
 
 # (batch, latent, data) and rounds: a small MLP, a common batch, and one far larger than caches.
-SIZES = {(64, 16, 784): 400, (1024, 64, 784): 100, (4096, 128, 3072): 9}
+SIZES = {(64, 16, 784): 600, (1024, 64, 784): 150, (4096, 128, 3072): 12}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WARM_UP = 3
+TURNS, WARM_UP = 6, 2  # rounds at the start of a turn that are not timed
 
 
 @lru_cache(maxsize=1)
@@ -37,14 +37,15 @@ def measured(size, dtype, phase, timed):
     for loss in losses.values():
         case.check(loss, phase)
     seconds = {name: [] for name in losses}
-    for number in range(-WARM_UP, SIZES[size] if timed else 0):
+    for _ in range(TURNS if timed else 0):
         for name, loss in losses.items():
-            case.reset()
-            start = time.perf_counter()
-            run(loss)
-            elapsed = time.perf_counter() - start
-            if number >= 0:
-                seconds[name].append(elapsed)
+            for number in range(-WARM_UP, SIZES[size] // TURNS):
+                case.reset()
+                start = time.perf_counter()
+                run(loss)
+                elapsed = time.perf_counter() - start
+                if number >= 0:
+                    seconds[name].append(elapsed)
     steps = {name: (lambda loss=loss: run(loss)) for name, loss in losses.items()}
     return case, steps, seconds
 

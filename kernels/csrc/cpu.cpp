@@ -20,12 +20,14 @@ namespace vae_fast {
 namespace avx512 {
 #include "latent.h"
 #include "likelihood.h"
+#include "storage.h"
 }  // namespace avx512
 #undef VAE_FAST_TARGET
 #define VAE_FAST_TARGET __attribute__((target("arch=x86-64-v3")))
 namespace avx2 {
 #include "latent.h"
 #include "likelihood.h"
+#include "storage.h"
 }  // namespace avx2
 #undef VAE_FAST_TARGET
 #endif
@@ -33,6 +35,7 @@ namespace avx2 {
 namespace base {  // SSE2 on x86-64, NEON on AArch64
 #include "latent.h"
 #include "likelihood.h"
+#include "storage.h"
 }  // namespace base
 #undef VAE_FAST_TARGET
 
@@ -60,6 +63,15 @@ Isa best_isa() {
   return Isa::base;
 }
 const Isa kIsa = best_isa();
+
+StorageKernels storage_kernels() {
+#if defined(__x86_64__)
+  if (kIsa == Isa::avx512) return avx512::storage_kernels<f32x16>();
+  if (kIsa == Isa::avx2) return avx2::storage_kernels<f32x8>();
+#endif
+  return base::storage_kernels<f32x4>();
+}
+const StorageKernels kStorage = storage_kernels();
 
 template <class T>
 LatentKernels<T> latent_kernels(Param param);
@@ -701,8 +713,9 @@ void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_s
 
 const vae_fast::Passes* vae_fast_passes() {
   static const vae_fast::Passes passes = {
-      vae_fast::is_straight,        vae_fast::latent_forward,
-      vae_fast::latent_backward,    vae_fast::likelihood_forward_grad,
-      vae_fast::likelihood_rescale, vae_fast::advise_huge_pages};
+      vae_fast::is_straight,             vae_fast::latent_forward,
+      vae_fast::latent_backward,         vae_fast::likelihood_forward,
+      vae_fast::likelihood_forward_grad, vae_fast::likelihood_rescale,
+      vae_fast::advise_huge_pages};
   return &passes;
 }

@@ -179,6 +179,16 @@ struct Elbo : torch::autograd::Function<Elbo> {
     return {nll, loss};
   }
 
+  static variable_list evaluate(const Tensor& x, const Tensor& mean, const Tensor& scale,
+                                const Tensor& log_q, const Tensor& log_p,
+                                const LikelihoodOptions& options) {
+    const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
+    const Tensor loss = loss_like(nll, x, options);
+    passes->likelihood_forward(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
+                               options, view(nll), view(loss));
+    return {nll, loss};
+  }
+
   static Tensor loss_like(const Tensor& nll, const Tensor& x, const LikelihoodOptions& options) {
     return options.reduction == Reduction::none ? at::empty({x.size(0)}, nll.options())
                                                 : at::empty({}, nll.options());
@@ -297,9 +307,20 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   options.lo = PyFloat_AsDouble(objects[8]);
   options.hi = PyFloat_AsDouble(objects[9]);
   if (PyErr_Occurred()) return nullptr;
+  const bool graph =
+      at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
+                                     differentiable(scale) || differentiable(log_q) ||
+                                     differentiable(log_p));
+  if (!graph) {
+    variable_list results;
+    {
+      py::gil_scoped_release no_gil;
+      results = Elbo::evaluate(x, mean, scale, log_q, log_p, options);
+    }
+    return wrapped(results);
+  }
   // Where the gradients are not written by the forward pass, for the reasons given in functional.py.
-  const bool graph = at::GradMode::is_enabled();
-  if (!graph || x.requires_grad() || !(mean.requires_grad() || differentiable(scale)) ||
+  if (x.requires_grad() || !(mean.requires_grad() || differentiable(scale)) ||
       mean.scalar_type() == at::kHalf || (options.reduction == Reduction::none && !inplace)) {
     Py_RETURN_NONE;
   }

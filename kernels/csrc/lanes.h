@@ -86,6 +86,11 @@ VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
   for (int64_t i = 0; i < n; i += Traits<F>::width) body(At<F>{i, n - i});
 }
 
+struct StorageKernels {
+  void (*widen_bf16)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow_bf16)(const float* from, int64_t n, uint16_t* to);
+};
+
 template <class T>
 struct LikelihoodTerms {
   T value, g_scale;

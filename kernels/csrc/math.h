@@ -47,12 +47,14 @@ struct Traits<double> {
   typedef float f32x##W __attribute__((vector_size(4 * W)));                                    \
   typedef int32_t i32x##W __attribute__((vector_size(4 * W)));                                  \
   typedef uint32_t u32x##W __attribute__((vector_size(4 * W)));                                 \
+  typedef uint16_t u16x##W __attribute__((vector_size(2 * W)));                                 \
   typedef uint64_t u64x##HALF __attribute__((vector_size(4 * W)));                              \
   template <>                                                                                   \
   struct Traits<f32x##W> {                                                                      \
     using Scalar = float;                                                                       \
     using Int = i32x##W;                                                                        \
     using UInt = u32x##W;                                                                       \
+    using UShort = u16x##W;                                                                     \
     using ULong = u64x##HALF;                                                                   \
     static constexpr int width = W;                                                             \
   };                                                                                            \
@@ -143,6 +145,13 @@ VAE_FAST_INLINE To bits_as(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// The bits of a float rounded to bf16, to nearest even, in the low half of a lane; a NaN stays one.
+template <class F, class U>
+VAE_FAST_INLINE U bf16_bits(F f) {
+  const U bits = bits_as<U>(f);
+  return select(f == f, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, U{} + 0x7fc0u);
 }
 
 // The sign of a difference, as a mask that may be used many times.

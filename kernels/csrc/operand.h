@@ -90,16 +90,14 @@ struct Operand {
   char* at(int64_t offset) const { return data + offset * element_size(type); }
 };
 
-// Rounded to the storage type. bf16 by its bits, to nearest even, since the class's own conversion
-// branches on NaN and would not vectorise.
+// The conversions of the instruction set that this machine has.
+extern const StorageKernels kStorage;
+
 template <class S, class T>
 VAE_FAST_INLINE S narrow(T value) {
   if constexpr (std::is_same_v<S, BFloat16>) {
-    const float f = static_cast<float>(value);
-    const uint32_t bits = bits_as<uint32_t>(f);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t kept = f == f ? rounded : 0x7fc0u;
-    return BFloat16(static_cast<uint16_t>(kept), BFloat16::from_bits());
+    return BFloat16(static_cast<uint16_t>(bf16_bits<float, uint32_t>(static_cast<float>(value))),
+                    BFloat16::from_bits());
   } else {
     return static_cast<S>(value);
   }
@@ -112,12 +110,12 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     const S* from = reinterpret_cast<const S*>(o.at(offset));
-    if (stride == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+    if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
+      if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const uint16_t*>(from), n, to);
+    } else if constexpr (std::is_same_v<S, T>) {
+      if (stride == 1) return void(std::memcpy(to, from, n * sizeof(T)));
     }
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
   });
 }
 template <class T>
@@ -126,12 +124,12 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     S* to = reinterpret_cast<S*>(o.at(offset));
-    if (stride == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) to[i] = narrow<S>(from[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
+    if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
+      if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<uint16_t*>(to));
+    } else if constexpr (std::is_same_v<S, T>) {
+      if (stride == 1) return void(std::memcpy(to, from, n * sizeof(T)));
     }
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
   });
 }
 
