@@ -3,8 +3,8 @@
     pytest benchmarks --benchmark-only
 
 All implementations run in this process on the same tensors, each drawing its own noise inside its
-time, and take turns of some rounds each, so that whatever else the machine does slows all of them. A
-result that is wrong fails before it is timed. The table at the end gives, per size, the ratio to
+time, and take turns of some rounds each, so that whatever else the machine does slows all of them.
+A result that is wrong fails before it is timed. The table at the end gives, per size, the ratio to
 the best peer and the share of this machine's measured copy bandwidth.
 """
 
