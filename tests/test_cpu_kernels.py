@@ -1,0 +1,65 @@
+"""What only the C++ kernels do: whole-vector conversions, and stores that go past the caches."""
+
+import pytest
+import torch
+
+import vae_fast
+from vae_fast import reference
+
+
+@pytest.fixture(autouse=True)
+def _cpp():
+    if vae_fast.backends.why_not("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels cannot be built here")
+    with vae_fast.use_backend("cpp"):
+        yield
+
+
+def test_every_bf16_number_survives_the_conversions():
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    mu = patterns.view(torch.bfloat16)
+    # σ = 0: z is μ, widened and narrowed again, whatever ε is.
+    z = vae_fast.reparameterize(mu[:, None], torch.full_like(mu[:, None], -torch.inf))[0][:, 0]
+    number = ~torch.isnan(mu)
+    assert torch.isnan(z[~number]).all()
+    assert torch.equal(z[number].view(torch.int16), patterns[number])
+
+
+def test_bf16_rounds_to_nearest_even():
+    x, mean = torch.randn(3, 1000).bfloat16(), torch.randn(3, 1000).bfloat16().requires_grad_()
+    log = torch.zeros(3)
+    # At σ = 1 the gradient of the mean is the residual: of few bits, so that ties are common.
+    vae_fast.fused_elbo(x, mean, torch.zeros_like(x), log, log, reduction="sum")[0].backward()
+    residual = mean.detach().float() - x.float()
+    assert ((residual.view(torch.int32) & 0xFFFF) == 0x8000).any()
+    assert torch.equal(mean.grad, residual.bfloat16())
+
+
+# Rows that are whole cache lines, which may be streamed, and rows that are not; more than 2 MiB each.
+@pytest.mark.parametrize("size", [784, 785])
+@pytest.mark.parametrize("num_samples", [1, 2])
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_larger_than_the_caches(size, num_samples, scalar, inplace):
+    batch = 720 // num_samples
+    assert num_samples * batch * size * 4 > 1 << 21
+    x = torch.randn(batch, size)
+    rows = (batch,) if num_samples == 1 else (num_samples, batch)
+    log_q, log_p = torch.randn(rows), torch.randn(rows)
+    leaves = [torch.randn(num_samples * batch, size)]
+    leaves.append(torch.tensor(0.3) if scalar else torch.randn(num_samples * batch, size))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        mean, s = (t.to(dtype).requires_grad_() for t in leaves)
+        args = [t.to(dtype) for t in (log_q, log_p)]
+        if dtype == torch.float32:
+            loss = vae_fast.fused_elbo(x, mean * 1, s * 1, *args, inplace=inplace)[0]
+        else:
+            stacked = mean.view(*rows, size), s if scalar else s.view(*rows, size)
+            nll = reference.gaussian_nll(x.double(), *stacked)
+            loss = reference.elbo_loss(nll, *args)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (mean, s))])
+    for got, want in zip(*results):
+        torch.testing.assert_close(
+            got.double(), want, rtol=2e-5, atol=1e-6 * float(want.abs().max())
+        )
