@@ -35,7 +35,7 @@ def test_bf16_rounds_to_nearest_even():
     assert torch.equal(mean.grad, residual.bfloat16())
 
 
-# Rows that are whole cache lines, which may be streamed, and rows that are not; more than 2 MiB each.
+# Rows of whole cache lines, which may be streamed, and others; the gradients exceed 2 MiB.
 @pytest.mark.parametrize("size", [784, 785])
 @pytest.mark.parametrize("num_samples", [1, 2])
 @pytest.mark.parametrize("scalar", [False, True])
