@@ -63,3 +63,19 @@ def test_gradients_larger_than_the_caches(size, num_samples, scalar, inplace):
         torch.testing.assert_close(
             got.double(), want, rtol=2e-5, atol=1e-6 * float(want.abs().max())
         )
+
+
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_a_gradient_just_below_overflow_is_finite(size):
+    mean = torch.zeros(1, size, requires_grad=True)
+    x, s = torch.full((1, size), 2**0.69), torch.full((1, size), -127.02 * 0.6931471805599453)
+    nll = vae_fast.gaussian_nll(x, mean, s)
+    (g,) = torch.autograd.grad(nll.sum(), mean)
+    exact = -x.double() * torch.exp(-s.double())
+    torch.testing.assert_close(g.double(), exact, rtol=1e-5, atol=0)
+    # And the other end: a huge residual over a huge σ.
+    far = vae_fast.gaussian_nll(
+        torch.full((1, size), 3e38), mean.detach(), torch.full_like(s, 175.0)
+    )
+    want = 0.5 * (3e38 * torch.exp(torch.tensor(-87.5).double())) ** 2 + 87.5 + 0.9189385332
+    torch.testing.assert_close(far.double(), want.expand(1) * size, rtol=1e-5, atol=0)

@@ -164,11 +164,23 @@ def test_functorch_is_left_to_the_ops(key):
     assert calls.taken == []
 
 
-def test_second_derivatives_are_refused(key):
-    grads = step(torch.float64, key, create_graph=True)[5:]
-    assert all(g.requires_grad for g in grads)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grads[0].sum().backward()
+def test_batched_upstream_gradients(key):
+    mu = torch.randn(3, 5, requires_grad=True)
+    z, _log_q, _ = vae_fast.reparameterize(mu, torch.zeros(3, 5), key=key)
+    upstream = torch.randn(4, 3, 5)
+    batched = torch.autograd.grad(z, mu, upstream, is_grads_batched=True, retain_graph=True)[0]
+    one_by_one = [torch.autograd.grad(z, mu, g, retain_graph=True)[0] for g in upstream]
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_hooks_may_change_the_layout(key):
+    mu, s = (torch.randn(3, 2, 5, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() == 3 else t
+    ):
+        z, _, _ = vae_fast.reparameterize(mu, s, key=key)
+        z.square().sum().backward()
+    torch.testing.assert_close(mu.grad, 2 * z.detach())
 
 
 def test_a_graph_can_be_walked_twice(key):

@@ -553,8 +553,10 @@ def build_eager() -> Path | None:
         key = source_key(target)
         if info := _find_cached(cache_dir(), key, target):
             return info.path
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            raise BuildError("Python's headers are not installed")
         root = _usable_root()
-        failure = root / f"{key}.failed"
+        failure = root / f"{key}-{_toolchain_key(find_compiler()[1])}.failed"
         if failure.is_file():
             raise BuildError(f"it could not be compiled before, see {failure}")
         try:

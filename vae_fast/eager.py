@@ -14,7 +14,6 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from vae_fast import buffers, ops
 
@@ -49,10 +48,18 @@ def suffices() -> bool:
 # The options of an op travel as one tuple: every argument of a Function costs.
 
 
-def _once_differentiable(backward):
-    """``torch.autograd.function.once_differentiable``, free unless a graph is being created."""
-    marked = once_differentiable(backward)
-    return lambda *args: marked(*args) if torch.is_grad_enabled() else backward(*args)
+def _first_order(backward):
+    """Refuse to record a graph of the derivative, which would be wrong: it cannot be complete."""
+
+    def checked(*args):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "vae_fast: double backward (create_graph=True) is not supported by the fused "
+                'kernels; differentiate the reference instead (vae_fast.use_backend("reference"))'
+            )
+        return backward(*args)
+
+    return checked
 
 
 class Latent(torch.autograd.Function):
@@ -67,7 +74,7 @@ class Latent(torch.autograd.Function):
             return ops.latent_forward(mu, scale, key, *options)
 
     @staticmethod
-    @_once_differentiable
+    @_first_order
     def backward(ctx, g_z, g_log_q, g_log_p):
         if g_z is None and g_log_q is None and g_log_p is None:
             return None, None, None, None
@@ -90,7 +97,7 @@ class Likelihood(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_once_differentiable
+    @_first_order
     def backward(ctx, *grads):
         with _below_autograd():
             return (*ops._differentiate_likelihood(ctx, *grads)[:6], None)
@@ -126,7 +133,7 @@ class LikelihoodGrad(torch.autograd.Function):
         return nll, loss
 
     @staticmethod
-    @_once_differentiable
+    @_first_order
     def backward(ctx, g_nll, g_loss):
         if g_nll is None and g_loss is None:
             return (None,) * 8

@@ -468,7 +468,8 @@ def _check_inplace(x: Tensor, mean: Tensor, scale: Tensor | None) -> None:
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    # Empty storages all have the same address.
+    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _overlaps_itself(t: Tensor) -> bool:

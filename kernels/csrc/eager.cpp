@@ -8,14 +8,16 @@
 // then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 
 #include "passes.h"
@@ -52,16 +54,20 @@ bool unwatched() {
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// The tensor of a Python object, if its memory holds its values; undefined for None, null if neither.
+// A CPU tensor whose memory holds its values, or an undefined one.
+bool owns_values(const Tensor& t) {
+  return !t.defined() ||
+         (t.device().is_cpu() && t.layout() == at::kStrided && t.has_storage() && !t.is_neg() &&
+          !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch());
+}
+
+// The tensor of a Python object, if it is such a one; undefined for None, null if neither.
 const Tensor* plain(PyObject* object) {
   static const Tensor undefined;
   if (object == Py_None) return &undefined;
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  const bool own_values = t.device().is_cpu() && t.layout() == at::kStrided && t.has_storage() &&
-                          !t.is_neg() && !t._is_zerotensor() &&
-                          !t.unsafeGetTensorImpl()->is_python_dispatch() && !t._fw_grad(0).defined();
-  return own_values ? &t : nullptr;
+  return owns_values(t) && !t._fw_grad(0).defined() ? &t : nullptr;
 }
 
 bool is_data(const Tensor& t) {
@@ -89,24 +95,27 @@ struct Kept : torch::CustomClassHolder {
   }
 };
 
-// Results that refuse a second differentiation, if a graph of this one is being recorded.
-variable_list once(variable_list results) {
-  if (!at::GradMode::is_enabled()) return results;
-  constexpr const char* message =
-      "vae_fast: double backward is not supported by the fused kernels; differentiate the reference "
-      "instead (vae_fast.use_backend(\"reference\"))";
-  variable_list defined;
-  for (const Tensor& t : results) {
-    if (t.defined()) defined.push_back(t.detach().requires_grad_());
-  }
-  torch::autograd::DelayedError error(message, static_cast<int64_t>(defined.size()));
-  variable_list marked = error.apply(std::move(defined));
-  size_t next = 0;
-  for (Tensor& t : results) {
-    if (t.defined()) t = marked[next++];
-  }
-  return results;
+// A graph of the derivative would have to be differentiable in turn.
+void refuse_graph() {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !at::GradMode::is_enabled(),
+      "vae_fast: double backward (create_graph=True) is not supported by the fused kernels; "
+      "differentiate the reference instead (vae_fast.use_backend(\"reference\"))");
 }
+
+// Whether a backward pass may go straight to the passes: not with batched gradients, say.
+bool is_plain(const variable_list& gradients) {
+  return unwatched() && std::all_of(gradients.begin(), gradients.end(), owns_values);
+}
+
+// Calls an op of vae_fast/ops.py below autograd.
+torch::jit::Stack call(const char* op, torch::jit::Stack stack) {
+  const at::AutoDispatchBelowAutograd below;
+  c10::Dispatcher::singleton().findSchemaOrThrow(op, "").callBoxed(stack);
+  return stack;
+}
+
+at::IValue optional(const Tensor& t) { return t.defined() ? at::IValue(t) : at::IValue(); }
 
 struct Latent : torch::autograd::Function<Latent> {
   static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& scale,
@@ -134,24 +143,28 @@ struct Latent : torch::autograd::Function<Latent> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     if (!g[0].defined() && !g[1].defined() && !g[2].defined()) return {{}, {}, {}, {}};
-    const LatentOptions& options = Kept<LatentOptions>::of(ctx);
+    refuse_graph();
+    const LatentOptions& o = Kept<LatentOptions>::of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &mu = saved[0], &scale = saved[1], &key = saved[2];
-    Tensor g_z = g[0].defined() ? g[0].resolve_neg() : g[0];
-    if (g_z.defined() && !passes->is_straight(view(g_z), options.num_samples > 0 ? 2 : 1)) {
-      g_z = g_z.contiguous();
+    const bool sampled = o.num_samples > 0;
+    if (!is_plain(g) || !is_plain(saved) || !passes->is_straight(view(mu), 1) ||
+        !passes->is_straight(view(scale), 1) ||
+        (g[0].defined() && !passes->is_straight(view(g[0]), sampled ? 2 : 1))) {
+      const torch::jit::Stack results =
+          call("vae_fast::latent_backward",
+               {optional(g[0]), optional(g[1]), optional(g[2]), mu, scale, key, o.num_samples,
+                o.first_row, o.param, o.lo, o.hi});
+      return {results[0].toTensor(), results[1].toTensor(), {}, {}};
     }
     const Tensor g_mu = at::empty(mu.sizes(), mu.options());
     const Tensor g_scale = at::empty(scale.sizes(), scale.options());
     passes->advise_huge_pages(view(g_mu));
     passes->advise_huge_pages(view(g_scale));
-    passes->latent_backward(view(g_z), view(resolved(g[1])), view(resolved(g[2])), view(mu),
-                            view(scale), view(key), options, view(g_mu), view(g_scale));
-    return once({g_mu, g_scale, {}, {}});
+    passes->latent_backward(view(g[0]), view(g[1]), view(g[2]), view(mu), view(scale), view(key), o,
+                            view(g_mu), view(g_scale));
+    return {g_mu, g_scale, {}, {}};
   }
-
- private:
-  static Tensor resolved(const Tensor& t) { return t.defined() ? t.resolve_neg() : t; }
 };
 
 // The loss with its gradients, which the forward pass writes into `targets`.
@@ -196,6 +209,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     if (!g[0].defined() && !g[1].defined()) return {{}, {}, {}, {}, {}, {}, {}};
+    refuse_graph();
     const auto& [options, batch] = Kept<ElboState>::of(ctx);
     variable_list saved = ctx->get_saved_variables();
     Tensor &g_mean = saved[0], &g_scale = saved[1];
@@ -204,15 +218,20 @@ struct Elbo : torch::autograd::Function<Elbo> {
       g_mean = g_mean.clone();
       if (g_scale.defined()) g_scale = g_scale.clone();
     }
-    const Tensor g_nll = g[0].defined() ? g[0].resolve_neg() : g[0];
-    const Tensor g_loss = g[1].defined() ? g[1].resolve_neg() : g[1];
-    const int64_t rows = g_mean.size(0);
+    const int64_t rows = g_mean.size(0), samples = rows / std::max<int64_t>(batch, 1);
+    if (!is_plain(g) || !is_plain(saved)) {
+      const torch::jit::Stack results =
+          call("vae_fast::likelihood_rescale_",
+               {g_mean, optional(g_scale), at::IValue(), optional(g[0]), optional(g[1]),
+                options.beta, static_cast<int64_t>(options.reduction), samples, batch});
+      return {{}, g_mean, g_scale, results[0].toTensor(), results[1].toTensor(), {}, {}};
+    }
     const Tensor g_log_q = at::empty({rows}, row_options(g_mean));
     const Tensor g_log_p = at::empty({rows}, row_options(g_mean));
-    passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g_nll), view(g_loss),
-                               options.beta, options.reduction, rows / std::max<int64_t>(batch, 1),
-                               batch, view(g_log_q), view(g_log_p), {});
-    return once({{}, g_mean, g_scale, g_log_q, g_log_p, {}, {}});
+    passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]),
+                               options.beta, options.reduction, samples, batch, view(g_log_q),
+                               view(g_log_p), {});
+    return {{}, g_mean, g_scale, g_log_q, g_log_p, {}, {}};
   }
 };
 

@@ -239,17 +239,19 @@ VAE_FAST_INLINE Exp<F> exp_of(F t) {
   return {exp_near_zero(f) * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23)};
 }
 #if defined(VAE_FAST_GCC_X86)
-// With an instruction that multiplies by any 2^n, the factor is kept as 2^n·p instead.
+// With an instruction that multiplies by any 2^n, the factor is kept as 2^n·p instead, p < 1 so that
+// d·p cannot overflow.
 template <>
 struct Exp<f32x16> {
   f32x16 n, p;
-  VAE_FAST_INLINE f32x16 times(f32x16 d) const { return times_power(d, n) * p; }
+  VAE_FAST_INLINE f32x16 times(f32x16 d) const { return times_power(d * p, n); }
   VAE_FAST_INLINE f32x16 value() const { return times_power(p, n); }
 };
 VAE_FAST_INLINE Exp<f32x16> exp_of(f32x16 t) {
   t = minimum(splat<f32x16>(300.0f), maximum(splat<f32x16>(-300.0f), t));
   const f32x16 n = (t * 1.44269504f + 12582912.0f) - 12582912.0f;
-  return {n, exp_near_zero((t - n * 0.693359375f) - n * -2.12194440e-4f)};
+  const f32x16 f = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+  return {n + 1.0f, exp_near_zero(f) * 0.5f};
 }
 #endif
 VAE_FAST_INLINE Exp<double> exp_of(double t) {
