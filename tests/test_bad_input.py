@@ -38,8 +38,16 @@ REPARAMETERIZE = [
 NLL = [
     (dict(x=None), TypeError, "x must be a torch.Tensor, got NoneType"),
     (dict(mean=1), TypeError, "mean must be a torch.Tensor, got int"),
-    (dict(scale=1.0), TypeError, "scale must be a torch.Tensor, got float"),
-    (dict(x=t(4, 6, dtype=torch.uint8)), TypeError, "x must be float16.*got uint8"),
+    (dict(scale="1"), TypeError, "scale must be a torch.Tensor or a number, got str"),
+    (dict(scale=True), TypeError, "scale must be a torch.Tensor or a number, got bool"),
+    (dict(x=t(4, 6, dtype=torch.int64)), TypeError, "x must be float16.* or uint8; got int64"),
+    (dict(clamp_mode="firm"), ValueError, "clamp_mode must be one of hard, soft; got 'firm'"),
+    (dict(clamp=(-1, 1e999), clamp_mode="soft"), ValueError, "clamp must be finite with lo < hi"),
+    (dict(x_scale=(0, 1)), ValueError, r"x_scale must be finite with a > 0, got \(0.0, 1.0\)"),
+    (dict(x_scale=2.0), ValueError, "x_scale must be a pair of numbers"),
+    (dict(dequantize=True), TypeError, "dequantize=True needs x of dtype uint8, got torch.float32"),
+    (dict(df=0.0), ValueError, "df must be a positive number, got 0.0"),
+    (dict(scale=t(5, 1)), ValueError, r"scale of shape \(5, 1\) does not broadcast to \(4, 6\)"),
     (dict(mean=t(4, 6, dtype=torch.float64)), TypeError, "mean is float64.*does not mix"),
     (dict(x=t(), mean=t()), ValueError, "x must have a batch dimension"),
     (dict(mean=t(4, 5)), ValueError, r"mean of shape \(4, 5\) does not fit x of shape \(4, 6\)"),
@@ -54,6 +62,50 @@ NLL = [
     (dict(mask=t(4, 5).bool()), ValueError, "mask of shape"),
     (dict(mean=t(4, 6).to("meta")), ValueError, "mean is on meta"),
     (dict(mask=t(4, 6).bool().to("meta")), ValueError, "mask is on meta"),
+]
+
+LIKELIHOOD = [
+    (dict(likelihood="cauchy"), ValueError, "likelihood must be one of gaussian, .*'cauchy'"),
+    (dict(likelihood="bernoulli"), ValueError, "scale must be None, for likelihood='bernoulli'"),
+    (
+        dict(x=t(4, 6, dtype=torch.uint8), likelihood="logistic", dequantize=True),
+        ValueError,
+        "dequantize=True needs a density, but likelihood='logistic'",
+    ),
+    (
+        dict(x=t(4, 6, dtype=torch.uint8), dequantize=True, key=t(2)),
+        ValueError,
+        "key must be a uint64",
+    ),
+    (
+        dict(x=t(4, 6, dtype=torch.uint8), dequantize=True, key=KEY.to("meta")),
+        ValueError,
+        "key is on meta",
+    ),
+]
+
+KL = [
+    (dict(mu=1.0), TypeError, "mu must be a torch.Tensor, got float"),
+    (dict(mu=t()), ValueError, "mu must have a batch dimension"),
+    (dict(scale=t(4, 2)), ValueError, "scale of shape .* does not broadcast"),
+    (dict(prior=t(4, 3)), TypeError, r"prior must be a pair of tensors \(mu, scale\), got Tensor"),
+    (dict(prior=(t(4, 3), None)), TypeError, "prior's scale must be a torch.Tensor, got NoneType"),
+    (dict(prior=(t(4, 5), t(3))), ValueError, "prior's mu of shape .* does not broadcast"),
+    (dict(prior=(t(3), t(2))), ValueError, "prior's scale of shape .* does not broadcast"),
+    (dict(prior=(t(3).double(), t(3))), TypeError, "prior's mu is float64.*does not mix"),
+    (dict(param="x"), ValueError, "param must be one of"),
+    (dict(prior_param="x"), ValueError, "prior_param must be one of"),
+    (dict(clamp=(1, 0)), ValueError, "clamp must have lo <= hi"),
+    (dict(clamp_mode="x"), ValueError, "clamp_mode must be one of"),
+]
+
+IMPORTANCE = [
+    (dict(nll=None), TypeError, "nll must be a torch.Tensor"),
+    (dict(nll=t(4)), ValueError, r"nll must have shape \(K, B\) with K ≥ 1, got \(4,\)"),
+    (dict(nll=t(0, 4)), ValueError, "nll must have shape"),
+    (dict(nll=t(2, 4).half(), log_q=t(2, 4).half(), log_p=None), TypeError, "nll must be float32"),
+    (dict(log_q=t(2, 3)), ValueError, "log_q must be float32 of nll's shape"),
+    (dict(log_p=t(2, 4).half()), ValueError, "log_p must be float32 .* got float16"),
 ]
 
 ELBO = [
@@ -76,6 +128,50 @@ MODULE = [
     (dict(reduction="avg"), ValueError, "reduction must be one of"),
     (dict(posterior_clamp=(1, 0)), ValueError, "posterior_clamp must have lo <= hi"),
     (dict(likelihood_clamp=(1, 0)), ValueError, "likelihood_clamp must have lo <= hi"),
+    (dict(posterior_clamp_mode="x"), ValueError, "posterior_clamp_mode must be one of hard, soft"),
+    (dict(likelihood_clamp_mode="x"), ValueError, "likelihood_clamp_mode must be one of"),
+    (
+        dict(posterior_clamp=(0, 0), posterior_clamp_mode="soft"),
+        ValueError,
+        "posterior_clamp must be finite with lo < hi",
+    ),
+    (dict(likelihood="squared_error"), ValueError, "likelihood must be one of"),
+    (dict(likelihood_scale="best"), ValueError, "likelihood_scale must be a number, None or one"),
+    (dict(likelihood_scale=True), TypeError, "likelihood_scale must be a number, got bool"),
+    (dict(likelihood_scale="optimal", likelihood="laplace"), ValueError, "needs .*gaussian"),
+    (
+        dict(likelihood_scale=0.0, likelihood="bernoulli"),
+        ValueError,
+        "likelihood_scale must be None",
+    ),
+    (dict(df=-1.0), ValueError, "df must be a positive number"),
+    (dict(objective="vae"), ValueError, "objective must be one of elbo, iwae; got 'vae'"),
+    (dict(objective="iwae", kl="analytic"), ValueError, "excludes kl"),
+    (dict(objective="iwae", capacity=1.0), ValueError, "excludes free_bits and capacity"),
+    (dict(estimator="pathwise"), ValueError, "estimator must be one of standard, stl, dreg"),
+    (dict(estimator="dreg"), ValueError, 'estimator="dreg" is for objective="iwae"'),
+    (dict(estimator="stl", objective="iwae"), ValueError, 'estimator="stl" is biased'),
+    (dict(estimator="stl", kl="analytic"), ValueError, 'estimator="stl" needs kl="monte_carlo"'),
+    (dict(prior=3), TypeError, "prior must be a pair of tensors"),
+    (dict(prior=(t(3), 1.0)), TypeError, "prior's scale must be a torch.Tensor"),
+    (dict(prior=lambda z: z, kl="analytic"), ValueError, "needs a Gaussian prior"),
+    (dict(prior_param="x"), ValueError, "prior_param must be one of"),
+    (dict(free_bits=0.1), ValueError, 'free_bits needs kl="analytic"'),
+    (dict(free_bits=-0.1, kl="analytic"), ValueError, "free_bits must be at least 0"),
+    (dict(free_bits="1", kl="analytic"), TypeError, "free_bits must be a number"),
+    (dict(free_bits=0.1, capacity=1.0, kl="analytic"), ValueError, "exclude each other"),
+    (dict(x_scale=(-1, 0)), ValueError, "x_scale must be finite with a > 0"),
+    (dict(dequantize=True, likelihood="bernoulli"), ValueError, "dequantize=True needs a density"),
+]
+
+CALL = [
+    (dict(weight=2.0), TypeError, "weight must be a torch.Tensor, got float"),
+    (dict(weight=t(3)), ValueError, r"weight must have shape \(4,\), one value per row of x"),
+    (dict(weight=t(4).to("meta")), ValueError, "weight is on meta"),
+    (dict(mask=t(4, 6)), TypeError, "mask must be bool"),
+    (dict(prior=(t(3),)), TypeError, "prior must be a pair of tensors"),
+    (dict(prior=lambda z: z), ValueError, r"prior must return log p\(z\) of shape \(4,\)"),
+    (dict(prior=(t(2), t(3))), ValueError, "prior's mu of shape .* does not broadcast"),
 ]
 
 
@@ -98,6 +194,58 @@ def test_gaussian_nll(change, error, message, backend):
     arguments = dict(x=t(4, 6), mean=t(4, 6), scale=t(4, 6)) | change
     with pytest.raises(error, match=message):
         vae_fast.gaussian_nll(**moved(arguments, backend))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), LIKELIHOOD)
+def test_likelihood_nll(change, error, message, backend):
+    arguments = dict(x=t(4, 6), mean=t(4, 6), scale=t(4, 6)) | change
+    with pytest.raises(error, match=message):
+        vae_fast.likelihood_nll(**moved(arguments, backend))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), KL)
+def test_gaussian_kl(change, error, message, backend):
+    arguments = dict(mu=t(4, 3), scale=t(4, 3)) | change
+    if isinstance(arguments.get("prior"), tuple):
+        arguments["prior"] = tuple(moved(dict(enumerate(arguments["prior"])), backend).values())
+    with pytest.raises(error, match=message):
+        vae_fast.gaussian_kl(**moved(arguments, backend))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), IMPORTANCE)
+def test_importance_bound(change, error, message, backend):
+    arguments = dict(nll=t(2, 4), log_q=t(2, 4), log_p=t(2, 4)) | change
+    with pytest.raises(error, match=message):
+        vae_fast.importance_bound(**moved(arguments, backend))
+
+
+def test_optimal_gaussian_nll(backend):
+    x = t(4, 6).to(backend)
+    with pytest.raises(ValueError, match="over must be one of batch, sample, channel; got 'row'"):
+        vae_fast.optimal_gaussian_nll(x, x, over="row")
+    with pytest.raises(ValueError, match=r'over="channel" needs x \(B, C, ...\)'):
+        vae_fast.optimal_gaussian_nll(x[:, 0], x[:, 0], over="channel")
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CALL)
+def test_module_call(change, error, message, backend):
+    mu = t(4, 3).to(backend)
+    if isinstance(change.get("prior"), tuple):
+        change = {"prior": tuple(p.to(backend) for p in change["prior"])}
+    with pytest.raises(error, match=message):
+        vae_fast.FusedELBO()(
+            t(4, 6).to(backend),
+            mu,
+            mu,
+            lambda z: (z.repeat(1, 2), z.repeat(1, 2)),
+            **moved(change, backend),
+        )
+
+
+def test_beta_must_be_one_number(backend):
+    mu, elbo = t(4, 3).to(backend), vae_fast.FusedELBO(beta=t(2))
+    with pytest.raises(ValueError, match=r"beta must be a float or a 0-dim tensor, got \(2,\)"):
+        elbo(mu, mu, mu, lambda z: (z, z))
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ELBO)

@@ -42,7 +42,8 @@ class Project:
         self.script = self.package / "_build.py"
         shutil.copy(_build.__file__, self.script)
         (self.csrc / "cpu.cpp").write_text(SOURCE)
-        (self.csrc / "ops.cpp").write_text("")
+        for name in set(_build.KERNELS.sources) - {"cpu.cpp"}:
+            (self.csrc / name).write_text("")
         (self.csrc / "value.h").write_text(HEADER)
 
     def process(self):

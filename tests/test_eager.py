@@ -53,7 +53,7 @@ def step(dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean
         x, mu, logvar, decoder if packed else lambda z: decoder(z).tensor_split(2, 1), key=key
     )
     grads = torch.autograd.grad(out.loss.sum() + 0.1 * out.nll.sum(), leaves, **graph)
-    return [*out, *grads]
+    return [*out[:5], *grads]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,6 @@
 """The ops as citizens of PyTorch: derivatives, opcheck, compile, backends."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -75,23 +76,33 @@ def samples(device, dtype=torch.float32):
         return torch.randn(*shape, device=device).to(dtype).requires_grad_(grad)
 
     key = torch.tensor([1, 2], dtype=torch.uint64, device=device)
-    tail = (0, 0, *UNCLAMPED)  # reduction, param, lo, hi
+
+    def model(likelihood="gaussian", clamp=UNCLAMPED, soft=False, key=None):
+        return (ops.LIKELIHOODS.index(likelihood), 0, *clamp, soft, 4.0, 0.1, 0.0, key, 3)
+
+    latent = (0, 0, 0, *UNCLAMPED, False, False)
+    tail = (0, *model())  # the reduction, and the plain model
     rows = [t(6).float(), t(6).float()]
+    levels = torch.randint(256, (3, 7), dtype=torch.uint8, device=device)
+    kl = (0, 1, *UNCLAMPED, False)
     return [
-        (ops.latent_forward, (t(4, 5, grad=True), t(4, 5, grad=True), key, 0, 0, 0, *UNCLAMPED)),
-        (ops.latent_forward, (t(4, 5, grad=True), t((), grad=True), key, 2, 3, 0, -1.0, 1.0)),
-        (ops.latent_backward, (t(4, 5), None, None, t(4, 5), t(4, 5), key, 0, 0, 0, *UNCLAMPED)),
+        (ops.latent_forward, (t(4, 5, grad=True), t(4, 5, grad=True), key, *latent)),
+        (
+            ops.latent_forward,
+            (t(4, 5, grad=True), t((), grad=True), key, 2, 3, 0, -1.0, 1.0, True, True),
+        ),
+        (ops.latent_backward, (t(4, 5), None, None, t(4, 5), t(4, 5), key, *latent)),
         (
             ops.likelihood_forward,
             (t(3, 7), t(6, 7, grad=True), t(6, 7, grad=True), None, *rows, 1.0, *tail),
         ),
         (
             ops.likelihood_forward,
-            (t(3, 4), t(6, 8, grad=True), None, t(3, 4) > 0, *rows, 1.0, 2, 0, *UNCLAMPED),
+            (t(3, 4), t(6, 8, grad=True), None, t(3, 4) > 0, *rows, 1.0, 2, *model()),
         ),
         (
             ops.likelihood_forward,
-            (t(6, 7, grad=True), t(6, 7), t(()), None, None, None, 0.0, 3, 0, *UNCLAMPED),
+            (t(6, 7, grad=True), t(6, 7), t(()), None, None, None, 0.0, 3, *model()),
         ),
         (
             ops.likelihood_backward,
@@ -114,10 +125,54 @@ def samples(device, dtype=torch.float32):
             (t(6, 7), t(6, 7), None, rows[0], t(()).float(), 1.0, 0, 2, 3),
         ),
         (ops.likelihood_rescale_, (t(6, 7), None, rows[1], None, t(()).float(), 1.0, 0, 2, 3)),
+        # One value of the scale per row, and one event of them, with other likelihoods.
+        (
+            ops.likelihood_forward,
+            (
+                *(t(3, 7, grad=True), t(6, 7, grad=True), t(6, 1, grad=True)),
+                *(None, None, None, 0.0, 3),
+                *model("student_t", (-1.0, 1.0), soft=True),
+            ),
+        ),
+        (
+            ops.likelihood_forward,
+            (
+                *(levels, t(6, 7, grad=True), t(1, 7, grad=True)),
+                *(None, *rows, 1.0, 2),
+                *model("laplace", key=key),
+            ),
+        ),
+        (
+            ops.likelihood_forward,
+            (
+                t(3, 7, grad=True),
+                t(6, 7, grad=True),
+                None,
+                None,
+                *rows,
+                1.0,
+                0,
+                *model("bernoulli"),
+            ),
+        ),
+        (
+            ops.gaussian_kl_forward,
+            tuple(t(4, 5, grad=True) for _ in range(4)) + kl,
+        ),
+        (ops.gaussian_kl_forward, (t(4, 5, grad=True), t(4, 5, grad=True), None, None, *kl)),
+        (
+            ops.gaussian_kl_backward,
+            (t(4).float(), t(4, 5), t(4, 5), t(4, 5), t(4, 5), *kl),
+        ),
+        (
+            ops.importance_forward,
+            (t(6, grad=True).float(), t(2, 3, grad=True).float(), t(2, 3).float(), 0.5),
+        ),
+        (ops.importance_backward, (t(3).float(), t(2, 3).float(), 0.5)),
     ]
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(20))
 def test_opcheck(index, fused):
     vae_fast.backends.backend_for(fused.type)
     op, args = samples(fused)[index]
@@ -146,7 +201,7 @@ def test_compiles_without_a_graph_break(packed, num_samples, fused, key):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, key)
     eager = loss(x, key)
     parameters = [*encoder.parameters(), *decoder.parameters()]
-    for a, b in zip(compiled, eager):
+    for a, b in zip(compiled[:5], eager[:5]):
         torch.testing.assert_close(a, b)
     for a, b in zip(
         torch.autograd.grad(compiled.loss, parameters), torch.autograd.grad(eager.loss, parameters)
@@ -158,7 +213,7 @@ def test_registered_double_backward_refuses(key):
     """Through the ops themselves, as torch.func uses them."""
     backends.backend_for("cpu")
     mu = torch.randn(3, 4, requires_grad=True)
-    z, _, _ = ops.latent_forward(mu, mu, key, 0, 0, 0, *UNCLAMPED)
+    z, _, _ = ops.latent_forward(mu, mu, key, 0, 0, 0, *UNCLAMPED, False, False)
     (g,) = torch.autograd.grad(z.square().sum(), mu, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward is not supported"):
         g.sum().backward()
@@ -176,9 +231,21 @@ def test_torch_function_dispatch():
     t = torch.randn(3, 4).as_subclass(Spy)
     z, log_q, log_p = vae_fast.reparameterize(t, t)
     vae_fast.gaussian_nll(t, t, t)
+    vae_fast.likelihood_nll(t, t, t, "laplace")
+    vae_fast.optimal_gaussian_nll(t, t)
     vae_fast.fused_elbo(t, t, t, log_q, log_p)
-    assert {vae_fast.reparameterize, vae_fast.gaussian_nll, vae_fast.fused_elbo} <= set(seen)
+    vae_fast.gaussian_kl(t, t)
+    vae_fast.importance_bound(t, t, t)
+    public = {getattr(vae_fast, name) for name in vae_fast.functional.__all__}
+    assert public - {vae_fast.validate} <= set(seen)
     assert isinstance(z, Spy)
+
+
+def test_triton_serves_every_op():
+    pytest.importorskip("triton")
+    launchers = importlib.import_module("vae_fast._triton")
+    everywhere = {"importance_backward"}  # plain PyTorch, on every device
+    assert set(launchers.__all__) == set(ops.SCHEMAS) - everywhere
 
 
 # ---- backends --------------------------------------------------------------------------------

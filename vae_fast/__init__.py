@@ -2,10 +2,19 @@
 
 __version__ = "0.1.0"
 
-from vae_fast import backends, functional, noise, reference
+from vae_fast import backends, functional, noise, reference, schedules
 from vae_fast.backends import FallbackWarning, use_backend
 from vae_fast.elbo import ELBOOutput, FusedELBO
-from vae_fast.functional import fused_elbo, gaussian_nll, reparameterize, validate
+from vae_fast.functional import (
+    fused_elbo,
+    gaussian_kl,
+    gaussian_nll,
+    importance_bound,
+    likelihood_nll,
+    optimal_gaussian_nll,
+    reparameterize,
+    validate,
+)
 from vae_fast.vae import VAE
 
 __all__ = [
@@ -16,10 +25,15 @@ __all__ = [
     "backends",
     "functional",
     "fused_elbo",
+    "gaussian_kl",
     "gaussian_nll",
+    "importance_bound",
+    "likelihood_nll",
     "noise",
+    "optimal_gaussian_nll",
     "reference",
     "reparameterize",
+    "schedules",
     "use_backend",
     "validate",
 ]

@@ -95,7 +95,11 @@ class Target:
     facts: tuple[str, ...] = ()  # of this process, for which alone the library is made
 
 
-KERNELS = Target(LIB_NAME, ("cpu.cpp", "ops.cpp"), ("torch_cpu",))
+KERNELS = Target(
+    LIB_NAME,
+    ("cpu.cpp", "latent.cpp", "likelihood.cpp", "objective.cpp", "ops.cpp"),
+    ("torch_cpu",),
+)
 
 
 def eager_target() -> Target:

@@ -28,7 +28,7 @@ from types import ModuleType
 
 import torch
 
-from vae_fast import _build, buffers, eager, ops
+from vae_fast import _build, buffers, eager
 
 __all__ = ["BACKENDS", "report", "use_backend"]
 
@@ -176,7 +176,7 @@ def _register_triton(dispatch_key: str) -> None:
     with warnings.catch_warnings():
         # On the CPU this overrides the C++ kernels, on purpose and until it is undone.
         warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
-        for name in ops.SCHEMAS:
+        for name in launchers.__all__:
             library.impl(name, getattr(launchers, name), dispatch_key, allow_override=True)
     _triton_library[dispatch_key] = library
 

@@ -129,7 +129,7 @@ class LikelihoodGrad(torch.autograd.Function):
         ctx.save_for_backward(g_mean, g_scale, g_shared)
         ctx.set_materialize_grads(False)
         scale_dtype = None if full or scale is None else scale.dtype
-        ctx.state = options[:2], log_q.shape, x.shape[0], scale_dtype
+        ctx.state = options[:2], log_q.shape, x.shape[0], scale_dtype, log_p is not None
         return nll, loss
 
     @staticmethod
@@ -138,7 +138,7 @@ class LikelihoodGrad(torch.autograd.Function):
         if g_nll is None and g_loss is None:
             return (None,) * 8
         g_mean, g_scale, g_shared = ctx.saved_tensors
-        options, rows, batch, scale_dtype = ctx.state
+        options, rows, batch, scale_dtype, has_log_p = ctx.state
         if _keeps_graph():  # which may be walked again: leave what it saved as it is
             g_mean = g_mean.clone()
             g_scale = None if g_scale is None else g_scale.clone()
@@ -151,7 +151,42 @@ class LikelihoodGrad(torch.autograd.Function):
             g_scale = g_scalar.to(scale_dtype)
         if len(rows) == 2:
             g_log_q, g_log_p = g_log_q.view(rows), g_log_p.view(rows)
-        return None, g_mean, g_scale, None, g_log_q, g_log_p, None, None
+        return None, g_mean, g_scale, None, g_log_q, g_log_p if has_log_p else None, None, None
+
+
+class GaussianKL(torch.autograd.Function):
+    """``gaussian_kl_forward`` with its derivative."""
+
+    @staticmethod
+    def forward(ctx, mu, scale, prior_mu, prior_scale, options):
+        args = (mu, scale, prior_mu, prior_scale, *options)
+        with _below_autograd():
+            kl = ops.gaussian_kl_forward(*args)
+        ops._setup_kl(ctx, args, kl)
+        return kl
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, g_kl):
+        with _below_autograd():
+            return (*ops._differentiate_kl(ctx, g_kl)[:4], None)
+
+
+class Importance(torch.autograd.Function):
+    """``importance_forward`` with its derivative."""
+
+    @staticmethod
+    def forward(ctx, nll, log_q, log_p, beta):
+        with _below_autograd():
+            output = ops.importance_forward(nll, log_q, log_p, beta)
+        ops._setup_importance(ctx, (nll, log_q, log_p, beta), output)
+        return output
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, *grads):
+        with _below_autograd():
+            return ops._differentiate_importance(ctx, *grads)
 
 
 # The engine's own apply: torch.autograd.Function.apply first looks for functorch transforms, which
@@ -159,3 +194,5 @@ class LikelihoodGrad(torch.autograd.Function):
 latent = super(torch.autograd.Function, Latent).apply
 likelihood = super(torch.autograd.Function, Likelihood).apply
 likelihood_grad = super(torch.autograd.Function, LikelihoodGrad).apply
+gaussian_kl = super(torch.autograd.Function, GaussianKL).apply
+importance = super(torch.autograd.Function, Importance).apply

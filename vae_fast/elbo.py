@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vae_fast import functional, ops
+from vae_fast import functional, noise, ops, reference
 
 __all__ = ["ELBOOutput", "FusedELBO"]
 
-KL_ESTIMATORS = ("monte_carlo",)
+LIKELIHOODS = tuple(name for name in ops.LIKELIHOODS if name != "squared_error")
+KL_ESTIMATORS = ("monte_carlo", "analytic")
+OBJECTIVES = ("elbo", "iwae")
+ESTIMATORS = ("standard", "stl", "dreg")
+# likelihood_scale names for what shares a variance.
+OPTIMAL = {"optimal": "batch", "optimal_sample": "sample", "optimal_channel": "channel"}
+
+Prior = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 
 
 class ELBOOutput(NamedTuple):
@@ -22,7 +31,7 @@ class ELBOOutput(NamedTuple):
     """
 
     loss: Tensor
-    """Negative ELBO, 0-dim, or (B,) for ``reduction="none"``."""
+    """What to minimise, 0-dim, or (B,) for ``reduction="none"``."""
     nll: Tensor
     """−log p(x|z) per row."""
     log_q: Tensor
@@ -31,40 +40,98 @@ class ELBOOutput(NamedTuple):
     """log p(z) per row."""
     z: Tensor
     """The latent sample, (B, *latent) or (K, B, *latent)."""
+    analytic_kl: Tensor | None = None
+    """KL(q‖p) per row of the batch, (B,), with ``kl="analytic"``."""
+    data_shape: tuple[int, ...] = ()
+    """The shape of x."""
+    mask: Tensor | None = None
+    """The mask that the loss was given."""
+    bin_width: float = 1.0
+    """Distance of neighbouring levels of x, where the likelihood is a density of levels."""
+    objective: str = "elbo"
+    """The bound that the loss is made of."""
 
     @property
     def kl(self) -> Tensor:
-        """The Monte Carlo estimate log q(z|x) − log p(z) of KL(q‖p) per row, unweighted by β."""
-        return self.log_q - self.log_p
+        """KL(q‖p) per row, unweighted by β: the analytic one, (B,), or its Monte Carlo estimate
+        log q(z|x) − log p(z).
+        """
+        return self.log_q - self.log_p if self.analytic_kl is None else self.analytic_kl
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """The negative bound (β = 1) of each row in bits per element of x, (B,).
+
+        For levels a apart, a uint8 x say, the mass of a level is bounded by its density times a, so
+        log₂ a is taken off (Theis et al. 2016, "A note on the evaluation of generative models",
+        section 3.1); the masses of the Bernoulli and the logistic likelihood need no correction.
+        """
+        rows = self.nll + self.kl
+        if rows.dim() == 2:
+            rows = _bound(rows) if self.objective == "iwae" else rows.mean(0)
+        if self.mask is None:
+            size: Tensor | int = math.prod(self.data_shape[1:])
+        else:
+            size = self.mask.expand(self.data_shape).flatten(1).sum(1)
+        return rows / (math.log(2.0) * size) - math.log2(self.bin_width)
 
 
 class FusedELBO(nn.Module):
-    """Negative evidence lower bound of a VAE with Gaussian posterior, prior and likelihood.
+    """The negative evidence lower bound of a VAE with a diagonal Gaussian posterior.
 
-    loss = E_q[−log p(x|z)] + β·E_q[log q(z|x) − log p(z)], by Monte Carlo with K samples (Kingma
+    loss = E_q[log q(z|x) − log p(z)]·β − E_q[log p(x|z)], the expectations by Monte Carlo (Kingma
     and Welling 2014, eq. 3; β as in Higgins et al. 2017, eq. 4). Two fused passes, one on each side
-    of the decoder, in the forward and in the backward direction.
+    of the decoder, in the forward and in the backward direction. ``docs/options.md`` says when to
+    use which option.
 
     Args:
-        beta: weight of the KL term.
+        beta: weight of the KL term, a float or a 0-dim tensor; may be set anew at any step.
         num_samples: K, latent samples per row.
         posterior_param: what the posterior's raw scale means: ``"logvar"``, ``"logstd"``,
             ``"std"``, ``"var"`` or ``"softplus"`` (:func:`vae_fast.reparameterize`).
         likelihood_param: the same for the decoder's raw scale.
-        kl: how KL(q‖p) is estimated: ``"monte_carlo"``.
+        kl: how KL(q‖p) is computed: ``"monte_carlo"``, log q − log p at the sample, or
+            ``"analytic"``, for a Gaussian prior.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the batch.
-        posterior_clamp: (lo, hi) for the posterior's raw scale, as ``torch.clamp``.
-        likelihood_clamp: (lo, hi) for the decoder's raw scale, as ``torch.clamp``.
+        posterior_clamp: (lo, hi), bounds of the posterior's raw scale.
+        likelihood_clamp: (lo, hi), bounds of the decoder's raw scale.
         inplace: overwrite the decoder's output with its gradient
-            (:func:`vae_fast.functional.fused_elbo` says when that is possible).
+            (:func:`vae_fast.fused_elbo` says when that is possible).
+        posterior_clamp_mode: ``"hard"`` or ``"soft"`` (:func:`vae_fast.reparameterize`).
+        likelihood_clamp_mode: likewise.
+        likelihood: ``"gaussian"``, ``"laplace"``, ``"bernoulli"``, ``"logistic"`` or
+            ``"student_t"`` (:func:`vae_fast.likelihood_nll`).
+        likelihood_scale: ``None``: the decoder's second output. A number: one fixed raw scale.
+            ``"optimal"``, ``"optimal_sample"`` or ``"optimal_channel"``: the Gaussian variance of
+            highest likelihood, over the batch, a row or a channel
+            (:func:`vae_fast.optimal_gaussian_nll`). Unless it is ``None`` the decoder returns the
+            mean alone.
+        df: degrees of freedom of ``"student_t"``.
+        objective: ``"elbo"``, or ``"iwae"``, the importance-weighted bound of K samples (Burda et
+            al. 2016, eq. 8).
+        estimator: of the posterior's gradient: ``"standard"``; ``"stl"``, for the ELBO, without the
+            score function (Roeder et al. 2017, eq. 8); ``"dreg"``, for the IWAE, doubly
+            reparameterized (Tucker et al. 2019, eq. 8).
+        prior: p(z): ``None`` for N(0, 1); (mu, scale) tensors, broadcastable to (B, *latent), for a
+            Gaussian, Parameters if it is to be learned; or a callable that maps z (N, *latent) to
+            log p(z) (N,).
+        prior_param: what the prior's scale means.
+        free_bits: λ nats for each latent element: the KL term is Σ_j max(λ, mean over the batch of
+            KL_j) (Kingma et al. 2016, eq. 15); needs ``kl="analytic"``.
+        capacity: C nats: the KL term is abs(KL − C), of the batch's mean KL (Burgess et al. 2018,
+            eq. 8); a float or a 0-dim tensor.
+        x_scale: (a, b): a uint8 x stands for a·x + b (:func:`vae_fast.likelihood_nll`). Given for a
+            floating x, it says that its levels are a apart, for ``bits_per_dim``.
+        dequantize: add uniform noise within the levels of a uint8 x, from the same key as z's.
 
     Raises:
-        ValueError: an argument is not one of those listed, or K < 1, or lo > hi.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is not one of those listed, or options exclude each other.
     """
 
     def __init__(
         self,
-        beta: float = 1.0,
+        beta: float | Tensor = 1.0,
         num_samples: int = 1,
         posterior_param: str = "logvar",
         likelihood_param: str = "logvar",
@@ -73,16 +140,39 @@ class FusedELBO(nn.Module):
         posterior_clamp: tuple[float, float] | None = None,
         likelihood_clamp: tuple[float, float] | None = None,
         inplace: bool = False,
+        *,
+        posterior_clamp_mode: str = "hard",
+        likelihood_clamp_mode: str = "hard",
+        likelihood: str = "gaussian",
+        likelihood_scale: float | str | None = None,
+        df: float = 4.0,
+        objective: str = "elbo",
+        estimator: str = "standard",
+        prior: Prior | None = None,
+        prior_param: str = "logvar",
+        free_bits: float | None = None,
+        capacity: float | Tensor | None = None,
+        x_scale: tuple[float, float] | None = None,
+        dequantize: bool = False,
     ) -> None:
         super().__init__()
         functional._check_count("num_samples", num_samples)
-        functional._check_param("posterior_param", posterior_param)
-        functional._check_param("likelihood_param", likelihood_param)
-        functional._check_clamp("posterior_clamp", posterior_clamp)
-        functional._check_clamp("likelihood_clamp", likelihood_clamp)
-        functional._check_choice("reduction", reduction, dict.fromkeys(ops.REDUCTIONS, 0))
-        if kl not in KL_ESTIMATORS:
-            raise ValueError(f"kl must be one of {', '.join(KL_ESTIMATORS)}; got {kl!r}")
+        for name, value, choices in (
+            ("posterior_param", posterior_param, ops.PARAMS),
+            ("likelihood_param", likelihood_param, ops.PARAMS),
+            ("prior_param", prior_param, ops.PARAMS),
+            ("reduction", reduction, ops.REDUCTIONS),
+            ("kl", kl, KL_ESTIMATORS),
+            ("likelihood", likelihood, LIKELIHOODS),
+            ("objective", objective, OBJECTIVES),
+            ("estimator", estimator, ESTIMATORS),
+        ):
+            functional._check_choice(name, value, dict.fromkeys(choices, 0))
+        functional._clamp_options(posterior_clamp, posterior_clamp_mode, "posterior_clamp")
+        functional._clamp_options(likelihood_clamp, likelihood_clamp_mode, "likelihood_clamp")
+        functional._check_df(df)
+        if x_scale is not None:
+            functional._check_x_scale(x_scale)
         self.beta = beta
         self.num_samples = num_samples
         self.posterior_param = posterior_param
@@ -92,6 +182,79 @@ class FusedELBO(nn.Module):
         self.posterior_clamp = posterior_clamp
         self.likelihood_clamp = likelihood_clamp
         self.inplace = inplace
+        self.posterior_clamp_mode = posterior_clamp_mode
+        self.likelihood_clamp_mode = likelihood_clamp_mode
+        self.likelihood = likelihood
+        self.likelihood_scale = likelihood_scale
+        self.df = df
+        self.objective = objective
+        self.estimator = estimator
+        self.prior_param = prior_param
+        self.free_bits = free_bits
+        self.capacity = capacity
+        self.x_scale = x_scale
+        self.dequantize = dequantize
+        self._register_prior(prior)
+        self._check_combination()
+
+    def _register_prior(self, prior: Prior | None) -> None:
+        """A Gaussian's tensors become parameters or buffers, a module a submodule."""
+        if prior is None or callable(prior):
+            self.prior = prior
+            return
+        pair = functional._check_pair("prior", prior)
+        for name, tensor in zip(("prior_mu", "prior_scale"), pair, strict=True):
+            functional._check_tensor(name.replace("_", "'s "), tensor)
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        self.prior = "gaussian"
+
+    def _check_combination(self) -> None:
+        """Options that exclude each other, and why."""
+        scale, optimal = self.likelihood_scale, self.likelihood_scale in OPTIMAL
+        if isinstance(scale, str) and not optimal:
+            raise ValueError(
+                f"likelihood_scale must be a number, None or one of {', '.join(OPTIMAL)}; "
+                f"got {scale!r}"
+            )
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, str, type(None))):
+            raise TypeError(f"likelihood_scale must be a number, got {type(scale).__name__}")
+        if optimal and self.likelihood != "gaussian":
+            raise ValueError(f'likelihood_scale={scale!r} needs likelihood="gaussian"')
+        if scale is not None and self.likelihood == "bernoulli":
+            raise ValueError('likelihood_scale must be None, for "bernoulli" has no scale')
+        if self.dequantize and self.likelihood in functional._DISCRETE:
+            raise ValueError(
+                f"dequantize=True needs a density, but likelihood={self.likelihood!r} is a mass of "
+                "the levels themselves"
+            )
+        shaped = self.free_bits is not None or self.capacity is not None
+        if self.objective == "iwae" and (self.kl == "analytic" or shaped):
+            what = 'kl="analytic"' if self.kl == "analytic" else "free_bits and capacity"
+            raise ValueError(
+                f'objective="iwae" weighs samples by log q and log p, so it excludes {what}'
+            )
+        if self.estimator == "dreg" and self.objective != "iwae":
+            raise ValueError('estimator="dreg" is for objective="iwae"; for the ELBO use "stl"')
+        if self.estimator == "stl" and self.objective == "iwae":
+            raise ValueError(
+                'estimator="stl" is biased for objective="iwae" (Tucker et al. 2019); use "dreg"'
+            )
+        if self.estimator == "stl" and self.kl == "analytic":
+            raise ValueError('estimator="stl" needs kl="monte_carlo": it differentiates log q')
+        if self.free_bits is not None:
+            if self.capacity is not None:
+                raise ValueError("free_bits and capacity exclude each other")
+            if self.kl != "analytic":
+                raise ValueError('free_bits needs kl="analytic": it bounds the KL of each element')
+            if isinstance(self.free_bits, bool) or not isinstance(self.free_bits, (int, float)):
+                raise TypeError(f"free_bits must be a number, got {type(self.free_bits).__name__}")
+            if not 0.0 <= self.free_bits < math.inf:
+                raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
+        if self.kl == "analytic" and callable(self.prior):
+            raise ValueError('kl="analytic" needs a Gaussian prior, not a callable')
 
     def forward(
         self,
@@ -103,22 +266,34 @@ class FusedELBO(nn.Module):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
         first_row: int = 0,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        prior: Prior | None = None,
     ) -> ELBOOutput:
         """Sample z, decode it, and return the loss with its terms.
 
         Args:
-            x: data, (B, *event).
+            x: data, (B, *event), floating point or uint8.
             mu: posterior means, (B, *latent).
             scale: the posterior's raw scale, broadcastable to ``mu`` or 0-dim.
             decoder: called once with z of shape (K·B, *latent); returns (mean, scale) of p(x|z),
-                mean (K·B, *event) and scale broadcastable to it or 0-dim, or one tensor packed
-                along dimension 1, mean first.
+                mean (K·B, *event) and scale broadcastable to it or a number, or one tensor packed
+                along dimension 1, mean first. The mean alone, one tensor of x's event, if the
+                likelihood has no scale or ``likelihood_scale`` gives it.
             key, generator, first_row: the noise, as in :func:`vae_fast.reparameterize`.
+            mask: bool, broadcastable to x; what is False is missing data, whatever it holds.
+            weight: weights of the rows' losses, (B,); ``reduction="mean"`` still divides by B.
+            prior: p(z) for this call, in place of the one given at construction: the tensors of a
+                conditional prior, say.
 
         Raises:
             TypeError, ValueError: as :func:`vae_fast.reparameterize` and
-                :func:`vae_fast.functional.fused_elbo`.
+                :func:`vae_fast.fused_elbo`.
         """
+        if prior is None:
+            prior = self._gaussian_prior() if self.prior == "gaussian" else self.prior
+        if self.dequantize and key is None:
+            key = noise.make_key(mu.device, generator)
         samples = self.num_samples if self.num_samples > 1 else None
         z, log_q, log_p = functional.reparameterize(
             mu,
@@ -129,38 +304,248 @@ class FusedELBO(nn.Module):
             generator,
             first_row,
             self.posterior_clamp,
+            self.posterior_clamp_mode,
+            self.estimator != "standard",
         )
-        output = decoder(z if samples is None else z.flatten(0, 1))
-        mean, likelihood_scale = _mean_and_scale(output)
+        weights_tag = None
+        if self.estimator == "dreg" and samples is not None:
+            z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(z, log_q, log_p)
+        decoded = z if samples is None else z.flatten(0, 1)
+        analytic_kl = None
+        if prior is not None:
+            log_p = self._log_prior(z, decoded, prior)
+        if self.kl == "analytic":
+            analytic_kl = self._gaussian_kl(mu, scale, prior)
+
+        mean, likelihood_scale = self._decode(decoder(decoded))
         if self.inplace and not torch.compiler.is_compiling():
             _check_not_latent(z, mean, likelihood_scale)
-        loss, nll = functional.fused_elbo(
+
+        kl_terms, beta = self._kl_terms(mu, scale, prior, log_q, log_p, analytic_kl)
+        iwae = self.objective == "iwae" and samples is not None
+        if iwae or weight is not None or self.likelihood_scale in OPTIMAL:
+            rows, nll = self._rows(
+                x, mean, likelihood_scale, *kl_terms, beta, key, first_row, mask, weights_tag
+            )
+            if weight is not None:
+                rows = rows * _check_weight(weight, rows)
+            loss = reference.reduce_rows(rows, self.reduction)
+        else:
+            loss, nll = self._fused(
+                x, mean, likelihood_scale, *kl_terms, beta, self.reduction, key, first_row, mask
+            )
+        levels = x.dtype == torch.uint8 or self.x_scale is not None
+        density = self.likelihood not in functional._DISCRETE
+        width = (self.x_scale or reference.X_SCALE)[0] if levels and density else 1.0
+        return ELBOOutput(
+            loss, nll, log_q, log_p, z, analytic_kl, x.shape, mask, width, self.objective
+        )
+
+    def _fused(
+        self, x, mean, scale, log_q, log_p, beta, reduction, key, first_row, mask
+    ) -> tuple[Tensor, Tensor]:
+        return functional.fused_elbo(
             x,
             mean,
-            likelihood_scale,
+            scale,
             log_q,
             log_p,
-            self.beta,
-            self.reduction,
+            beta,
+            reduction,
             self.likelihood_param,
             self.likelihood_clamp,
-            None,
+            mask,
             self.inplace,
+            self.likelihood,
+            self.likelihood_clamp_mode,
+            self.df,
+            self.x_scale,
+            self.dequantize,
+            key if self.dequantize else None,
+            first_row,
         )
-        return ELBOOutput(loss, nll, log_q, log_p, z)
+
+    def _rows(
+        self, x, mean, scale, log_q, log_p, beta, key, first_row, mask, weights_tag
+    ) -> tuple[Tensor, Tensor]:
+        """The rows' losses (B,), and nll, for a loss that the pass itself cannot finish."""
+        if self.likelihood_scale in OPTIMAL:
+            nll = functional.optimal_gaussian_nll(
+                x,
+                mean.unflatten(0, log_q.shape) if log_q.dim() == 2 else mean,
+                OPTIMAL[self.likelihood_scale],
+                self.likelihood_param,
+                self.likelihood_clamp,
+                self.likelihood_clamp_mode,
+                mask,
+                self.x_scale,
+                self.dequantize,
+                key if self.dequantize else None,
+                first_row,
+            )
+            rows = reference.elbo_loss(nll, log_q, log_p, beta, "none")
+        else:
+            rows, nll = self._fused(
+                x, mean, scale, log_q, log_p, beta, "none", key, first_row, mask
+            )
+        if self.objective == "iwae" and log_q.dim() == 2:
+            tagged = nll if weights_tag is None else nll + weights_tag
+            rows = functional.importance_bound(tagged, log_q, log_p, beta)
+        return rows, nll
+
+    def _decode(self, output: object) -> tuple[Tensor, Tensor | float | None]:
+        """Mean and scale from what the decoder returned."""
+        if self.likelihood_scale is None and self.likelihood != "bernoulli":
+            return _mean_and_scale(output)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                "decoder must return one tensor, the mean, where the scale comes from "
+                f"likelihood_scale or there is none; got {type(output).__name__}"
+            )
+        fixed = isinstance(self.likelihood_scale, (int, float))
+        return output, self.likelihood_scale if fixed else None
+
+    # ---------------------------------------------------------------- KL
+
+    def _gaussian_prior(self) -> tuple[Tensor, Tensor]:
+        return self.prior_mu, self.prior_scale
+
+    def _log_prior(self, z: Tensor, flat: Tensor, prior: Prior) -> Tensor:
+        """Log p(z) of a prior other than N(0, 1), (B,) or (K, B)."""
+        rows = z.shape[: z.dim() - flat.dim() + 1]
+        if callable(prior):
+            log_p = prior(flat)
+            if not isinstance(log_p, Tensor) or log_p.shape != flat.shape[:1]:
+                got = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
+                raise ValueError(
+                    f"prior must return log p(z) of shape ({flat.shape[0]},) for z of shape "
+                    f"{tuple(flat.shape)}; got {got}"
+                )
+            return log_p.to(ops.accumulation_dtype(z)).view(rows)
+        prior_mu, prior_scale = functional._check_pair("prior", prior)
+        functional._check_tensor("prior's mu", prior_mu)
+        # The density is symmetric in x and mean, and K samples may share a row of x.
+        event = z.shape[len(rows) - 1 :]
+        prior_mu = functional._broadcast("prior's mu", prior_mu, z[0] if len(rows) == 2 else z)
+        nll = functional.gaussian_nll(prior_mu.expand(event), z, prior_scale, self.prior_param)
+        return -nll
+
+    def _gaussian_kl(self, mu, scale, prior, transposed: bool = False) -> Tensor:
+        """KL(q‖p) per row (B,), or ``transposed``, summed over the batch, per latent element."""
+        pair = None if prior is None else functional._check_pair("prior", prior)
+        if transposed:
+            scale, pair = (
+                scale.expand(mu.shape),
+                None if pair is None else tuple(t.expand(mu.shape) for t in pair),
+            )
+            mu, scale = (t.flatten(1).t() for t in (mu, scale))
+            pair = None if pair is None else tuple(t.flatten(1).t() for t in pair)
+        return functional.gaussian_kl(
+            mu,
+            scale,
+            pair,
+            self.posterior_param,
+            self.prior_param,
+            self.posterior_clamp,
+            self.posterior_clamp_mode,
+        )
+
+    def _kl_terms(
+        self, mu, scale, prior, log_q, log_p, analytic_kl
+    ) -> tuple[tuple[Tensor, Tensor | None], float]:
+        """The two row terms whose difference is the KL term, and its weight β."""
+        terms = log_q, log_p
+        if analytic_kl is not None:
+            terms = analytic_kl.expand(log_q.shape), None
+        # Shaped, the KL term is one number for the batch, and the same in every row.
+        if self.free_bits is not None:
+            summed = self._gaussian_kl(mu, scale, prior, transposed=True)
+            per_element = summed / max(mu.shape[0], 1)
+            terms = per_element.clamp(min=self.free_bits).sum().expand(log_q.shape), None
+        elif self.capacity is not None:
+            kl = log_q - log_p if analytic_kl is None else analytic_kl
+            terms = (kl.mean() - self.capacity).abs().to(kl.dtype).expand(log_q.shape), None
+        beta = self.beta
+        if isinstance(beta, Tensor):
+            if beta.dim() > 0:
+                raise ValueError(f"beta must be a float or a 0-dim tensor, got {tuple(beta.shape)}")
+            kl = terms[0] if terms[1] is None else terms[0] - terms[1]
+            terms, beta = (kl * beta.to(kl.dtype), None), 1.0
+        return terms, beta
 
     def extra_repr(self) -> str:
-        """Every option, for ``repr``."""
+        """Every option that is not at its default, for ``repr``."""
+        options = {
+            name: value for name, value in self.options().items() if value != _DEFAULTS[name]
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's keyword arguments, without the prior."""
+        return {name: getattr(self, name) for name in _DEFAULTS}
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(FusedELBO).parameters.items()
+    if name != "prior"
+}
+
+
+class _DoublyReparameterized(torch.autograd.Function):
+    """z, log q and log p, whose gradients are each multiplied by the sample's normalised weight.
+
+    Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives",
+    eq. 8: the posterior's gradient has the weights squared, the decoder's has them once. The
+    weights are known after the decoder, so they come back as the gradient of a tensor of zeros that
+    the objective adds to the rows' terms.
+    """
+
+    @staticmethod
+    def forward(ctx, z, log_q, log_p):
+        ctx.set_materialize_grads(False)
+        return z.view_as(z), log_q.view_as(log_q), log_p.view_as(log_p), torch.zeros_like(log_q)
+
+    @staticmethod
+    def backward(ctx, g_z, g_log_q, g_log_p, g_tag):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                'vae_fast: double backward (create_graph=True) is not supported by estimator="dreg"'
+            )
+        if g_tag is None:
+            return g_z, g_log_q, g_log_p
+        total = g_tag.sum(0)
+        weights = torch.where(total == 0.0, 0.0, g_tag / total)
+        if g_z is not None:
+            g_z = g_z * weights.view(*weights.shape, *(1,) * (g_z.dim() - 2)).to(g_z.dtype)
         return (
-            f"beta={self.beta}, num_samples={self.num_samples}, "
-            f"posterior_param={self.posterior_param!r}, "
-            f"likelihood_param={self.likelihood_param!r}, kl={self.kl!r}, "
-            f"reduction={self.reduction!r}, posterior_clamp={self.posterior_clamp}, "
-            f"likelihood_clamp={self.likelihood_clamp}, inplace={self.inplace}"
+            g_z,
+            None if g_log_q is None else g_log_q * weights,
+            None if g_log_p is None else g_log_p * weights,
         )
 
 
-def _mean_and_scale(output: object) -> tuple[Tensor, Tensor | None]:
+def _bound(rows: Tensor) -> Tensor:
+    """−log mean_k e^(−rows)."""
+    return math.log(rows.shape[0]) - torch.logsumexp(-rows, 0)
+
+
+def _check_weight(weight: object, rows: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.device != rows.device:
+        raise ValueError(
+            f"weight is on {weight.device}, but the other tensors are on {rows.device}"
+        )
+    if weight.shape != rows.shape:
+        raise ValueError(
+            f"weight must have shape ({rows.shape[0]},), one value per row of x; "
+            f"got {tuple(weight.shape)}"
+        )
+    return weight.to(rows.dtype)
+
+
+def _mean_and_scale(output: object) -> tuple[Tensor, Tensor | float | None]:
     if isinstance(output, Tensor):
         return output, None
     if isinstance(output, (tuple, list)) and len(output) == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,24 @@ from torch.overrides import handle_torch_function, has_torch_function
 from vae_fast import eager, noise, ops, reference
 from vae_fast.backends import backend_for
 
-__all__ = ["fused_elbo", "gaussian_nll", "reparameterize", "validate"]
+__all__ = [
+    "fused_elbo",
+    "gaussian_kl",
+    "gaussian_nll",
+    "importance_bound",
+    "likelihood_nll",
+    "optimal_gaussian_nll",
+    "reparameterize",
+    "validate",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARAM_CODE = {name: code for code, name in enumerate(ops.PARAMS)}
 _REDUCTION_CODE = {name: code for code, name in enumerate(ops.REDUCTIONS)}
+_LIKELIHOOD_CODE = {name: code for code, name in enumerate(ops.LIKELIHOODS)}
+_DISCRETE = ("bernoulli", "logistic")  # probabilities of x itself, not densities
+_CLAMP_MODES = ("hard", "soft")
+_OPTIMAL_OVER = ("batch", "sample", "channel")
 _UNCLAMPED = (-math.inf, math.inf)
 
 _validate = False
@@ -40,6 +54,8 @@ def reparameterize(
     generator: torch.Generator | None = None,
     first_row: int = 0,
     clamp: tuple[float, float] | None = None,
+    clamp_mode: str = "hard",
+    path_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample z ~ q(z|x) and evaluate log q(z|x) and log p(z), in one pass.
 
@@ -58,7 +74,13 @@ def reparameterize(
         generator: where a fresh key is drawn from; the device's default generator if ``None``.
         first_row: global index of row 0, so that shards of a batch with one key draw what the whole
             batch would.
-        clamp: (lo, hi), clamps the raw ``scale`` as ``torch.clamp`` does, gradient included.
+        clamp: (lo, hi), keeps the raw ``scale`` within these bounds.
+        clamp_mode: ``"hard"``: as ``torch.clamp`` does, with no gradient outside; ``"soft"``:
+            m + c·tanh((s − m)/c) with the middle m and c half the width, smooth and with a
+            gradient everywhere.
+        path_gradient: let log q depend on ``mu`` and ``scale`` through z alone in the backward
+            pass, so that the score function, whose expectation is zero, is left out (Roeder et al.
+            2017, "Sticking the Landing", eq. 8).
 
     Returns:
         ``z`` of shape (B, *latent) or (K, B, *latent) in ``mu``'s dtype, and ``log_q`` and
@@ -80,12 +102,14 @@ def reparameterize(
             generator=generator,
             first_row=first_row,
             clamp=clamp,
+            clamp_mode=clamp_mode,
+            path_gradient=path_gradient,
         )
     code = _check_choice("param", param, _PARAM_CODE)
-    lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
+    lo, hi, soft = _clamp_options(clamp, clamp_mode)
     if num_samples is not None:
         _check_count("num_samples", num_samples)
-    options = (num_samples or 0, first_row, code, lo, hi)
+    options = (num_samples or 0, first_row, code, lo, hi, soft, path_gradient)
     if generator is None and not _validate and (shortcut := eager.shortcut()):
         results = shortcut.latent(mu, scale, key, *options)
         if results is not None:
@@ -106,7 +130,7 @@ def reparameterize(
 
     if backend_for(mu.device.type) == "reference":
         return reference.reparameterize(
-            mu, scale, param, num_samples, key, None, first_row, clamp=clamp
+            mu, scale, param, num_samples, key, None, first_row, clamp, clamp_mode, path_gradient
         )
     if eager.suffices():
         return eager.latent(mu, scale, key, options)
@@ -116,81 +140,394 @@ def reparameterize(
 def gaussian_nll(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor | None,
+    scale: Tensor | float | None,
     param: str = "logvar",
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Gaussian negative log-likelihood −log p(x|z) of each row, in one pass.
 
     Σ(½((x − m)/τ)² + log τ + ½log 2π) over the event, constants included (Kingma and Welling 2014,
-    appendix C.2). Gradients flow to ``x``, ``mean`` and ``scale``.
+    appendix C.2). :func:`likelihood_nll` with ``likelihood="gaussian"``, which documents the
+    arguments, other ``options`` and errors.
+    """
+    tensors = (x, mean, scale, mask)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            gaussian_nll, tensors, x, mean, scale, param=param, clamp=clamp, mask=mask, **options
+        )
+    return likelihood_nll(x, mean, scale, "gaussian", param, clamp, mask=mask, **options)
+
+
+def likelihood_nll(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor | float | None = None,
+    likelihood: str = "gaussian",
+    param: str = "logvar",
+    clamp: tuple[float, float] | None = None,
+    clamp_mode: str = "hard",
+    mask: Tensor | None = None,
+    df: float = 4.0,
+    x_scale: tuple[float, float] | None = None,
+    dequantize: bool = False,
+    key: Tensor | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Negative log-likelihood −log p(x|z) of each row, in one pass over the data.
+
+    Per element, with r = (x − m)/τ and constants included:
+
+    * ``"gaussian"``: ½r² + log τ + ½log 2π (Kingma and Welling 2014, appendix C.2);
+    * ``"laplace"``: abs(r) + log τ + log 2;
+    * ``"student_t"``: ½(ν + 1)·log(1 + r²/ν) + log τ + log B(½, ½ν) + ½log ν, ν = ``df``;
+    * ``"bernoulli"``: −x·log σ(m) − (1 − x)·log σ(−m) of logits m, x in [0, 1] (Kingma and Welling
+      2014, appendix C.1); it has no scale;
+    * ``"logistic"``: minus the log of the mass of a logistic density on the bin of x, one of 256
+      levels, the first and last bins reaching to infinity (Salimans et al. 2017, "PixelCNN++",
+      eq. 2, with a single component);
+    * ``"squared_error"``: ½(x − m)², no density but what variances are estimated from; it has no
+      scale.
+
+    Gradients flow to a floating ``x``, ``mean`` and ``scale``.
 
     Args:
-        x: data, (B, *event), floating point.
-        mean: decoder means, (B, *event), or (K, B, *event) for K samples per row of x. With
-            ``scale=None`` it is packed: twice as long along dimension 1 of (B, *event), mean first.
-        scale: raw scale parameters, broadcastable to ``mean`` or 0-dim; ``None`` if packed.
+        x: data, (B, *event), floating point or uint8.
+        mean: decoder means (locations, logits), (B, *event), or (K, B, *event) for K samples per
+            row of x. With ``scale=None`` it is packed: twice as long along dimension 1 of
+            (B, *event), mean first; but not where the likelihood has no scale.
+        scale: raw scale parameters, of any shape that broadcasts to ``mean``, or a number; ``None``
+            if packed. Its gradient has its own shape: for one value, one per row (B, 1, ...) or one
+            event (*event) it is summed inside the pass, and nothing of the data's size is made.
+            Other shapes are expanded first.
+        likelihood: which of the above.
         param: what ``scale`` means, as in :func:`reparameterize`.
-        clamp: (lo, hi), clamps the raw ``scale`` as ``torch.clamp`` does, gradient included.
+        clamp: (lo, hi), keeps the raw ``scale`` within these bounds.
+        clamp_mode: ``"hard"`` or ``"soft"``, as in :func:`reparameterize`.
         mask: bool, broadcastable to ``x``; elements where it is False contribute nothing, in value
             and gradient, whatever they hold.
+        df: degrees of freedom ν of ``"student_t"``.
+        x_scale: (a, b), where a uint8 ``x`` stands for a·x + b, made inside the pass; a > 0. For
+            ``"logistic"`` the levels are a·i + b whatever the dtype. (1/255, 0) if ``None``.
+        dequantize: a uint8 ``x`` stands for a·(x + u) + b instead, with uniform noise u
+            (:func:`vae_fast.noise.uniform`), so that the density of the continuous values bounds
+            the mass of the levels (Theis et al. 2016, section 3.1).
+        key: noise key of the dequantization; a fresh one is drawn if ``None``.
+        first_row: global index of row 0 for that noise.
 
     Returns:
         The negative log-likelihood in nats, (B,) or (K, B), fp32 (fp64 for fp64).
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
-        ValueError: shapes, devices, ``param`` or ``clamp`` do not fit.
+        ValueError: shapes, devices or options do not fit.
     """
-    if has_torch_function((x, mean, scale, mask)):
+    if has_torch_function((x, mean, scale, mask, key)):
         return handle_torch_function(
-            gaussian_nll,
-            (x, mean, scale, mask),
+            likelihood_nll,
+            (x, mean, scale, mask, key),
             x,
             mean,
             scale,
+            likelihood=likelihood,
             param=param,
             clamp=clamp,
+            clamp_mode=clamp_mode,
             mask=mask,
+            df=df,
+            x_scale=x_scale,
+            dequantize=dequantize,
+            key=key,
+            first_row=first_row,
         )
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
-    code = _check_choice("param", param, _PARAM_CODE)
-    lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
-    mask = _check_likelihood(x, mean, scale, mask, sampled)
-    if scale is not None:
-        scale = _broadcast("scale", scale, mean)
+    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, sampled)
+    scale = _fit_scale(scale, mean, 2 if sampled else 1)
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
-
-    if backend_for(x.device.type) == "reference":
-        return reference.gaussian_nll(x, mean, scale, param, clamp, mask)
+    rows = mean.shape[:2]
     if sampled:
-        rows = mean.shape[:2]
         mean = mean.flatten(0, 1)
-        scale = scale.flatten(0, 1) if scale is not None and scale.dim() > 0 else scale
-    tensors, options = (x, mean, scale, mask, None, None), (0.0, ops.NO_LOSS, code, lo, hi)
-    if eager.suffices():
-        nll, _ = eager.likelihood(*tensors, options)
-    else:
-        nll, _ = ops.likelihood_forward(*tensors, *options)
+    nll = _nll(x, mean, scale, mask, model, key)
     return nll.view(rows) if sampled else nll
+
+
+def _nll(x, mean, scale, mask, model, key) -> Tensor:
+    """−log p(x|z) of checked tensors, mean (N, *event) and a fitted scale; (N,)."""
+    if backend_for(x.device.type) == "reference":
+        return _reference_nll(x, mean, scale, mask, model, key)
+    tensors = (x, mean, scale, mask, None, None)
+    options = (0.0, ops.NO_LOSS, *model[:-1], key, model[-1])
+    if eager.suffices():
+        return eager.likelihood(*tensors, options)[0]
+    return ops.likelihood_forward(*tensors, *options)[0]
+
+
+def _reference_nll(x, mean, scale, mask, model, key) -> Tensor:
+    likelihood, param, lo, hi, soft, df, mul, add, first_row = model
+    batch, clamp = x.shape[0], None if (lo, hi) == _UNCLAMPED else (lo, hi)
+    sampled = mean.shape[0] != batch
+    if sampled:  # rows k·B + b
+        mean = mean.unflatten(0, (-1, batch))
+        if scale is not None and scale.dim() > 0 and scale.shape[0] > 1:
+            scale = scale.unflatten(0, (-1, batch))
+    nll = reference.likelihood_nll(
+        x,
+        mean,
+        scale,
+        ops.LIKELIHOODS[likelihood],
+        ops.PARAMS[param],
+        clamp,
+        _CLAMP_MODES[soft],
+        mask,
+        df,
+        (mul, add),
+        key is not None,
+        key,
+        first_row,
+    )
+    return nll.flatten() if sampled else nll
+
+
+def optimal_gaussian_nll(
+    x: Tensor,
+    mean: Tensor,
+    over: str = "batch",
+    param: str = "logvar",
+    clamp: tuple[float, float] | None = None,
+    clamp_mode: str = "hard",
+    mask: Tensor | None = None,
+    x_scale: tuple[float, float] | None = None,
+    dequantize: bool = False,
+    key: Tensor | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Gaussian negative log-likelihood under the variance that makes it smallest.
+
+    τ² is the mean of (x − m)² over what shares it, the maximum-likelihood estimate (Rybkin et al.
+    2021, "Simple and Effective VAE Training with Calibrated Decoders", section 3.2), and a function
+    of ``x`` and ``mean`` like any other: gradients flow through it.
+
+    Args:
+        x, mean, mask, x_scale, dequantize, key, first_row: as in :func:`likelihood_nll`; a masked
+            element does not count.
+        over: what shares one variance: all rows of the ``"batch"`` (samples included), each
+            ``"sample"`` (row) by itself, or each ``"channel"``, dimension 1 of x, over all rows.
+        param, clamp, clamp_mode: bounds of the variance, as a raw scale of this ``param``. Without
+            a lower bound a perfect reconstruction has no finite likelihood.
+
+    Returns:
+        The negative log-likelihood in nats, (B,) or (K, B), fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: as :func:`likelihood_nll`.
+    """
+    if has_torch_function((x, mean, mask, key)):
+        return handle_torch_function(
+            optimal_gaussian_nll,
+            (x, mean, mask, key),
+            x,
+            mean,
+            over=over,
+            param=param,
+            clamp=clamp,
+            clamp_mode=clamp_mode,
+            mask=mask,
+            x_scale=x_scale,
+            dequantize=dequantize,
+            key=key,
+            first_row=first_row,
+        )
+    _check_choice("over", over, dict.fromkeys(_OPTIMAL_OVER, 0))
+    _check_choice("param", param, _PARAM_CODE)
+    bounds = _clamp_options(clamp, clamp_mode)[:2]
+    sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
+    options = {"likelihood": "squared_error", "x_scale": x_scale, "first_row": first_row}
+    likelihood_check = (x, mean, None, mask, "squared_error", dequantize, key, sampled)
+    mask, key = _check_likelihood(*likelihood_check)
+    rows = mean.shape[:2] if sampled else mean.shape[:1]
+    channels = 1
+    if over == "channel":
+        if x.dim() < 2:
+            raise ValueError(f'over="channel" needs x (B, C, ...), got shape {tuple(x.shape)}')
+        channels = x.shape[1]
+        if key is not None:  # the noise of a row runs through its channels
+            mul, add = reference.X_SCALE if x_scale is None else x_scale
+            u = noise.uniform(key, x.shape[0], x.shape[1:], first_row)
+            x, key = ((x + u) * mul + add).to(mean.dtype), None
+        x, mean = x.flatten(0, 1), mean.flatten(-x.dim(), 1 - x.dim())
+        mask = None if mask is None else mask.flatten(0, 1)
+    sse = 2.0 * likelihood_nll(
+        x, mean, mask=mask, dequantize=key is not None, key=key, **options
+    ).reshape(-1, channels)
+    if mask is None:
+        count = torch.full_like(sse, math.prod(x.shape[1:]))
+    else:
+        count = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
+        count = count.to(sse.dtype).view(-1, channels).repeat(sse.numel() // max(len(x), 1), 1)
+    if over == "sample":
+        variance = sse / count
+    else:
+        dims = None if over == "batch" else 0
+        variance = sse.sum(dims) / count.sum(dims)
+    # A residual of zero, or no element at all, has no logarithm; the bounds decide what it means.
+    variance = torch.where(variance > 0.0, variance, torch.finfo(sse.dtype).tiny)
+    log_tau = 0.5 * torch.log(variance)
+    if bounds != _UNCLAMPED:
+        raw = _raw_scale(log_tau, param)
+        log_tau, _ = reference.log_scale_and_scale(
+            reference.clamp_scale(raw, bounds, clamp_mode), param
+        )
+    terms = 0.5 * sse * torch.exp(-2.0 * log_tau) + count * (log_tau + reference.HALF_LOG_2PI)
+    return terms.sum(1).view(rows)
+
+
+def _raw_scale(log_sigma: Tensor, param: str) -> Tensor:
+    """The raw scale parameter of a σ."""
+    if param in ("logvar", "logstd"):
+        return (2.0 if param == "logvar" else 1.0) * log_sigma
+    if param in ("std", "var"):
+        return torch.exp((2.0 if param == "var" else 1.0) * log_sigma)
+    sigma = torch.exp(log_sigma)
+    return sigma + torch.log(-torch.expm1(-sigma))  # log(e^σ − 1)
+
+
+def gaussian_kl(
+    mu: Tensor,
+    scale: Tensor,
+    prior: tuple[Tensor, Tensor] | None = None,
+    param: str = "logvar",
+    prior_param: str = "logvar",
+    clamp: tuple[float, float] | None = None,
+    clamp_mode: str = "hard",
+) -> Tensor:
+    """KL(q‖p) of two diagonal Gaussians, per row, in one pass.
+
+    Σ(½(ρ² − 1) − log ρ + ½((μ_q − μ_p)/σ_p)²) with ρ = σ_q/σ_p (Kingma and Welling 2014, appendix
+    B, for p = N(0, 1)). Accurate where the two nearly agree and where they are far apart. Gradients
+    flow to all four tensors.
+
+    Args:
+        mu: means of q, (B, *latent), floating point.
+        scale: raw scale parameters of q, broadcastable to ``mu`` or 0-dim.
+        prior: (mu, scale) of p, each broadcastable to ``mu``; N(0, 1) if ``None``.
+        param: what ``scale`` means, as in :func:`reparameterize`.
+        prior_param: what the prior's scale means.
+        clamp, clamp_mode: bounds of q's raw scale, as in :func:`reparameterize`.
+
+    Returns:
+        KL(q‖p) in nats, (B,), fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
+        ValueError: shapes, devices, ``param``, ``prior`` or ``clamp`` do not fit.
+    """
+    prior = (None, None) if prior is None else _check_pair("prior", prior)
+    if has_torch_function((mu, scale, *prior)):
+        return handle_torch_function(
+            gaussian_kl,
+            (mu, scale, *prior),
+            mu,
+            scale,
+            prior=None if prior[0] is None else prior,
+            param=param,
+            prior_param=prior_param,
+            clamp=clamp,
+            clamp_mode=clamp_mode,
+        )
+    code = _check_choice("param", param, _PARAM_CODE)
+    prior_code = _check_choice("prior_param", prior_param, _PARAM_CODE)
+    lo, hi, soft = _clamp_options(clamp, clamp_mode)
+    _check_tensor("mu", mu)
+    _check_batched("mu", mu)
+    tensors, standard = [mu], prior[0] is None and prior[1] is None
+    for name, t in (("scale", scale), ("prior's mu", prior[0]), ("prior's scale", prior[1])):
+        if name == "scale" or not standard:
+            _check_tensor(name, t, like=mu)
+            t = _broadcast(name, t, mu).expand(mu.shape)
+        tensors.append(t)
+    if _validate:
+        _check_values(param, mu=mu, scale=tensors[1])
+        _check_values(prior_param, mu=prior[0], scale=prior[1])
+    if backend_for(mu.device.type) == "reference":
+        p = None if standard else (tensors[2], tensors[3])
+        return reference.gaussian_kl(*tensors[:2], p, param, prior_param, clamp, clamp_mode)
+    options = (code, prior_code, lo, hi, soft)
+    if eager.suffices():
+        return eager.gaussian_kl(*tensors, options)
+    return ops.gaussian_kl_forward(*tensors, *options)
+
+
+def importance_bound(
+    nll: Tensor, log_q: Tensor, log_p: Tensor | None = None, beta: float = 1.0
+) -> Tensor:
+    """The negative importance-weighted bound of each row, in one step over its K samples.
+
+    −log(1/K Σ_k w_k) with log w = −nll − β(log q − log p) (Burda et al. 2016, "Importance Weighted
+    Autoencoders", eq. 8), which the weights' largest keeps finite. Gradients flow to all three
+    tensors.
+
+    Args:
+        nll: −log p(x|z), (K, B), fp32 or fp64.
+        log_q: log q(z|x), (K, B); or, with ``log_p=None``, log q − log p.
+        log_p: log p(z), (K, B).
+        beta: weight of log q − log p; the bound is one on log p(x) for 1.
+
+    Returns:
+        The negative bound in nats, (B,).
+
+    Raises:
+        TypeError: an argument is not a tensor of one and the same dtype.
+        ValueError: shapes or devices do not fit.
+    """
+    if has_torch_function((nll, log_q, log_p)):
+        return handle_torch_function(
+            importance_bound, (nll, log_q, log_p), nll, log_q, log_p, beta=beta
+        )
+    _check_tensor("nll", nll)
+    if nll.dim() != 2 or nll.shape[0] == 0:
+        raise ValueError(f"nll must have shape (K, B) with K ≥ 1, got {tuple(nll.shape)}")
+    for name, t in (("log_q", log_q), ("log_p", log_p)):
+        if t is None and name == "log_p":
+            continue
+        _check_tensor(name, t, like=nll)
+        if t.dtype != nll.dtype or t.shape != nll.shape:
+            raise ValueError(
+                f"{name} must be {nll.dtype} of nll's shape {tuple(nll.shape)}; got {t.dtype} of "
+                f"shape {tuple(t.shape)}".replace("torch.", "")
+            )
+    if nll.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"nll must be float32 or float64, got {nll.dtype}".replace("torch.", ""))
+    if backend_for(nll.device.type) == "reference":
+        return reference.importance_bound(nll, log_q, log_p, beta)
+    if eager.suffices():
+        return eager.importance(nll.flatten(), log_q, log_p, float(beta))[0]
+    return ops.importance_forward(nll.flatten(), log_q, log_p, float(beta))[0]
 
 
 def fused_elbo(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor | None,
+    scale: Tensor | float | None,
     log_q: Tensor,
-    log_p: Tensor,
+    log_p: Tensor | None = None,
     beta: float = 1.0,
     reduction: str = "mean",
     param: str = "logvar",
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
     inplace: bool = False,
+    likelihood: str = "gaussian",
+    clamp_mode: str = "hard",
+    df: float = 4.0,
+    x_scale: tuple[float, float] | None = None,
+    dequantize: bool = False,
+    key: Tensor | None = None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The negative ELBO of a Gaussian decoder, from the latent pass's terms, in one pass.
+    """The negative ELBO of a decoder's output, from the latent pass's terms, in one pass.
 
     loss = mean over samples of nll + β(log q − log p), then ``reduction`` over the batch (Kingma
     and Welling 2014, eq. 3, by Monte Carlo; β as in Higgins et al. 2017, eq. 4). For reductions
@@ -198,23 +535,27 @@ def fused_elbo(
     then only hands on.
 
     Args:
-        x: data, (B, *event), floating point.
+        x: data, (B, *event), floating point or uint8.
         mean: decoder means, (K·B, *event) with row k·B + b for sample k of x[b]; packed along
-            dimension 1, mean first, if ``scale`` is ``None``.
-        scale: raw scale parameters, broadcastable to ``mean`` or 0-dim; ``None`` if packed.
-        log_q: log q(z|x), (B,) or (K, B), from :func:`reparameterize`.
+            dimension 1, mean first, if ``scale`` is ``None`` and the likelihood has one.
+        scale: raw scale parameters, broadcastable to ``mean``, or a number; ``None`` if packed.
+        log_q: log q(z|x), (B,) or (K, B), from :func:`reparameterize`; or, with ``log_p=None``,
+            the KL term, from :func:`gaussian_kl` say.
         log_p: log p(z), the same shape.
         beta: weight of the KL term.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the batch.
         param: what ``scale`` means, as in :func:`reparameterize`.
-        clamp: (lo, hi), clamps the raw ``scale`` as ``torch.clamp`` does, gradient included.
-        mask: bool, broadcastable to ``x``, as in :func:`gaussian_nll`.
+        clamp: (lo, hi), bounds of the raw ``scale``, as in :func:`reparameterize`.
+        mask: bool, broadcastable to ``x``, as in :func:`likelihood_nll`.
         inplace: overwrite the memory of ``mean`` and ``scale`` with their gradients when these are
             needed, so that nothing of the data's size is allocated. Both must be results of the
             decoder's computation that nothing else reads afterwards; autograd raises an error if
             the decoder's own backward pass still needs one. Has no effect for fp16 (a gradient
             divided by the batch size would underflow before a loss scale reaches it), when x needs
-            a gradient, on the reference backend, and under ``torch.compile``.
+            a gradient, when the rows share a scale of more than one value or each has one of its
+            own, on the reference backend, and under ``torch.compile``.
+        likelihood, clamp_mode, df, x_scale, dequantize, key, first_row: as in
+            :func:`likelihood_nll`.
 
     Returns:
         ``loss``, 0-dim, or (B,) for ``reduction="none"``, and the rows' ``nll`` in the shape of
@@ -222,13 +563,13 @@ def fused_elbo(
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
-        ValueError: shapes, devices, ``param``, ``reduction`` or ``clamp`` do not fit, or
-            ``inplace`` would overwrite something that is not the decoder's to give.
+        ValueError: shapes, devices or options do not fit, or ``inplace`` would overwrite something
+            that is not the decoder's to give.
     """
-    if has_torch_function((x, mean, scale, log_q, log_p, mask)):
+    if has_torch_function((x, mean, scale, log_q, log_p, mask, key)):
         return handle_torch_function(
             fused_elbo,
-            (x, mean, scale, log_q, log_p, mask),
+            (x, mean, scale, log_q, log_p, mask, key),
             x,
             mean,
             scale,
@@ -240,54 +581,57 @@ def fused_elbo(
             clamp=clamp,
             mask=mask,
             inplace=inplace,
+            likelihood=likelihood,
+            clamp_mode=clamp_mode,
+            df=df,
+            x_scale=x_scale,
+            dequantize=dequantize,
+            key=key,
+            first_row=first_row,
         )
-    code = _check_choice("param", param, _PARAM_CODE)
-    lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
     reduction_code = _check_choice("reduction", reduction, _REDUCTION_CODE)
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
-    options = (float(beta), reduction_code, code, lo, hi)
-    if mask is None and not _validate and (shortcut := eager.shortcut()):
+    plain = likelihood == "gaussian" and clamp_mode == "hard" and mask is None and not dequantize
+    if plain and not _validate and (shortcut := eager.shortcut()):
+        code = _check_choice("param", param, _PARAM_CODE)
+        lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
         check = _check_inplace if inplace else None
-        results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, check)
+        results = shortcut.elbo(
+            x, mean, scale, log_q, log_p, float(beta), reduction_code, code, lo, hi, check
+        )
         if results is not None:
             nll, loss = results
             return loss, nll
 
-    mask = _check_likelihood(x, mean, scale, mask, rows_of=log_q)
+    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=log_q)
     _check_rows("log_q", log_q, mean, x)
-    _check_rows("log_p", log_p, mean, x)
-    if log_p.shape != log_q.shape:
-        raise ValueError(
-            f"log_p must have the shape of log_q, {tuple(log_q.shape)}; got {tuple(log_p.shape)}"
-        )
-    if scale is not None:
-        scale = _broadcast("scale", scale, mean)
+    if log_p is not None:
+        _check_rows("log_p", log_p, mean, x)
+        if log_p.shape != log_q.shape:
+            raise ValueError(
+                f"log_p must have the shape of log_q, {tuple(log_q.shape)}; "
+                f"got {tuple(log_p.shape)}"
+            )
+    scale = _fit_scale(scale, mean, 1)
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
 
     if backend_for(x.device.type) == "reference":
-        if log_q.dim() == 2:
-            mean = mean.unflatten(0, log_q.shape)
-            scale = scale if scale is None or scale.dim() == 0 else scale.unflatten(0, log_q.shape)
-        nll = reference.gaussian_nll(x, mean, scale, param, clamp, mask)
+        nll = _reference_nll(x, mean, scale, mask, model, key).view(log_q.shape)
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
-    if eager.suffices():
-        loss, nll = _run_elbo(x, mean, scale, mask, log_q, log_p, options, inplace)
-    else:
-        nll, loss = ops.likelihood_forward(x, mean, scale, mask, log_q, log_p, *options)
-    return loss, nll.view(log_q.shape) if log_q.dim() == 2 else nll
-
-
-def _run_elbo(x, mean, scale, mask, log_q, log_p, options, inplace) -> tuple[Tensor, Tensor]:
-    """The op whose derivative suits the arguments."""
-    if _gradient_in_forward(x, mean, scale, options[1], inplace):
+    tensors = (x, mean, scale, mask, log_q, log_p)
+    options = (float(beta), reduction_code, *model[:-1], key, model[-1])
+    if not eager.suffices():
+        nll, loss = ops.likelihood_forward(*tensors, *options)
+    elif _gradient_in_forward(x, mean, scale, reduction_code, inplace):
         if inplace:
             _check_inplace(x, mean, scale)
-        nll, loss = eager.likelihood_grad(x, mean, scale, mask, log_q, log_p, options, inplace)
+        nll, loss = eager.likelihood_grad(*tensors, options, inplace)
     else:
-        nll, loss = eager.likelihood(x, mean, scale, mask, log_q, log_p, options)
-    return loss, nll
+        nll, loss = eager.likelihood(*tensors, options)
+    return loss, nll.view(log_q.shape) if log_q.dim() == 2 else nll
 
 
 def _gradient_in_forward(
@@ -296,7 +640,8 @@ def _gradient_in_forward(
     """Whether to write the gradients in the forward pass: five data-sized streams, not eight.
 
     Not where the row's weight is unknown until the backward pass and rescaling would cost what was
-    saved ("none"), nor in fp16, where the unscaled gradient may underflow.
+    saved ("none"), nor in fp16, where the unscaled gradient may underflow; nor where rows share the
+    scale's gradient, which could not be taken apart again.
     """
     if not torch.is_grad_enabled() or x.requires_grad:
         return False
@@ -304,21 +649,20 @@ def _gradient_in_forward(
         return False
     if mean.dtype == torch.float16 or (scale is not None and scale.dtype == torch.float16):
         return False
+    if scale is not None and scale.dim() > 0 and scale.shape != mean.shape:
+        return False
     return inplace or reduction != _REDUCTION_CODE["none"]
 
 
 # ---- argument checks -----------------------------------------------------------------------
 
 
-def _check_tensor(name: str, t: object, like: Tensor | None = None) -> None:
+def _check_tensor(name: str, t: object, like: Tensor | None = None, also: str = "") -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64; got {t.dtype}".replace(
-                "torch.", ""
-            )
-        )
+        accepted = f"float16, bfloat16, float32{', float64 or ' + also if also else ' or float64'}"
+        raise TypeError(f"{name} must be {accepted}; got {t.dtype}".replace("torch.", ""))
     if like is None:
         return
     if t.device != like.device:
@@ -342,10 +686,6 @@ def _check_choice(name: str, value: object, codes: dict[str, int]) -> int:
     return code
 
 
-def _check_param(name: str, param: object) -> int:
-    return _check_choice(name, param, _PARAM_CODE)
-
-
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -366,6 +706,86 @@ def _check_clamp(name: str, clamp: object) -> tuple[float, float]:
     return lo, hi
 
 
+def _clamp_options(clamp: object, mode: object, name: str = "clamp") -> tuple[float, float, bool]:
+    """Lo, hi and whether the clamp is soft, as the ops take them."""
+    if mode not in _CLAMP_MODES:
+        raise ValueError(f"{name}_mode must be one of {', '.join(_CLAMP_MODES)}; got {mode!r}")
+    if clamp is None:
+        return *_UNCLAMPED, False
+    lo, hi = _check_clamp(name, clamp)
+    soft = mode == "soft"
+    if soft and not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+        raise ValueError(
+            f'{name} must be finite with lo < hi for {name}_mode="soft", got {clamp!r}'
+        )
+    return lo, hi, soft
+
+
+def _check_df(df: object) -> float:
+    if isinstance(df, bool) or not isinstance(df, (int, float)) or not 0.0 < df < math.inf:
+        raise ValueError(f"df must be a positive number, got {df!r}")
+    return float(df)
+
+
+def _model(
+    likelihood: object,
+    param: object,
+    clamp: object,
+    clamp_mode: object,
+    df: object,
+    x_scale: object,
+    first_row: int,
+) -> tuple:
+    """What the likelihood ops call the model, without the key: checked options."""
+    code = _check_choice("likelihood", likelihood, _LIKELIHOOD_CODE)
+    param_code = _check_choice("param", param, _PARAM_CODE)
+    mul, add = reference.X_SCALE if x_scale is None else _check_x_scale(x_scale)
+    clamping = _clamp_options(clamp, clamp_mode)
+    return code, param_code, *clamping, _check_df(df), mul, add, first_row
+
+
+def _check_x_scale(x_scale: object) -> tuple[float, float]:
+    try:
+        a, b = x_scale
+        a, b = float(a), float(b)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"x_scale must be a pair of numbers (a, b), got {x_scale!r}") from error
+    if not (0.0 < a < math.inf and math.isfinite(b)):
+        raise ValueError(f"x_scale must be finite with a > 0, got ({a}, {b})")
+    return a, b
+
+
+def _check_pair(name: str, pair: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair of tensors (mu, scale), got {type(pair).__name__}")
+    return pair[0], pair[1]
+
+
+def _fit_scale(scale: Tensor | float | None, mean: Tensor, lead: int) -> Tensor | None:
+    """The likelihood's scale in one of the shapes that the ops know (:mod:`vae_fast.ops`).
+
+    ``lead``: dimensions of mean that are samples and rows.
+    """
+    if scale is None:
+        return None
+    if not isinstance(scale, Tensor):
+        return torch.full((), scale, dtype=ops.accumulation_dtype(mean), device=mean.device)
+    if scale.dim() == 0 or scale.shape == mean.shape:
+        return scale.flatten(0, 1) if lead == 2 and scale.dim() > 0 else scale
+    _broadcast("scale", scale, mean)
+    if scale.numel() == 1:
+        return scale.reshape(())
+    scale = scale.reshape((1,) * (mean.dim() - scale.dim()) + scale.shape)
+    event = mean.shape[lead:]
+    if all(n == 1 for n in scale.shape[:lead]):
+        scale = scale.expand(*scale.shape[:lead], *event)  # one event for all rows
+    elif all(n == 1 for n in scale.shape[lead:]):
+        scale = scale.expand(*mean.shape[:lead], *scale.shape[lead:])  # one value a row
+    else:
+        scale = scale.expand(mean.shape)
+    return scale.flatten(0, 1) if lead == 2 else scale
+
+
 def _broadcast(name: str, t: Tensor, to: Tensor) -> Tensor:
     """``t`` itself if 0-dim or of the right shape, else expanded to ``to``'s shape."""
     if t.dim() == 0 or t.shape == to.shape:
@@ -381,24 +801,39 @@ def _broadcast(name: str, t: Tensor, to: Tensor) -> Tensor:
 def _check_likelihood(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor | None,
+    scale: Tensor | float | None,
     mask: Tensor | None,
+    likelihood: str,
+    dequantize: bool,
+    key: Tensor | None,
     sampled: bool = False,
     rows_of: Tensor | None = None,
-) -> Tensor | None:
-    """Checks the tensors that the likelihood functions share; returns the mask in x's shape.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks the tensors that the likelihood functions share.
 
     ``sampled``: mean has a leading sample dimension. ``rows_of``: the rows of mean are a multiple
-    of x's.
+    of x's. Returns the mask in x's shape, and the key to dequantize with.
     """
-    _check_tensor("x", x)
-    _check_tensor("mean", mean, like=x)
+    stored = isinstance(x, Tensor) and x.dtype == torch.uint8
+    if not stored:
+        _check_tensor("x", x, also="uint8")
+    _check_tensor("mean", mean, like=None if stored else x)
+    if mean.device != x.device:
+        raise ValueError(f"mean is on {mean.device}, but the other tensors are on {x.device}")
     _check_batched("x", x)
-    if scale is not None:
-        _check_tensor("scale", scale, like=x)
+    scaled = _LIKELIHOOD_CODE[likelihood] not in ops.WITHOUT_SCALE
+    if isinstance(scale, bool) or (
+        scale is not None and not isinstance(scale, (Tensor, int, float))
+    ):
+        raise TypeError(f"scale must be a torch.Tensor or a number, got {type(scale).__name__}")
+    if isinstance(scale, Tensor):
+        _check_tensor("scale", scale, like=mean)
+    if scale is not None and not scaled:
+        raise ValueError(f"scale must be None, for likelihood={likelihood!r} has no scale")
 
     event = tuple(x.shape[1:])
-    if scale is None:
+    packed = scale is None and scaled
+    if packed:
         if sampled or not event:
             raise ValueError(
                 "scale=None means that mean is packed along dimension 1, (B, 2C, ...) against x of "
@@ -412,8 +847,8 @@ def _check_likelihood(
         raise ValueError(
             f"mean of shape {tuple(mean.shape)} does not fit x of shape {tuple(x.shape)}: expected "
             f"{expected}"
-            + (" packed mean and scale" if scale is None else "")
-            + (", or a leading sample dimension" if scale is not None else "")
+            + (" packed mean and scale" if packed else "")
+            + (", or a leading sample dimension" if not packed else "")
         )
     if mask is not None:
         if not isinstance(mask, Tensor):
@@ -424,7 +859,22 @@ def _check_likelihood(
             raise ValueError(f"mask is on {mask.device}, but the other tensors are on {x.device}")
         if mask.shape != x.shape:
             mask = _broadcast("mask", mask, x).expand(x.shape)
-    return mask
+    if not dequantize:
+        return mask, None
+    if not stored:
+        raise TypeError(f"dequantize=True needs x of dtype uint8, got {x.dtype}")
+    if likelihood in _DISCRETE:
+        raise ValueError(
+            f"dequantize=True needs a density, but likelihood={likelihood!r} is a mass of the "
+            "levels themselves"
+        )
+    if key is None:
+        key = noise.make_key(x.device)
+    else:
+        noise.check_key(key)
+        if key.device != x.device:
+            raise ValueError(f"key is on {key.device}, but the other tensors are on {x.device}")
+    return mask, key
 
 
 def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
@@ -447,7 +897,7 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
 def _check_inplace(x: Tensor, mean: Tensor, scale: Tensor | None) -> None:
     """Refuse to overwrite anything that is not the decoder's own, freshly computed output."""
     full = [("mean", mean)]
-    if scale is not None and scale.dim() > 0:
+    if scale is not None and scale.shape == mean.shape:
         full.append(("scale", scale))
     for name, t in full:
         base = t._base if t._base is not None else t
@@ -495,7 +945,7 @@ def _halves(a: Tensor, b: Tensor) -> bool:
 
 def _check_values(param: str, mask: Tensor | None = None, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
-        if t is None:
+        if t is None or not t.is_floating_point():
             continue
         bad = ~torch.isfinite(t)
         positive = name == "scale" and param in ("std", "var")

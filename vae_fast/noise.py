@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["make_key", "normal"]
+__all__ = ["make_key", "normal", "uniform"]
 
 # Philox4x32-10: round multipliers and Weyl key increments (Salmon et al. 2011, "Parallel random
 # numbers: as easy as 1, 2, 3", section 3.3).
@@ -67,19 +67,20 @@ def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(key: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on the counters (lo32, hi32 of ``index``, 0, 0).
+def philox(key: Tensor, index: Tensor, stream: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on the counters (lo32, hi32 of ``index``, ``stream``, 0).
 
     Args:
         key: int64 0-dim tensor, the 64 bits of the seed.
         index: int64 tensor of any shape, 64-bit counters.
+        stream: third counter word; streams of one key have no counter in common.
 
     Returns:
         Four int64 tensors of ``index``'s shape, each a 32-bit word.
     """
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     c0, c1 = index & _MASK, (index >> 32) & _MASK
-    c2 = c3 = torch.zeros_like(c0)
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     for _ in range(_ROUNDS):
         hi0, lo0 = _mul_hi_lo(c0, _MULTIPLIERS[0])
         hi1, lo1 = _mul_hi_lo(c2, _MULTIPLIERS[1])
@@ -153,3 +154,28 @@ def normal(
     eps = torch.stack(lanes, dim=-1).flatten(2)[..., :size]
     shape = (batch, *latent_shape) if num_samples is None else (k, batch, *latent_shape)
     return eps.reshape(shape)
+
+
+def uniform(key: Tensor, batch: int, event_shape: Sequence[int], first_row: int = 0) -> Tensor:
+    """The uniform noise on (0, 1] that dequantizes data, a stream apart from ``normal``'s.
+
+    Row r = first_row + b of D elements takes ceil(D/4) Philox calls from counter offset + r·calls
+    on, in stream 1: u = v·2⁻³² + 2⁻³³ of each 32-bit word v, in fp32.
+
+    Args:
+        key: ``uint64`` tensor of shape (2,), (seed, offset).
+        batch: number of rows B.
+        event_shape: shape of a row.
+        first_row: global index of the first row.
+
+    Returns:
+        u of shape (B, *event_shape), fp32.
+    """
+    check_key(key)
+    size = math.prod(event_shape)
+    calls = -(-size // 4)
+    bits = key.view(torch.int64)
+    row = torch.arange(batch, device=key.device, dtype=torch.int64) + first_row
+    index = bits[1] + row[:, None] * calls + torch.arange(calls, device=key.device)
+    words = torch.stack(philox(bits[0], index, stream=1), dim=-1)
+    return _uniform(words.flatten(1)[:, :size]).reshape(batch, *event_shape)

@@ -1,4 +1,4 @@
-"""The torch ops of the two passes: schemas, fake kernels and autograd.
+"""The torch ops of the passes: schemas, fake kernels and autograd.
 
 All ops live in the namespace ``vae_fast`` and are pure: noise comes in through a key, and only ops
 whose name ends in an underscore write to an argument. Their device code is registered by the
@@ -6,10 +6,16 @@ backends (see :mod:`vae_fast.backends`): C++ for the CPU, Triton for CUDA and RO
 
 Conventions, for batch size B, K samples, N = K·B rows with row n = k·B + b:
 
-* ``param`` and ``reduction`` are the indices of :data:`PARAMS` and :data:`REDUCTIONS`;
-* ``lo`` and ``hi`` clamp the raw scale parameter (−inf and inf when unused);
+* ``param``, ``reduction`` and ``likelihood`` are the indices of :data:`PARAMS`,
+  :data:`REDUCTIONS` and :data:`LIKELIHOODS`;
+* ``lo`` and ``hi`` clamp the raw scale parameter (−inf and inf when unused), smoothly if ``soft``;
 * ``num_samples`` = 0 stands for one sample and no sample axis;
-* ``scale`` = None means that ``mean`` is packed: its dimension 1 holds the mean, then the scale;
+* the latent's ``scale`` is 0-dim or of mu's shape; the likelihood's also (N, 1, ...), one value a
+  row, or (1, *event), one event shared by the rows. Its gradient has its shape;
+* ``scale`` = None means that ``mean`` is packed: its dimension 1 holds the mean, then the scale; or
+  that the likelihood has no scale (:data:`WITHOUT_SCALE`);
+* ``df`` are Student's degrees of freedom; a uint8 ``x`` stands for x_mul·x + x_add, and for
+  x_mul·(x + u) + x_add with a dequantization ``key``, u its uniform noise for row first_row + b;
 * an output that is not wanted is an empty tensor.
 """
 
@@ -21,29 +27,41 @@ from torch import Tensor
 PARAMS = ("logvar", "logstd", "std", "var", "softplus")
 REDUCTIONS = ("mean", "sum", "none")
 NO_LOSS = len(REDUCTIONS)
+# squared_error, ½(x − m)², is what the maximum-likelihood variance is made from.
+LIKELIHOODS = ("gaussian", "laplace", "bernoulli", "logistic", "student_t", "squared_error")
+WITHOUT_SCALE = tuple(map(LIKELIHOODS.index, ("bernoulli", "squared_error")))
 
 _LIBRARY = torch.library.Library("vae_fast", "DEF")
 
+_LATENT_ARGS = "int num_samples, int first_row, int param, float lo, float hi, bool soft, bool path"
+_MODEL_ARGS = (
+    "int likelihood, int param, float lo, float hi, bool soft, float df, float x_mul, float x_add, "
+    "Tensor? key, int first_row"
+)
 _LIKELIHOOD_ARGS = (
-    "Tensor? mask, Tensor? log_q, Tensor? log_p, float beta, int reduction, "
-    "int param, float lo, float hi"
+    f"Tensor? mask, Tensor? log_q, Tensor? log_p, float beta, int reduction, {_MODEL_ARGS}"
+)
+_KL_ARGS = (
+    "Tensor mu, Tensor scale, Tensor? prior_mu, Tensor? prior_scale, int param, int prior_param, "
+    "float lo, float hi, bool soft"
 )
 SCHEMAS = {
+    # With ``path``, log q depends on mu and scale through z alone: its derivative leaves out the
+    # score function.
     "latent_forward": (
-        "(Tensor mu, Tensor scale, Tensor key, int num_samples, int first_row, int param, "
-        "float lo, float hi) -> (Tensor z, Tensor log_q, Tensor log_p)"
+        f"(Tensor mu, Tensor scale, Tensor key, {_LATENT_ARGS}) "
+        "-> (Tensor z, Tensor log_q, Tensor log_p)"
     ),
     "latent_backward": (
         "(Tensor? g_z, Tensor? g_log_q, Tensor? g_log_p, Tensor mu, Tensor scale, Tensor key, "
-        "int num_samples, int first_row, int param, float lo, float hi) "
-        "-> (Tensor g_mu, Tensor g_scale)"
+        f"{_LATENT_ARGS}) -> (Tensor g_mu, Tensor g_scale)"
     ),
     "likelihood_forward": (
         f"(Tensor x, Tensor mean, Tensor? scale, {_LIKELIHOOD_ARGS}) -> (Tensor nll, Tensor loss)"
     ),
     "likelihood_backward": (
         "(Tensor? g_nll, Tensor? g_loss, Tensor x, Tensor mean, Tensor? scale, Tensor? mask, "
-        "float beta, int reduction, int param, float lo, float hi, bool need_x) "
+        f"float beta, int reduction, {_MODEL_ARGS}, bool need_x) "
         "-> (Tensor g_x, Tensor g_mean, Tensor g_scale, Tensor g_log_q, Tensor g_log_p)"
     ),
     # The forward that also writes the gradients for ∂loss = 1 into g_mean and a full g_scale, which
@@ -60,6 +78,22 @@ SCHEMAS = {
         "Tensor? g_loss, float beta, int reduction, int num_samples, int batch) "
         "-> (Tensor g_log_q, Tensor g_log_p, Tensor g_scalar)"
     ),
+    # KL(q‖p) of two diagonal Gaussians, per row; a standard normal prior if none is given. All
+    # tensors have mu's shape, and so have the gradients (empty for an absent prior).
+    "gaussian_kl_forward": f"({_KL_ARGS}) -> Tensor kl",
+    "gaussian_kl_backward": (
+        f"(Tensor g_kl, {_KL_ARGS}) "
+        "-> (Tensor g_mu, Tensor g_scale, Tensor g_prior_mu, Tensor g_prior_scale)"
+    ),
+    # From nll (N,), and log_q and log_p (K, B), the rows' importance-weighted bound
+    # −log mean_k e^(−t) of t = nll + β(log q − log p), (B,), and the weights softmax_k(−t), (K, B).
+    "importance_forward": (
+        "(Tensor nll, Tensor log_q, Tensor? log_p, float beta) -> (Tensor bound, Tensor weights)"
+    ),
+    "importance_backward": (
+        "(Tensor g_bound, Tensor weights, float beta) "
+        "-> (Tensor g_nll, Tensor g_log_q, Tensor g_log_p)"
+    ),
 }
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_exact_strides,))
@@ -71,6 +105,10 @@ likelihood_forward = _OPS.likelihood_forward.default
 likelihood_backward = _OPS.likelihood_backward.default
 likelihood_forward_grad = _OPS.likelihood_forward_grad.default
 likelihood_rescale_ = _OPS.likelihood_rescale_.default
+gaussian_kl_forward = _OPS.gaussian_kl_forward.default
+gaussian_kl_backward = _OPS.gaussian_kl_backward.default
+importance_forward = _OPS.importance_forward.default
+importance_backward = _OPS.importance_backward.default
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
@@ -82,14 +120,14 @@ def accumulation_dtype(t: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("vae_fast::latent_forward", lib=_LIBRARY)
-def _(mu, scale, key, num_samples, first_row, param, lo, hi):
+def _(mu, scale, key, num_samples, *options):
     samples = (num_samples,) if num_samples else ()
     rows = mu.new_empty((*samples, mu.shape[0]), dtype=accumulation_dtype(mu))
     return mu.new_empty((*samples, *mu.shape)), rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake("vae_fast::latent_backward", lib=_LIBRARY)
-def _(g_z, g_log_q, g_log_p, mu, scale, key, num_samples, first_row, param, lo, hi):
+def _(g_z, g_log_q, g_log_p, mu, scale, *options):
     return mu.new_empty(mu.shape), scale.new_empty(scale.shape)
 
 
@@ -101,23 +139,21 @@ def _fake_rows(x, mean, reduction):
 
 
 @torch.library.register_fake("vae_fast::likelihood_forward", lib=_LIBRARY)
-def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi):
+def _(x, mean, scale, mask, log_q, log_p, beta, reduction, *model):
     return _fake_rows(x, mean, reduction)
 
 
 @torch.library.register_fake("vae_fast::likelihood_backward", lib=_LIBRARY)
-def _(g_nll, g_loss, x, mean, scale, mask, beta, reduction, param, lo, hi, need_x):
+def _(g_nll, g_loss, x, mean, scale, mask, beta, reduction, *model_and_need_x):
+    need_x = model_and_need_x[-1]
     g_x = torch.empty_like(x) if need_x else x.new_empty((0,))
-    if scale is None:
-        g_scale = mean.new_empty((0,))
-    else:
-        g_scale = scale.new_empty(()) if scale.dim() == 0 else torch.empty_like(scale)
+    g_scale = mean.new_empty((0,)) if scale is None else torch.empty_like(scale)
     rows = mean.new_empty((mean.shape[0],), dtype=accumulation_dtype(mean))
     return g_x, torch.empty_like(mean), g_scale, rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake("vae_fast::likelihood_forward_grad", lib=_LIBRARY)
-def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean, g_scale):
+def _(x, mean, scale, mask, log_q, log_p, beta, reduction, *model_and_gradients):
     nll, loss = _fake_rows(x, mean, reduction)
     scalar = scale is not None and scale.dim() == 0
     return nll, loss, torch.empty_like(nll) if scalar else nll.new_empty((0,))
@@ -127,6 +163,40 @@ def _(x, mean, scale, mask, log_q, log_p, beta, reduction, param, lo, hi, g_mean
 def _(g_mean, g_scale, g_shared, g_nll, g_loss, beta, reduction, num_samples, batch):
     rows = g_mean.new_empty((num_samples * batch,), dtype=accumulation_dtype(g_mean))
     return rows, torch.empty_like(rows), rows.new_empty((0,) if g_shared is None else ())
+
+
+@torch.library.register_fake("vae_fast::gaussian_kl_forward", lib=_LIBRARY)
+def _(mu, *args):
+    return mu.new_empty((mu.shape[0],), dtype=accumulation_dtype(mu))
+
+
+@torch.library.register_fake("vae_fast::gaussian_kl_backward", lib=_LIBRARY)
+def _(g_kl, mu, scale, prior_mu, prior_scale, *options):
+    def gradient(t):
+        return mu.new_empty((0,)) if t is None else t.new_empty(t.shape)
+
+    return gradient(mu), gradient(scale), gradient(prior_mu), gradient(prior_scale)
+
+
+@torch.library.register_fake("vae_fast::importance_forward", lib=_LIBRARY)
+def _(nll, log_q, log_p, beta):
+    return nll.new_empty((log_q.shape[1],)), nll.new_empty(log_q.shape)
+
+
+@torch.library.register_fake("vae_fast::importance_backward", lib=_LIBRARY)
+def _(g_bound, weights, beta):
+    g_nll = weights.new_empty((weights.shape[0] * weights.shape[1],))
+    return g_nll, weights.new_empty(weights.shape), weights.new_empty(weights.shape)
+
+
+def _importance_backward(g_bound, weights, beta):
+    g = weights * g_bound
+    g_log_q = g * beta
+    return g.flatten(), g_log_q, -g_log_q
+
+
+# A handful of values a row: plain PyTorch, the same for every backend.
+_LIBRARY.impl("importance_backward", _importance_backward, "CompositeExplicitAutograd")
 
 
 # ---- autograd --------------------------------------------------------------------------------
@@ -140,40 +210,64 @@ def _setup_latent(ctx, inputs, output):
 
 def _differentiate_latent(ctx, g_z, g_log_q, g_log_p):
     if g_z is None and g_log_q is None and g_log_p is None:
-        return (None,) * 8
+        return (None,) * 10
     mu, scale, key = ctx.saved_tensors
     g_mu, g_scale = latent_backward(g_z, g_log_q, g_log_p, mu, scale, key, *ctx.options)
-    return g_mu, g_scale, None, None, None, None, None, None
+    return g_mu, g_scale, *(None,) * 8
 
 
 def _setup_likelihood(ctx, inputs, output):
-    x, mean, scale, mask, log_q, _, *ctx.options = inputs
-    ctx.save_for_backward(x, mean, scale, mask)
+    x, mean, scale, mask, log_q, log_p, *options = inputs
+    *head, key, first_row = options
+    ctx.save_for_backward(x, mean, scale, mask, key)
+    ctx.options = head, first_row
     ctx.rows = None if log_q is None else log_q.shape
+    ctx.has_log_p = log_p is not None
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_likelihood(ctx, g_nll, g_loss):
     if g_nll is None and g_loss is None:
-        return (None,) * 11
-    x, mean, scale, mask = ctx.saved_tensors
+        return (None,) * 18
+    x, mean, scale, mask, key = ctx.saved_tensors
+    head, first_row = ctx.options
     g_x, g_mean, g_scale, g_log_q, g_log_p = likelihood_backward(
-        g_nll, g_loss, x, mean, scale, mask, *ctx.options, ctx.needs_input_grad[0]
+        g_nll, g_loss, x, mean, scale, mask, *head, key, first_row, ctx.needs_input_grad[0]
     )
     return (
         g_x if ctx.needs_input_grad[0] else None,
         g_mean,
         None if scale is None else g_scale,
         None,
-        *_latent_terms(ctx.rows, g_log_q, g_log_p),
-        *(None,) * 5,
+        None if ctx.rows is None else g_log_q.view(ctx.rows),
+        g_log_p.view(ctx.rows) if ctx.has_log_p else None,
+        *(None,) * 12,
     )
 
 
-def _latent_terms(rows, g_log_q, g_log_p):
-    if rows is None:
-        return None, None
-    return (g_log_q, g_log_p) if len(rows) == 1 else (g_log_q.view(rows), g_log_p.view(rows))
+def _setup_kl(ctx, inputs, output):
+    *tensors, ctx.param, ctx.prior_param, ctx.lo, ctx.hi, ctx.soft = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_kl(ctx, g_kl):
+    tensors = ctx.saved_tensors
+    options = ctx.param, ctx.prior_param, ctx.lo, ctx.hi, ctx.soft
+    gradients = gaussian_kl_backward(g_kl, *tensors, *options)
+    given = (None if t is None else g for t, g in zip(tensors, gradients, strict=True))
+    return *given, *(None,) * 5
+
+
+def _setup_importance(ctx, inputs, output):
+    ctx.beta, ctx.has_log_p = inputs[3], inputs[2] is not None
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_importance(ctx, g_bound, _):
+    (weights,) = ctx.saved_tensors
+    g_nll, g_log_q, g_log_p = importance_backward(g_bound, weights, ctx.beta)
+    return g_nll, g_log_q, g_log_p if ctx.has_log_p else None, None
 
 
 torch.library.register_autograd(
@@ -183,6 +277,15 @@ torch.library.register_autograd(
     "vae_fast::likelihood_forward",
     _differentiate_likelihood,
     setup_context=_setup_likelihood,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "vae_fast::gaussian_kl_forward", _differentiate_kl, setup_context=_setup_kl, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "vae_fast::importance_forward",
+    _differentiate_importance,
+    setup_context=_setup_importance,
     lib=_LIBRARY,
 )
 
@@ -197,5 +300,10 @@ def _refuse(name: str):
     return backward
 
 
-for _name in ("latent_backward", "likelihood_backward"):
+for _name in (
+    "latent_backward",
+    "likelihood_backward",
+    "gaussian_kl_backward",
+    "importance_backward",
+):
     torch.library.register_autograd(f"vae_fast::{_name}", _refuse(_name), lib=_LIBRARY)

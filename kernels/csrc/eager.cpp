@@ -154,7 +154,7 @@ struct Latent : torch::autograd::Function<Latent> {
       const torch::jit::Stack results =
           call("vae_fast::latent_backward",
                {optional(g[0]), optional(g[1]), optional(g[2]), mu, scale, key, o.num_samples,
-                o.first_row, o.param, o.lo, o.hi});
+                o.first_row, o.param, o.lo, o.hi, o.soft, o.path});
       return {results[0].toTensor(), results[1].toTensor(), {}, {}};
     }
     const Tensor g_mu = at::empty(mu.sizes(), mu.options());
@@ -260,10 +260,11 @@ Tensor gradient_like(const Tensor& t) {
 
 bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
-// (mu, scale, key or None, num_samples, first_row, param, lo, hi) -> (z, log_q, log_p) or None
+// (mu, scale, key or None, num_samples, first_row, param, lo, hi, soft, path) -> (z, log_q, log_p) or
+// None
 PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8, "latent takes 8 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 10, "latent takes 10 arguments, got ", count);
   const Tensor *mu = plain(objects[0]), *scale = plain(objects[1]), *given = plain(objects[2]);
   if (!mu || !scale || !given || !unwatched() || !is_data(*mu) || !scale->defined() ||
       scale->scalar_type() != mu->scalar_type() || scale->sizes() != mu->sizes() ||
@@ -274,7 +275,8 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   }
   const LatentOptions options{PyLong_AsLongLong(objects[3]), PyLong_AsLongLong(objects[4]),
                               PyLong_AsLongLong(objects[5]), PyFloat_AsDouble(objects[6]),
-                              PyFloat_AsDouble(objects[7])};
+                              PyFloat_AsDouble(objects[7]), PyObject_IsTrue(objects[8]) == 1,
+                              PyObject_IsTrue(objects[9]) == 1};
   if (PyErr_Occurred()) return nullptr;
   const Tensor m = *mu, s = *scale;
   Tensor key = *given;
@@ -319,7 +321,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
       Py_RETURN_NONE;
     }
   }
-  LikelihoodOptions options;
+  LikelihoodOptions options{};
   options.beta = PyFloat_AsDouble(objects[5]);
   options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[6]));
   options.param = PyLong_AsLongLong(objects[7]);

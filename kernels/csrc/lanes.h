@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "elements.h"
 #include "math.h"
 #include "philox.h"
 
@@ -86,10 +87,28 @@ VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
   for (int64_t i = 0; i < n; i += Traits<F>::width) body(At<F>{i, n - i});
 }
 
-struct StorageKernels {
-  void (*widen_bf16)(const uint16_t* from, int64_t n, float* to);
-  void (*narrow_bf16)(const float* from, int64_t n, uint16_t* to);
-};
+// Calls body(x, y, z, w) with the words of as many Philox counters as a vector has lanes, block by
+// block from `counter` on.
+//
+// Philox works on 64-bit lanes, two vectors a block. The counters are dealt to the 32-bit lanes such
+// that transposing the 128-bit quarters of (x, y, z, w), which is cheap, puts them in order: lane
+// 4·q + m holds counter m·width/4 + q.
+template <class F, class Body>
+VAE_FAST_INLINE void philox_blocks(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
+                                   uint32_t stream, const Body& body) {
+  using U = typename Traits<F>::UInt;
+  using L = typename Traits<F>::ULong;
+  constexpr int width = Traits<F>::width;
+  L even;
+  for (int i = 0; i < width / 2; ++i) even[i] = counter + i % 2 * (width / 2) + i / 2;
+  for (int64_t first = 0; first < calls; first += width, even += width) {
+    const Words<L> a = philox(even, k0, k1, stream), b = philox(even + width / 4, k0, k1, stream);
+    const auto join = [](L low, L high) VAE_FAST_LAMBDA {
+      return bits_as<U>((low & 0xffffffffu) | (high << 32));
+    };
+    body(join(a.x, b.x), join(a.y, b.y), join(a.z, b.z), join(a.w, b.w));
+  }
+}
 
 template <class T>
 struct LikelihoodTerms {
@@ -115,8 +134,20 @@ struct LatentKernels {
 };
 
 template <class T>
-using LikelihoodKernel = void (*)(int64_t rows, int64_t n, Rows<const T> x, Rows<const T> mean,
-                                  Rows<const T> scale, Rows<const T> weight, Rows<T> g_mean,
-                                  Rows<T> g_scale, bool stream, LikelihoodTerms<T>* terms);
+using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const T> x,
+                                  Rows<const T> mean, Rows<const T> scale, Rows<const T> weight,
+                                  Rows<T> g_mean, Rows<T> g_scale, bool stream,
+                                  LikelihoodTerms<T>* terms);
+
+template <class T>
+struct KlKernels {
+  void (*forward)(int64_t n, const T* mu, const T* log_scale, const T* prior_mu,
+                  const T* prior_log_scale, T* kl);
+  void (*backward)(int64_t n, T weight, const T* mu, const T* log_scale, const T* prior_mu,
+                   const T* prior_log_scale, T* g_mu, T* g_log_scale, T* g_prior_log_scale);
+};
+
+template <class T>
+using ImportanceKernel = void (*)(int64_t samples, int64_t n, int64_t pitch, T* weights, T* bound);
 
 }  // namespace vae_fast

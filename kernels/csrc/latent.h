@@ -1,32 +1,20 @@
 // The latent pass on some rows, or one piece of a row, held in L1.
 //
-// Included once per instruction set, into a namespace of its own: VAE_FAST_TARGET is the target
-// attribute of these functions, and the element functions of math.h are inlined into them.
+// Included once per instruction set (each_isa.h).
 
 // ε of `calls` counters from `counter` on: eps[4·i + lane]. Works in blocks of as many counters as a
 // vector has lanes, and eps is writable up to the next multiple.
-//
-// Philox works on 64-bit lanes, two vectors a block. The counters are dealt to the 32-bit lanes such
-// that transposing the 128-bit quarters of (x, y, z, w), which is cheap, puts ε in order: lane
-// 4·q + m holds counter m·width/4 + q.
 template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                 float* eps) {
   using U = typename Traits<F>::UInt;
-  using L = typename Traits<F>::ULong;
-  constexpr int width = Traits<F>::width;
-  L even;
-  for (int i = 0; i < width / 2; ++i) even[i] = counter + i % 2 * (width / 2) + i / 2;
-  for (int64_t first = 0; first < calls; first += width, even += width, eps += 4 * width) {
-    const Words<L> a = philox(even, k0, k1), b = philox(even + width / 4, k0, k1);
-    const auto join = [](L low, L high) VAE_FAST_LAMBDA {
-      return uniform<F>(bits_as<U>((low & 0xffffffffu) | (high << 32)));
-    };
+  philox_blocks<F>(calls, counter, k0, k1, kNormalStream, [&](U a, U b, U c, U d) VAE_FAST_LAMBDA {
     F x, y, z, w;
-    box_muller(join(a.x, b.x), join(a.y, b.y), x, y);
-    box_muller(join(a.z, b.z), join(a.w, b.w), z, w);
+    box_muller(uniform<F>(a), uniform<F>(b), x, y);
+    box_muller(uniform<F>(c), uniform<F>(d), z, w);
     store_transposed(x, y, z, w, eps);
-  }
+    eps += 4 * Traits<F>::width;
+  });
 }
 
 // fp64: eps[2·i + lane].
@@ -34,7 +22,7 @@ template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                 double* eps) {
   for (int64_t i = 0; i < calls; ++i) {
-    const Words<uint64_t> v = philox(counter + i, k0, k1);
+    const Words<uint64_t> v = philox(counter + i, k0, k1, kNormalStream);
     box_muller(uniform(uint32_t(v.x), uint32_t(v.y)), uniform(uint32_t(v.z), uint32_t(v.w)),
                eps[2 * i], eps[2 * i + 1]);
   }
@@ -63,8 +51,8 @@ VAE_FAST_TARGET void latent_forward_rows(int64_t rows, int64_t n, Rows<const Sca
 }
 
 // One sample's gradients: h = g_z − g_p·z, ∂μ = h, ∂(log σ) = σεh − g_q; added to what is there, or
-// in its place.
-template <class F, Param P>
+// in its place. With kPath, log q depends on z alone: h = g_z − g_p·z − g_q·ε/σ, ∂(log σ) = σεh.
+template <class F, Param P, bool kPath>
 VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const ScalarOf<F>> mu,
                                           Rows<const ScalarOf<F>> scale,
                                           Rows<const ScalarOf<F>> eps,
@@ -77,9 +65,10 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
     const T row_q = *g_q[row], row_p = *g_p[row];
     for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
       const Scale<F, P> s(at.load(scale[row], T(1)));
-      const F noise = s.sigma() * at.load(eps[row]);
-      const F h = at.load(g_z[row]) - (at.load(mu[row]) + noise) * row_p;
-      const F g = (noise * h - row_q) * s.slope;
+      const F e = at.load(eps[row]), noise = s.sigma() * e;
+      F h = at.load(g_z[row]) - (at.load(mu[row]) + noise) * row_p;
+      if constexpr (kPath) h -= s.inverse().times(e) * row_q;
+      const F g = (kPath ? noise * h : noise * h - row_q) * s.slope;
       at.store(g_mu[row], add ? at.load(g_mu[row]) + h : h);
       at.store(g_scale[row], add ? at.load(g_scale[row]) + g : g);
     });
@@ -87,11 +76,13 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
 }
 
 template <class F>
-LatentKernels<ScalarOf<F>> latent_kernels(Param param) {
+LatentKernels<ScalarOf<F>> latent_kernels(Param param, bool path) {
   switch (param) {
 #define VAE_FAST_CASE(P) \
   case Param::P:         \
-    return {noise_tile<F>, latent_forward_rows<F, Param::P>, latent_backward_rows<F, Param::P>};
+    return {noise_tile<F>, latent_forward_rows<F, Param::P>,                                \
+            path ? latent_backward_rows<F, Param::P, true>                                  \
+                 : latent_backward_rows<F, Param::P, false>};
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)

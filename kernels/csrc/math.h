@@ -171,6 +171,11 @@ struct Negative<double> {
   VAE_FAST_INLINE double choose(double yes, double no) const { return mask ? yes : no; }
 };
 
+template <class F>
+VAE_FAST_INLINE F absolute(F v) {
+  return Negative<F>(v).choose(-v, v);
+}
+
 // ---- log, exp, sine and cosine -------------------------------------------------------------
 
 // Natural logarithm of a positive normal number: x = 2^e·(1+f) with 1+f in [√½, √2), and a
@@ -202,16 +207,21 @@ VAE_FAST_INLINE F log_any(F x) {
   const F finite = select(x == 0.0f, splat<F>(-INFINITY), select(x < 0.0f, splat<F>(NAN), y));
   return select(x < INFINITY, finite, x);  // +inf and NaN pass through
 }
+VAE_FAST_INLINE double log_normal(double x) { return log(x); }
 VAE_FAST_INLINE double log_any(double x) { return log(x); }
 
-// e^f for |f| ≤ ½ln 2: 1 + f + f²·(degree-4 minimax polynomial, error 3e-9).
+// (e^f − 1 − f)/f² for |f| ≤ ½ln 2: a degree-4 minimax polynomial, whose error is 3e-9 in e^f.
 template <class F>
-VAE_FAST_INLINE F exp_near_zero(F f) {
+VAE_FAST_INLINE F exp_rest_near_zero(F f) {
   F p = f * 0.00139504799f + 0.00836888235f;
   p = p * f + 0.041666206f;
   p = p * f + 0.166665196f;
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
+  return p * f + 0.5f;
+}
+
+template <class F>
+VAE_FAST_INLINE F exp_near_zero(F f) {
+  const F p = exp_rest_near_zero(f) * f + 1.0f;
   return p * f + 1.0f;
 }
 
@@ -290,6 +300,33 @@ VAE_FAST_INLINE F log1p_unit(F w) {
   return select(u == 1.0f, w, log_normal(u) * (w / (u - 1.0f)));
 }
 VAE_FAST_INLINE double log1p_unit(double w) { return log1p(w); }
+
+// e^t − 1 − t and e^t − 1, which near zero come from the polynomial above without its leading terms.
+template <class F>
+struct ExpMinusOne {
+  F minus_t, value;
+  VAE_FAST_INLINE explicit ExpMinusOne(F t) {
+    const Negative<F> small(absolute(t) - 0.34f);
+    const F f = small.choose(t, F{});
+    const F rest = f * f * exp_rest_near_zero(f);
+    const F far = exp_of(t).value() - 1.0f;
+    minus_t = small.choose(rest, far - t);
+    value = small.choose(f + rest, far);
+  }
+};
+template <>
+struct ExpMinusOne<double> {
+  double minus_t, value;
+  VAE_FAST_INLINE explicit ExpMinusOne(double t) : value(expm1(t)) {
+    minus_t = value - t;
+    if (t > -0.5 && t < 0.5) {
+      // t²(½ + t/3! + t²/4! + …) by Horner's rule, its nested quotients term by term.
+      double sum = 1.0;
+      for (int n = 15; n > 2; --n) sum = 1.0 + sum * t / n;
+      minus_t = 0.5 * t * t * sum;
+    }
+  }
+};
 
 // ---- scale parameters ----------------------------------------------------------------------
 
@@ -373,6 +410,21 @@ struct Scale<F, Param::softplus> {
   VAE_FAST_INLINE F sigma() const { return value; }
   VAE_FAST_INLINE SoftplusInverse<F> inverse() const {
     return {tail, exp_of(-raw), {value}};
+  }
+};
+
+// The tanh of y and its derivative, which a scale's soft bounds are made of.
+template <class F>
+struct SoftClamp {
+  using T = typename Traits<F>::Scalar;
+  F value, slope;
+  VAE_FAST_INLINE explicit SoftClamp(F y) {
+    const Negative<F> negative(y);
+    const F w = exp_of(negative.choose(y, -y) * T(2)).value();  // e^(−2|y|)
+    const F rest = splat<F>(T(1)) / (w + T(1));
+    const F size = (T(1) - w) * rest;
+    value = negative.choose(-size, size);
+    slope = w * rest * rest * T(4);
   }
 };
 

@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "lanes.h"
+#include "cpu.h"
 #include "passes.h"
 
 namespace vae_fast {
@@ -46,6 +46,8 @@ auto with_type(ScalarType type, Fn fn) {
 
 template <class T>
 constexpr ScalarType type_of = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+inline bool is_double(const View& t) { return t.type == ScalarType::Double; }
 
 // The sizes or strides of a tensor's dimensions.
 struct Dims {
@@ -89,9 +91,6 @@ struct Operand {
   explicit operator bool() const { return present; }
   char* at(int64_t offset) const { return data + offset * element_size(type); }
 };
-
-// The conversions of the instruction set that this machine has.
-extern const StorageKernels kStorage;
 
 template <class S, class T>
 VAE_FAST_INLINE S narrow(T value) {
@@ -254,35 +253,11 @@ Event event_of(const View& t, int64_t event_from = 1) {
   return event;
 }
 
-// torch.clamp of a tile, and its gradient: 1 on the closed interval, 0 outside. NaN passes through.
-struct Clamp {
-  double lo, hi;
-  bool active() const { return lo > -INFINITY || hi < INFINITY; }
-  template <class T>
-  T of(T s) const {
-    s = s < static_cast<T>(lo) ? static_cast<T>(lo) : s;
-    return s > static_cast<T>(hi) ? static_cast<T>(hi) : s;
-  }
-  template <class T>
-  bool outside(T s) const {
-    return s < static_cast<T>(lo) || s > static_cast<T>(hi);
-  }
-  // Clamps n elements into `to`, which may be `from`, and marks those whose gradient is zero.
-  template <class T>
-  const T* apply(const T* from, int64_t n, T* to, bool* zero) const {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      zero[i] = outside(from[i]);
-      to[i] = of(from[i]);
-    }
-    return to;
-  }
-};
-
+// g·slope, and 0 for a slope of 0 whatever g is: outside its bounds a scale's gradient may be infinite.
 template <class T>
-void zero_where(const bool* zero, int64_t n, T* g) {
+void scale_by(const T* slope, int64_t n, T* g) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] = zero[i] ? T(0) : g[i];
+  for (int64_t i = 0; i < n; ++i) g[i] = slope[i] == T(0) ? T(0) : g[i] * slope[i];
 }
 
 // ---- outputs and per-row values ----------------------------------------------------------------

@@ -74,7 +74,8 @@ bool is_scalar(const OptionalTensor& scale) { return scale && scale->dim() == 0;
 
 std::tuple<Tensor, Tensor, Tensor> latent_forward_op(Tensor mu, Tensor scale, Tensor key,
                                                      int64_t num_samples, int64_t first_row,
-                                                     int64_t param, double lo, double hi) {
+                                                     int64_t param, double lo, double hi,
+                                                     bool soft, bool path) {
   const auto sizes = mu.sizes();
   Sizes shape(sizes.begin(), sizes.end()), rows{mu.size(0)};
   if (num_samples > 0) {
@@ -85,15 +86,17 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_op(Tensor mu, Tensor scale, Te
   const Tensor log_q = empty(rows, accumulation_type(mu)), log_p = empty(rows, accumulation_type(mu));
   mu = straight(mu);
   scale = straight(scale);
-  latent_forward(view(mu), view(scale), view(key), {num_samples, first_row, param, lo, hi}, view(z),
-                 view(log_q), view(log_p));
+  latent_forward(view(mu), view(scale), view(key),
+                 {num_samples, first_row, param, lo, hi, soft, path}, view(z), view(log_q),
+                 view(log_p));
   return {z, log_q, log_p};
 }
 
 std::tuple<Tensor, Tensor> latent_backward_op(OptionalTensor g_z, OptionalTensor g_log_q,
                                               OptionalTensor g_log_p, Tensor mu, Tensor scale,
                                               Tensor key, int64_t num_samples, int64_t first_row,
-                                              int64_t param, double lo, double hi) {
+                                              int64_t param, double lo, double hi, bool soft,
+                                              bool path) {
   const auto sizes = mu.sizes();
   const Sizes shape(sizes.begin(), sizes.end());
   const Tensor g_mu = empty(shape, mu.scalar_type());
@@ -102,16 +105,17 @@ std::tuple<Tensor, Tensor> latent_backward_op(OptionalTensor g_z, OptionalTensor
   scale = straight(scale);
   if (g_z) g_z = straight(*g_z, num_samples > 0 ? 2 : 1);
   latent_backward(view(g_z), view(g_log_q), view(g_log_p), view(mu), view(scale), view(key),
-                  {num_samples, first_row, param, lo, hi}, view(g_mu), view(g_scale));
+                  {num_samples, first_row, param, lo, hi, soft, path}, view(g_mu), view(g_scale));
   return {g_mu, g_scale};
 }
 
-std::tuple<Tensor, Tensor> likelihood_forward_op(Tensor x, Tensor mean, OptionalTensor scale,
-                                                 OptionalTensor mask, OptionalTensor log_q,
-                                                 OptionalTensor log_p, double beta,
-                                                 int64_t reduction, int64_t param, double lo,
-                                                 double hi) {
-  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), param, lo, hi};
+std::tuple<Tensor, Tensor> likelihood_forward_op(
+    Tensor x, Tensor mean, OptionalTensor scale, OptionalTensor mask, OptionalTensor log_q,
+    OptionalTensor log_p, double beta, int64_t reduction, int64_t likelihood, int64_t param,
+    double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
+    int64_t first_row) {
+  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
+                                  hi,   soft, df, x_mul, x_add, view(key), first_row};
   const Tensor nll = empty({mean.size(0)}, accumulation_type(mean));
   const Tensor loss = loss_for(x, nll, options.reduction);
   likelihood_forward(view(x), view(mean), view(scale), view(mask), view(log_q), view(log_p),
@@ -122,9 +126,11 @@ std::tuple<Tensor, Tensor> likelihood_forward_op(Tensor x, Tensor mean, Optional
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_op(
     OptionalTensor g_nll, OptionalTensor g_loss, Tensor x, Tensor mean, OptionalTensor scale,
-    OptionalTensor mask, double beta, int64_t reduction, int64_t param, double lo, double hi,
-    bool need_x) {
-  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), param, lo, hi};
+    OptionalTensor mask, double beta, int64_t reduction, int64_t likelihood, int64_t param,
+    double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
+    int64_t first_row, bool need_x) {
+  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
+                                  hi,   soft, df, x_mul, x_add, view(key), first_row};
   const Tensor g_mean = gradient_like(mean);
   const Tensor g_scale = scale ? gradient_like(*scale) : none(mean.scalar_type());
   const Tensor g_x = need_x ? gradient_like(x) : none(x.scalar_type());
@@ -138,9 +144,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_op(
 
 std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad_op(
     Tensor x, Tensor mean, OptionalTensor scale, OptionalTensor mask, OptionalTensor log_q,
-    OptionalTensor log_p, double beta, int64_t reduction, int64_t param, double lo, double hi,
-    Tensor g_mean, OptionalTensor g_scale) {
-  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), param, lo, hi};
+    OptionalTensor log_p, double beta, int64_t reduction, int64_t likelihood, int64_t param,
+    double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
+    int64_t first_row, Tensor g_mean, OptionalTensor g_scale) {
+  const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
+                                  hi,   soft, df, x_mul, x_add, view(key), first_row};
   const Tensor nll = empty({mean.size(0)}, accumulation_type(mean));
   const Tensor loss = loss_for(x, nll, options.reduction);
   const Tensor g_shared =
@@ -167,6 +175,42 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_op(Tensor g_mean, Optional
   return {g_log_q, g_log_p, g_scalar};
 }
 
+Tensor gaussian_kl_forward_op(Tensor mu, Tensor scale, OptionalTensor prior_mu,
+                              OptionalTensor prior_scale, int64_t param, int64_t prior_param,
+                              double lo, double hi, bool soft) {
+  const Tensor kl = empty({mu.size(0)}, accumulation_type(mu));
+  gaussian_kl_forward(view(mu), view(scale), view(prior_mu), view(prior_scale),
+                      {param, prior_param, lo, hi, soft}, view(kl));
+  return kl;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward_op(
+    Tensor g_kl, Tensor mu, Tensor scale, OptionalTensor prior_mu, OptionalTensor prior_scale,
+    int64_t param, int64_t prior_param, double lo, double hi, bool soft) {
+  const auto gradient = [&](const Tensor& t) {
+    const auto sizes = mu.sizes();
+    return empty(Sizes(sizes.begin(), sizes.end()), t.scalar_type());
+  };
+  const auto optional = [&](const OptionalTensor& t) {
+    return t ? gradient(*t) : none(mu.scalar_type());
+  };
+  const Tensor g_mu = gradient(mu), g_scale = gradient(scale);
+  const Tensor g_prior_mu = optional(prior_mu), g_prior_scale = optional(prior_scale);
+  gaussian_kl_backward(view(g_kl), view(mu), view(scale), view(prior_mu), view(prior_scale),
+                       {param, prior_param, lo, hi, soft}, view(g_mu), view(g_scale),
+                       prior_mu ? view(g_prior_mu) : View{},
+                       prior_scale ? view(g_prior_scale) : View{});
+  return {g_mu, g_scale, g_prior_mu, g_prior_scale};
+}
+
+std::tuple<Tensor, Tensor> importance_forward_op(Tensor nll, Tensor log_q, OptionalTensor log_p,
+                                                 double beta) {
+  const Tensor bound = empty({log_q.size(1)}, nll.scalar_type());
+  const Tensor weights = empty({log_q.size(0), log_q.size(1)}, nll.scalar_type());
+  importance_forward(view(nll), view(log_q), view(log_p), beta, view(bound), view(weights));
+  return {bound, weights};
+}
+
 }  // namespace
 }  // namespace vae_fast
 
@@ -177,4 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL(vae_fast, CPU, m) {
   m.impl("likelihood_backward", TORCH_BOX(&vae_fast::likelihood_backward_op));
   m.impl("likelihood_forward_grad", TORCH_BOX(&vae_fast::likelihood_forward_grad_op));
   m.impl("likelihood_rescale_", TORCH_BOX(&vae_fast::likelihood_rescale_op));
+  m.impl("gaussian_kl_forward", TORCH_BOX(&vae_fast::gaussian_kl_forward_op));
+  m.impl("gaussian_kl_backward", TORCH_BOX(&vae_fast::gaussian_kl_backward_op));
+  m.impl("importance_forward", TORCH_BOX(&vae_fast::importance_forward_op));
 }

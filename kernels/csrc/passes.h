@@ -30,7 +30,7 @@ struct View {
 };
 
 inline int64_t element_size(ScalarType type) {
-  if (type == ScalarType::Bool) return 1;
+  if (type == ScalarType::Bool || type == ScalarType::Byte) return 1;
   if (type == ScalarType::Double || type == ScalarType::UInt64) return 8;
   return type == ScalarType::Float ? 4 : 2;
 }
@@ -38,6 +38,7 @@ inline int64_t element_size(ScalarType type) {
 struct LatentOptions {
   int64_t num_samples, first_row, param;
   double lo, hi;
+  bool soft, path;
 };
 
 // The order is the op schema's integer code; vae_fast/ops.py holds the same list.
@@ -46,8 +47,18 @@ enum class Reduction : int64_t { mean, sum, none, no_loss };
 struct LikelihoodOptions {
   double beta;
   Reduction reduction;
-  int64_t param;
+  int64_t likelihood, param;
   double lo, hi;
+  bool soft;
+  double df, x_mul, x_add;
+  View key;  // of the dequantization, if x is to be dequantized
+  int64_t first_row;
+};
+
+struct KlOptions {
+  int64_t param, prior_param;
+  double lo, hi;
+  bool soft;
 };
 
 // Whether the latent pass can read a tensor in place: its elements lie along one stride per row. The
@@ -79,6 +90,15 @@ void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_s
                         const View& g_nll, const View& g_loss, double beta, Reduction reduction,
                         int64_t samples, int64_t batch, const View& g_log_q, const View& g_log_p,
                         const View& g_scalar);
+
+// All contiguous, but for mu, scale and the prior's, which are absent for N(0, 1).
+void gaussian_kl_forward(const View& mu, const View& scale, const View& prior_mu,
+                         const View& prior_scale, const KlOptions& options, const View& kl);
+void gaussian_kl_backward(const View& g_kl, const View& mu, const View& scale, const View& prior_mu,
+                          const View& prior_scale, const KlOptions& options, const View& g_mu,
+                          const View& g_scale, const View& g_prior_mu, const View& g_prior_scale);
+void importance_forward(const View& nll, const View& log_q, const View& log_p, double beta,
+                        const View& bound, const View& weights);
 
 // Asks for huge pages behind an output of several megabytes: fresh memory of the data's size costs
 // more in page faults than the pass that fills it, and huge pages fault 512 times less often.

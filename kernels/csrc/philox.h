@@ -52,13 +52,16 @@ VAE_FAST_INLINE u64x8 high_half(u64x8 v) {
 }
 #endif
 
-// Ten rounds on the 128-bit counter (counter, 0), U being uint64_t or a vector of it. The words are
+// Third counter words, which keep the streams of one key apart.
+constexpr uint32_t kNormalStream = 0, kUniformStream = 1;
+
+// Ten rounds on the 128-bit counter (counter, stream, 0) for a stream of 0 or 1, U being uint64_t or a vector of it. The words are
 // the low halves of what comes back; the high ones hold nothing of use.
 template <class U>
-VAE_FAST_INLINE Words<U> philox(U counter, uint32_t k0, uint32_t k1) {
-  // Of the first round's two products one is zero.
+VAE_FAST_INLINE Words<U> philox(U counter, uint32_t k0, uint32_t k1, uint32_t stream) {
+  // Of the first round's two products one is that of the stream.
   const U first = multiply_low(counter, 0xD2511F53u);
-  U c0 = high_half(counter) ^ k0, c1{}, c2 = high_half(first) ^ k1, c3 = first;
+  U c0 = high_half(counter) ^ k0, c1 = U{} + stream * 0xCD9E8D57u, c2 = high_half(first) ^ k1, c3 = first;
 #if defined(__clang__) || defined(__CUDACC__)
 #pragma unroll
 #else

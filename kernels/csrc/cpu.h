@@ -1,0 +1,39 @@
+// What the passes' files share: the instruction set, and the kernels that prepare their operands.
+#pragma once
+
+#include "lanes.h"
+
+namespace vae_fast {
+
+enum class Isa { base, avx2, avx512 };
+extern const Isa kIsa;  // the best one that this machine has
+
+// The bounds of a raw scale parameter.
+struct Clamp {
+  double lo, hi;
+  bool soft;
+  bool active() const { return lo > -INFINITY || hi < INFINITY; }
+};
+
+// Loops over one straight run of n elements.
+template <class T>
+struct TileKernels {
+  // Raw scales, kept within their bounds, as such or as log σ; slope receives the derivative of what
+  // is written by the raw scale. `to` may be `from`.
+  void (*prepare_scale)(int64_t n, const Clamp& clamp, bool log, const T* from, T* to, T* slope);
+  // (level + u)·mul + add of stored levels; without u, no noise is added.
+  void (*levels)(int64_t n, const uint8_t* from, const float* u, T mul, T add, T* to);
+};
+template <class T>
+TileKernels<T> tile_kernels(Param param);
+
+struct StorageKernels {
+  void (*widen_bf16)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow_bf16)(const float* from, int64_t n, uint16_t* to);
+  // The uniform noise of `calls` Philox calls from `counter` on: u[4·i + lane], writable up to the
+  // next multiple of 16 calls.
+  void (*uniform)(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1, float* u);
+};
+extern const StorageKernels kStorage;
+
+}  // namespace vae_fast

@@ -1,0 +1,37 @@
+// Includes the header VAE_FAST_KERNELS once per instruction set, into a namespace of its own, so that
+// its loops are compiled for each. VAE_FAST_TARGET is the target attribute of its functions; the
+// element functions of math.h are inlined into them.
+//
+// VAE_FAST_SELECT(fn, args) then returns fn<F>(args) of the best set that this machine has, F being
+// its vector of floats.
+
+#include "cpu.h"
+
+namespace vae_fast {
+#if defined(__x86_64__)
+#define VAE_FAST_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+namespace avx512 {
+#include VAE_FAST_KERNELS
+}  // namespace avx512
+#undef VAE_FAST_TARGET
+#define VAE_FAST_TARGET __attribute__((target("arch=x86-64-v3")))
+namespace avx2 {
+#include VAE_FAST_KERNELS
+}  // namespace avx2
+#undef VAE_FAST_TARGET
+#endif
+#define VAE_FAST_TARGET
+namespace base {  // SSE2 on x86-64, NEON on AArch64
+#include VAE_FAST_KERNELS
+}  // namespace base
+#undef VAE_FAST_TARGET
+}  // namespace vae_fast
+
+#if defined(__x86_64__)
+#define VAE_FAST_SELECT(FN, ...)                                     \
+  if (kIsa == Isa::avx512) return avx512::FN<f32x16>(__VA_ARGS__); \
+  if (kIsa == Isa::avx2) return avx2::FN<f32x8>(__VA_ARGS__);      \
+  return base::FN<f32x4>(__VA_ARGS__);
+#else
+#define VAE_FAST_SELECT(FN, ...) return base::FN<f32x4>(__VA_ARGS__);
+#endif

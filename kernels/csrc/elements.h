@@ -1,0 +1,169 @@
+// One element of each likelihood: −log p(x|m, τ) and its derivatives, as in vae_fast/reference.py.
+#pragma once
+
+#include "math.h"
+
+namespace vae_fast {
+
+// The order is the op schema's integer code; vae_fast/ops.py holds the same list.
+enum class Family : int { gaussian, laplace, bernoulli, logistic, student_t, squared_error };
+
+constexpr bool has_scale(Family family) {
+  return family != Family::bernoulli && family != Family::squared_error;
+}
+
+// What an element needs besides x, m and its scale.
+template <class T>
+struct Model {
+  T df = 1, log_df = 0;
+  T bin = 1, log_bin = 0, first_edge = 0, last_edge = 0;  // of the levels that x lies on
+  T constant = 0;                                         // of every element's value
+
+  Model() = default;
+  Model(Family family, double df_, double mul, double add)
+      : df(static_cast<T>(df_)),
+        log_df(static_cast<T>(std::log(df_))),
+        bin(static_cast<T>(mul)),
+        log_bin(static_cast<T>(std::log(mul))),
+        first_edge(static_cast<T>(add + 0.5 * mul)),
+        last_edge(static_cast<T>(add + 254.5 * mul)) {
+    if (family == Family::gaussian) constant = static_cast<T>(kHalfLog2Pi);
+    if (family == Family::laplace) constant = static_cast<T>(std::log(2.0));
+    if (family == Family::student_t) {
+      constant = static_cast<T>(std::lgamma(0.5 * df_) - std::lgamma(0.5 * (df_ + 1.0)) +
+                                0.5 * std::log(3.14159265358979323846 * df_));
+    }
+  }
+};
+
+// value: −log p without the model's constant. d_x: its derivative by x, which is minus the one by m,
+// except for Bernoulli's, where only the latter is meant. d_log_scale: its derivative by log τ.
+template <class F, Family family>
+struct Element;
+
+template <class F>
+struct Element<F, Family::gaussian> {
+  F value, d_x, d_log_scale;
+  template <class S>
+  VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<typename Traits<F>::Scalar>&) {
+    using T = typename Traits<F>::Scalar;
+    const auto inverse = s.inverse();
+    const F r = inverse.times(x - m), r2 = r * r;
+    value = r2 * T(0.5) + s.log_sigma;
+    d_x = inverse.times(r);
+    d_log_scale = T(1) - r2;
+  }
+};
+
+template <class F>
+struct Element<F, Family::laplace> {
+  F value, d_x, d_log_scale;
+  template <class S>
+  VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<typename Traits<F>::Scalar>&) {
+    using T = typename Traits<F>::Scalar;
+    const auto inverse = s.inverse();
+    const F r = inverse.times(x - m), size = absolute(r);
+    value = size + s.log_sigma;
+    // The sign of r; 0 for 0, and NaN for NaN.
+    const F sign = select(r > T(0), splat<F>(T(1)), select(r < T(0), splat<F>(T(-1)), r));
+    d_x = inverse.times(sign);
+    d_log_scale = T(1) - size;
+  }
+};
+
+// softplus(v) = log(1 + e^v), and σ(v).
+template <class F>
+struct Softplus {
+  using T = typename Traits<F>::Scalar;
+  F value, slope;
+  VAE_FAST_INLINE explicit Softplus(F v) {
+    const Negative<F> negative(v);
+    const F w = exp_of(negative.choose(v, -v)).value();  // a NaN stays one
+    value = negative.choose(F{}, v) + log1p_unit(w);
+    slope = negative.choose(w, splat<F>(T(1))) / (w + T(1));
+  }
+};
+
+template <class F>
+struct Element<F, Family::bernoulli> {
+  F value, d_x, d_log_scale{};
+  template <class S>
+  VAE_FAST_INLINE Element(F x, F m, const S&, const Model<typename Traits<F>::Scalar>&) {
+    using T = typename Traits<F>::Scalar;
+    const Negative<F> negative(m);
+    const F w = exp_of(negative.choose(m, -m)).value();
+    value = negative.choose(-x, T(1) - x) * m + log1p_unit(w);
+    d_x = x - negative.choose(w, splat<F>(T(1))) / (w + T(1));
+  }
+};
+
+template <class F>
+struct Element<F, Family::logistic> {
+  F value, d_x, d_log_scale;
+  template <class S>
+  VAE_FAST_INLINE Element(F x, F m, const S& s,
+                          const Model<typename Traits<F>::Scalar>& model) {
+    using T = typename Traits<F>::Scalar;
+    const auto inverse = s.inverse();
+    const T half = model.bin * T(0.5);
+    const F p = inverse.times(x - m + half), q = inverse.times(x - m - half);
+    const Negative<F> first(x - model.first_edge), last(model.last_edge - x);
+    const Softplus<F> below(-p), above(q);
+    // The first level has nothing below it, the last nothing above.
+    const F sigma_p = last.choose(F{}, below.slope), sigma_q = first.choose(F{}, above.slope);
+    value = last.choose(F{}, below.value) + first.choose(F{}, above.value);
+    d_x = inverse.times(sigma_q - sigma_p);
+    // p·σ(−p) and q·σ(q) vanish where p and −q are beyond all bounds; a NaN stays one.
+    const F p_bound = select(p > T(1e30), splat<F>(T(1e30)), p);
+    const F q_bound = select(q < T(-1e30), splat<F>(T(-1e30)), q);
+    d_log_scale = p_bound * sigma_p - q_bound * sigma_q;
+
+    // −log(1 − e^{−w}) of the levels between, and its derivative w/(e^w − 1).
+    const F w_any = inverse.times(splat<F>(model.bin));
+    const F w = select(w_any > T(100), splat<F>(T(100)), w_any);
+    const ExpMinusOne<F> e(-w);
+    const F ratio = e.value / -w;  // (1 − e^{−w})/w, 1 for the smallest w
+    const F safe = select(w == T(0), splat<F>(T(1)), ratio);
+    const Negative<F> small(w - T(0.3));
+    const F log_mass = log_normal(small.choose(safe, -e.value)) +
+                       small.choose(model.log_bin - s.log_sigma, F{});
+    const F slope = (e.value + T(1)) / safe;
+    value -= first.choose(F{}, last.choose(F{}, log_mass));
+    d_log_scale += first.choose(F{}, last.choose(F{}, slope));
+  }
+};
+
+template <class F>
+struct Element<F, Family::student_t> {
+  F value, d_x, d_log_scale;
+  template <class S>
+  VAE_FAST_INLINE Element(F x, F m, const S& s,
+                          const Model<typename Traits<F>::Scalar>& model) {
+    using T = typename Traits<F>::Scalar;
+    const T df = model.df, far = sizeof(T) == 4 ? T(1e15) : T(1e150);
+    const auto inverse = s.inverse();
+    const F r = inverse.times(x - m), size = absolute(r);
+    // log(1 + q), q = r²/ν, which for the largest r is a logarithm of r.
+    const Negative<F> near(size - far);
+    const F bound = near.choose(size, splat<F>(far)), q = bound * bound / df, u = q + T(1);
+    const F log_u = log_any(near.choose(u, size));
+    const F log_near = select(u == T(1), q, log_u * (q / (u - T(1))));
+    const F log_far = log_u * T(2) - model.log_df;
+    value = near.choose(log_near, log_far) * ((df + T(1)) * T(0.5)) + s.log_sigma;
+    d_x = inverse.times((df + T(1)) / (df / r + r));  // (ν + 1)·r/(ν + r²), without the square
+    d_log_scale = T(1) - q / u * (df + T(1));
+  }
+};
+
+template <class F>
+struct Element<F, Family::squared_error> {
+  F value, d_x, d_log_scale{};
+  template <class S>
+  VAE_FAST_INLINE Element(F x, F m, const S&, const Model<typename Traits<F>::Scalar>&) {
+    using T = typename Traits<F>::Scalar;
+    d_x = x - m;
+    value = d_x * d_x * T(0.5);
+  }
+};
+
+}  // namespace vae_fast

@@ -1,0 +1,525 @@
+// The likelihood pass of passes.h: the loops of likelihood.h over tiles of the operands.
+//
+// Outputs of the backward passes are written whole, whatever was in them.
+
+#define VAE_FAST_KERNELS "likelihood.h"
+#include "each_isa.h"
+#include "operand.h"
+#include "passes.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+namespace vae_fast {
+namespace {
+
+template <class T>
+LikelihoodKernel<T> likelihood_kernel(Family family, Param param, bool scalar, bool gradient);
+template <>
+LikelihoodKernel<double> likelihood_kernel(Family family, Param param, bool scalar, bool gradient) {
+  return base::likelihood_kernel<double>(family, param, scalar, gradient);
+}
+template <>
+LikelihoodKernel<float> likelihood_kernel(Family family, Param param, bool scalar, bool gradient) {
+  VAE_FAST_SELECT(likelihood_kernel, family, param, scalar, gradient)
+}
+
+// ∂loss/∂(row's term), for an upstream gradient of one.
+template <class T>
+T row_share(int64_t rows, int64_t samples, Reduction reduction) {
+  if (reduction == Reduction::no_loss) return T(0);
+  return T(1) / static_cast<T>(reduction == Reduction::mean ? std::max<int64_t>(rows, 1) : samples);
+}
+
+constexpr int64_t kStreamed = int64_t(1) << 21;  // bytes of a gradient that go past the caches
+constexpr int64_t kVector = 64;                  // bytes of the widest vector
+
+// What one value of the scale serves.
+enum class Sharing { none, all, row, event };
+
+// The operands of one likelihood op and the loop over them.
+template <class T>
+struct Likelihood {
+  int64_t batch, rows, samples, size, pieces;
+  Sharing sharing = Sharing::none;
+  bool scalar, need_x = false;  // scalar: one value of the scale for a row, if any
+  Event event;
+  Operand x, mean, scale, mask, g_x, g_mean, g_scale;
+  std::vector<T> row_scale{T(0)}, row_slope{T(1)};  // of a scalar scale, prepared; and the derivative
+  Family family;
+  Param param;
+  Model<T> model;
+  Clamp clamp;
+  bool prepared;  // whether the kernel reads something else than the raw scale
+  LikelihoodOptions options;
+  TileKernels<T> tiles;
+
+  Likelihood(const View& x_, const View& mean_, const View& scale_, const View& mask_,
+             const LikelihoodOptions& options_)
+      : batch(x_.sizes[0]),
+        rows(mean_.sizes[0]),
+        samples(batch > 0 ? rows / batch : 1),
+        event(event_of(x_)),
+        x(operand(x_)),
+        family(static_cast<Family>(options_.likelihood)),
+        param(static_cast<Param>(options_.param)),
+        model(family, options_.df, options_.x_mul, options_.x_add),
+        clamp{options_.lo, options_.hi, options_.soft},
+        prepared(clamp.active() || family != Family::gaussian),
+        options(options_),
+        tiles(tile_kernels<T>(param)) {
+    size = event.numel();
+    pieces = std::max<int64_t>(1, (size + kPiece - 1) / kPiece);
+    sharing = sharing_of(scale_, mean_);
+    scalar = sharing == Sharing::all || sharing == Sharing::row || !has_scale(family);
+    split(mean_, scale_, mean, scale);
+    if (sharing == Sharing::all || sharing == Sharing::row) load_row_scales(scale_);
+    if (mask_) mask = operand(mask_);
+  }
+
+  void gradients(const View& g_mean_, const View& g_scale_) {
+    split(g_mean_, g_scale_, g_mean, g_scale);
+  }
+
+  // Call once all operands are known. The order of the elements is that of the noise, if there is some.
+  void fuse() {
+    event.fuse<7>({&mean, &x, &scale, &mask, &g_x, &g_mean, &g_scale}, /*reorder=*/!options.key);
+  }
+
+  // Runs the pass. weight holds the rows' upstream gradients; value and g_shared receive the rows'
+  // −log p(x|z) and their shares of a scalar scale's gradient, and g_event that of a shared event.
+  void run(bool gradient, Rows<const T> weight, T* value, T* g_shared,
+           const Operand* g_event = nullptr) const {
+    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(
+        family, family == Family::gaussian ? param : Param::logstd, scalar, gradient);
+    // With a gradient for x, the samples that share a row of x belong to one unit of work; with one
+    // for a shared event, a block of rows.
+    const int64_t first_rows = need_x ? batch : rows;
+    const int64_t block = g_event ? std::max<int64_t>(kEventRows, (first_rows + 63) / 64) : 1;
+    const int64_t blocks = (first_rows + block - 1) / block;
+    std::vector<LikelihoodTerms<T>> terms(rows * pieces);
+    std::vector<T> event_sums(g_event ? blocks * size : 0, T(0));
+    const int64_t work =
+        std::max<int64_t>(1, std::min(size, kPiece)) * (need_x ? samples : 1) * block;
+    const bool direct = !g_event && reads_in_place(gradient);
+    const bool stream = direct && gradient && streams();
+    torch::stable::parallel_for(
+        0, blocks * pieces, std::max<int64_t>(1, kGrain / work), [&](int64_t first, int64_t last) {
+          if (direct && pieces == 1) {
+            run_rows(kernel, gradient, first, last, 0, size, weight, stream,
+                     terms.data() + first);
+            return;
+          }
+          std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
+          for (int64_t unit = first; unit < last; ++unit) {
+            const int64_t piece = unit % pieces, begin = piece * kPiece, first_row = unit / pieces * block;
+            const int64_t end = std::min(size, begin + kPiece);
+            if (direct) {
+              run_rows(kernel, gradient, first_row, first_row + 1, begin, end, weight, stream,
+                       &terms[unit]);
+              continue;
+            }
+            T* const scale_sum = g_event ? &event_sums[unit / pieces * size + begin] : nullptr;
+            for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
+              std::fill(x_sum.begin(), x_sum.end(), T(0));
+              for (int64_t n = row; n < rows; n += first_rows) {
+                terms[n * pieces + piece] = run_piece(kernel, gradient, n, begin, end, weight[n],
+                                                      x_sum.data(), scale_sum);
+              }
+              if (need_x) {
+                event.store(g_x, row, begin, end - begin, static_cast<const T*>(x_sum.data()));
+              }
+            }
+          }
+        });
+    for (int64_t n = 0; n < rows; ++n) {
+      const auto total = [&](T LikelihoodTerms<T>::*part) {
+        return tree_sum<T>(n * pieces, (n + 1) * pieces, [&](int64_t i) { return terms[i].*part; });
+      };
+      if (value) value[n] = total(&LikelihoodTerms<T>::value);
+      if (g_shared) {
+        g_shared[n] = total(&LikelihoodTerms<T>::g_scale);
+        scale_by(&row_slope[sharing == Sharing::row ? n : 0], 1, &g_shared[n]);
+      }
+    }
+    if (g_event) store_event(event_sums, blocks, *g_event);
+  }
+
+ private:
+  static constexpr int64_t kEventRows = 32;  // rows that share one partial sum of an event, or more
+
+  static Sharing sharing_of(const View& scale_, const View& mean_) {
+    if (!scale_) return Sharing::none;
+    if (scale_.dim == 0) return Sharing::all;
+    if (std::equal(scale_.sizes, scale_.sizes + scale_.dim, mean_.sizes)) return Sharing::none;
+    return scale_.sizes[0] == mean_.sizes[0] ? Sharing::row : Sharing::event;
+  }
+
+  // The mean's and the scale's operands: two tensors, or the halves of a packed dimension 1.
+  void split(const View& mean_, const View& scale_, Operand& m, Operand& s) const {
+    m = operand(mean_);
+    if (scalar) return;
+    if (scale_) {
+      s = operand(scale_);
+      if (sharing == Sharing::event) s.row_stride = 0;
+    } else {
+      s = m;
+      s.data = s.at(mean_.sizes[1] / 2 * mean_.strides[1]);
+    }
+  }
+
+  void load_row_scales(const View& scale_) {
+    const Operand o = operand(scale_, scale_.dim > 0 ? 1 : 0);
+    const int64_t count = sharing == Sharing::row ? rows : 1;
+    row_scale.resize(count);
+    row_slope.assign(count, T(1));
+    gather(o, 0, o.row_stride, count, row_scale.data());
+    if (prepared) {
+      tiles.prepare_scale(count, clamp, family != Family::gaussian, row_scale.data(),
+                          row_scale.data(), row_slope.data());
+    }
+  }
+  Rows<const T> row_scales(int64_t n) const {
+    return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1}
+                                   : Rows<const T>{row_scale.data(), 0};
+  }
+
+  // Whether a kernel can read and write the operands' own memory, row by row.
+  bool reads_in_place(bool gradient) const {
+    const auto fits = [&](const Operand& o) { return event.direct<T>(o); };
+    return !mask && !need_x && fits(x) && fits(mean) && (!gradient || fits(g_mean)) &&
+           (scalar || (!prepared && fits(scale) && (!gradient || fits(g_scale))));
+  }
+
+  // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
+  bool streams() const {
+    const auto suits = [&](const Operand& g, const Operand& of) {
+      return g.data != of.data && reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
+             g.row_stride * sizeof(T) % kVector == 0;
+    };
+    return rows * size * static_cast<int64_t>(sizeof(T)) >= kStreamed && suits(g_mean, mean) &&
+           (scalar || suits(g_scale, scale));
+  }
+
+  // Rows [first, last) of a batch and its samples, or a piece of each, in place.
+  void run_rows(LikelihoodKernel<T> kernel, bool gradient, int64_t first, int64_t last,
+                int64_t begin, int64_t end, Rows<const T> weight, bool stream,
+                LikelihoodTerms<T>* terms) const {
+    const auto in = [&](const Operand& o, int64_t row) {
+      return Rows<const T>{reinterpret_cast<const T*>(o.at(row * o.row_stride + begin)),
+                           o.row_stride};
+    };
+    const auto out = [&](const Operand& o, int64_t row) {
+      return Rows<T>{reinterpret_cast<T*>(o.at(row * o.row_stride + begin)), o.row_stride};
+    };
+    for (int64_t n = first; n < last;) {
+      const int64_t b = n % batch, count = std::min(last - n, batch - b);  // of one sample
+      kernel(count, end - begin, model, in(x, b), in(mean, n),
+             scalar ? row_scales(n) : in(scale, n), {weight[n], weight.pitch},
+             gradient ? out(g_mean, n) : Rows<T>{},
+             gradient && !scalar ? out(g_scale, n) : Rows<T>{}, stream, terms);
+      n += count;
+      terms += count;
+    }
+  }
+
+  // Data as T: floats as they are, levels with their scale and their noise.
+  const T* load_x(int64_t b, int64_t begin, int64_t n, T* buffer) const {
+    if (x.type != ScalarType::Byte) return event.load(x, b, begin, n, buffer);
+    alignas(64) float u[kTile + 64];  // room for the last block of 16 Philox calls
+    if (options.key) {
+      constexpr int64_t kLanes = 4;
+      const uint64_t* const key = data_of<uint64_t>(options.key);
+      const uint64_t seed = key[0], offset = key[options.key.strides[0]];
+      const uint64_t calls = (size + kLanes - 1) / kLanes, row = uint64_t(options.first_row) + b;
+      kStorage.uniform((n + kLanes - 1) / kLanes, offset + row * calls + begin / kLanes,
+                       static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), u);
+    }
+    event.runs(x, b, begin, n, [&](int64_t at, int64_t stride, int64_t first, int64_t count) {
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(x.at(at));
+      uint8_t bytes[kTile];
+      if (stride != 1) {
+        for (int64_t i = 0; i < count; ++i) bytes[i] = from[i * stride];
+        from = bytes;
+      }
+      tiles.levels(count, from, options.key ? u + first : nullptr, static_cast<T>(options.x_mul),
+                   static_cast<T>(options.x_add), buffer + first);
+    });
+    return buffer;
+  }
+
+  // One piece of one row, tile by tile.
+  LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, int64_t n, int64_t begin,
+                               int64_t end, const T* weight, T* x_sum, T* scale_sum) const {
+    T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile], slope[kTile];
+    const int64_t b = samples == 1 ? n : n % batch;
+    LikelihoodTerms<T> sum{T(0), T(0)};
+    for (; begin < end; begin += kTile) {
+      const int64_t count = std::min(end - begin, kTile);
+      Tile tile;
+      tile.x = load_x(b, begin, count, x_tile);
+      tile.mean = event.load(mean, n, begin, count, m_tile);
+      tile.scale = scalar ? row_scales(n)[0] : event.load(scale, n, begin, count, s_tile);
+      tile.slope = !scalar && prepared ? slope : nullptr;
+      if (tile.slope) {
+        tiles.prepare_scale(count, clamp, family != Family::gaussian, tile.scale, s_tile, slope);
+        tile.scale = s_tile;
+      }
+      LikelihoodTerms<T> terms;
+      if (mask) {
+        terms = masked_tile(kernel, gradient, n, b, begin, count, tile, weight, x_sum, scale_sum);
+      } else {
+        T* const gm = gradient ? event.target(g_mean, n, begin, gm_tile) : nullptr;
+        T* const gs = !gradient || scalar || scale_sum ? gs_tile
+                                                       : event.target(g_scale, n, begin, gs_tile);
+        kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, {weight, 0}, {gm, 0},
+               {gs, 0}, false, &terms);
+        if (gradient) store_gradients(n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
+      }
+      sum.value += terms.value;
+      sum.g_scale += terms.g_scale;
+      if (x_sum) x_sum += kTile;
+      if (scale_sum) scale_sum += kTile;
+    }
+    return sum;
+  }
+
+  // A tile of the operands; slope is the prepared scale's derivative, or null.
+  struct Tile {
+    const T *x, *mean, *scale, *slope;
+  };
+
+  // The selected elements are packed together, and only they are ever computed on.
+  LikelihoodTerms<T> masked_tile(LikelihoodKernel<T> kernel, bool gradient, int64_t n, int64_t b,
+                                 int64_t begin, int64_t count, const Tile& tile, const T* weight,
+                                 T* x_sum, T* scale_sum) const {
+    T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
+    int64_t index[kTile + 1], kept = 0;
+    event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
+      const char* keep = mask.at(offset);
+      for (int64_t i = 0; i < run; ++i) {
+        index[kept] = at + i;
+        kept += keep[i * stride] != 0;
+      }
+    });
+    s_kept[0] = *tile.scale;
+    for (int64_t i = 0; i < kept; ++i) {
+      x_kept[i] = tile.x[index[i]];
+      m_kept[i] = tile.mean[index[i]];
+      if (!scalar) s_kept[i] = tile.scale[index[i]];
+    }
+    LikelihoodTerms<T> terms;
+    kernel(1, kept, model, {x_kept, 0}, {m_kept, 0}, {s_kept, 0}, {weight, 0}, {gm_kept, 0},
+           {gs_kept, 0}, false, &terms);
+    if (gradient) {
+      T gm_tile[kTile] = {}, gs_tile[kTile] = {}, m_tile[kTile] = {};
+      for (int64_t i = 0; i < kept; ++i) {
+        gm_tile[index[i]] = gm_kept[i];
+        m_tile[index[i]] = m_kept[i];
+        if (!scalar) gs_tile[index[i]] = gs_kept[i];
+      }
+      const Tile selected{tile.x, m_tile, tile.scale, tile.slope};
+      store_gradients(n, begin, count, selected, weight, gm_tile, gs_tile, x_sum, scale_sum);
+    }
+    return terms;
+  }
+
+  void store_gradients(int64_t n, int64_t begin, int64_t count, const Tile& tile, const T* weight,
+                       const T* gm, T* gs, T* x_sum, T* scale_sum) const {
+    if (need_x && family == Family::bernoulli) {
+      for (int64_t i = 0; i < count; ++i) x_sum[i] -= *weight * tile.mean[i];
+    } else if (need_x) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) x_sum[i] -= gm[i];  // ∂x = −∂m
+    }
+    event.store(g_mean, n, begin, count, gm);
+    if (scalar) return;
+    if (tile.slope) scale_by(tile.slope, count, gs);
+    if (scale_sum) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) scale_sum[i] += gs[i];
+    } else {
+      event.store(g_scale, n, begin, count, static_cast<const T*>(gs));
+    }
+  }
+
+  // The blocks' sums of a shared event, added up in order.
+  void store_event(const std::vector<T>& sums, int64_t blocks, const Operand& to) const {
+    T tile[kTile];
+    for (int64_t begin = 0; begin < size; begin += kTile) {
+      const int64_t count = std::min(size - begin, kTile);
+      std::fill(tile, tile + count, T(0));
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t i = 0; i < count; ++i) tile[i] += sums[block * size + begin + i];
+      }
+      event.store(to, 0, begin, count, static_cast<const T*>(tile));
+    }
+  }
+};
+
+// The loss of rows t = nll + β(log q − log p): the mean over samples, then the reduction.
+template <class T>
+void finish_loss(const Likelihood<T>& pass, const T* nll, const View& log_q, const View& log_p,
+                 const LikelihoodOptions& options, const View& loss) {
+  if (!loss) return;
+  const RowValues<T> q(log_q, pass.batch), p(log_p, pass.batch);
+  const T b = static_cast<T>(options.beta);
+  const auto term = [&](int64_t n) { return log_q ? nll[n] + b * (q[n] - p[n]) : nll[n]; };
+  T* const out = data_of<T>(loss);
+  if (options.reduction == Reduction::none) {
+    for (int64_t i = 0; i < pass.batch; ++i) {
+      const auto sample = [&](int64_t k) { return term(k * pass.batch + i); };
+      out[i] = tree_sum<T>(0, pass.samples, sample) / static_cast<T>(pass.samples);
+    }
+    return;
+  }
+  const bool mean = options.reduction == Reduction::mean;
+  *out = tree_sum<T>(0, pass.rows, term) / static_cast<T>(mean ? pass.rows : pass.samples);
+}
+
+// The latent terms' gradients: ±β times the row's share of the loss gradient.
+template <class T>
+void latent_gradients(int64_t rows, double beta, T share, const RowValues<T>& g_loss,
+                      const View& g_log_q, const View& g_log_p) {
+  T* const q = data_of<T>(g_log_q);
+  T* const p = data_of<T>(g_log_p);
+  for (int64_t n = 0, b = 0; n < rows; ++n, b = b + 1 == g_loss.batch ? 0 : b + 1) {
+    q[n] = static_cast<T>(beta) * share * g_loss[b];
+    p[n] = -q[n];
+  }
+}
+
+template <class T>
+void likelihood_forward_as(const View& x, const View& mean, const View& scale, const View& mask,
+                           const View& log_q, const View& log_p, const LikelihoodOptions& options,
+                           const View& nll, const View& loss) {
+  Likelihood<T> pass(x, mean, scale, mask, options);
+  pass.fuse();
+  T* const value = data_of<T>(nll);
+  pass.run(/*gradient=*/false, {}, value, nullptr);
+  finish_loss<T>(pass, value, log_q, log_p, options, loss);
+}
+
+template <class T>
+void likelihood_backward_as(const View& g_nll, const View& g_loss, const View& x, const View& mean,
+                            const View& scale, const View& mask, const LikelihoodOptions& options,
+                            const View& g_x, const View& g_mean, const View& g_scale,
+                            const View& g_log_q, const View& g_log_p) {
+  Likelihood<T> pass(x, mean, scale, mask, options);
+  pass.gradients(g_mean, g_scale);
+  pass.need_x = g_x.present;
+  if (g_x) pass.g_x = operand(g_x);
+  pass.fuse();
+
+  const RowValues<T> nll(g_nll, pass.batch), loss(g_loss, pass.batch);
+  const T share = row_share<T>(pass.rows, pass.samples, options.reduction);
+  const bool shared = pass.sharing == Sharing::all || pass.sharing == Sharing::row;
+  std::vector<T> weight(pass.rows), g_shared(shared ? pass.rows : 0);
+  for (int64_t n = 0; n < pass.rows; ++n) weight[n] = nll[n] + share * loss[n % loss.batch];
+  pass.run(/*gradient=*/true, {weight.data(), 1}, nullptr, shared ? g_shared.data() : nullptr,
+           pass.sharing == Sharing::event ? &pass.g_scale : nullptr);
+  if (pass.sharing == Sharing::all) {
+    store_scalar(g_scale, tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }));
+  } else if (pass.sharing == Sharing::row) {
+    const Operand to = operand(g_scale);
+    scatter(to, 0, to.row_stride, pass.rows, static_cast<const T*>(g_shared.data()));
+  }
+  latent_gradients<T>(pass.rows, options.beta, share, loss, g_log_q, g_log_p);
+}
+
+template <class T>
+void forward_grad_as(const View& x, const View& mean, const View& scale, const View& mask,
+                     const View& log_q, const View& log_p, const LikelihoodOptions& options,
+                     const View& g_mean, const View& g_scale, const View& nll, const View& loss,
+                     const View& g_shared) {
+  Likelihood<T> pass(x, mean, scale, mask, options);
+  pass.gradients(g_mean, g_scale);
+  pass.fuse();
+  const T share = row_share<T>(pass.rows, pass.samples, options.reduction);
+  pass.run(/*gradient=*/true, {&share, 0}, data_of<T>(nll),
+           g_shared ? data_of<T>(g_shared) : nullptr);
+  finish_loss<T>(pass, data_of<T>(nll), log_q, log_p, options, loss);
+}
+
+// grad[n] *= factor(n), rows in parallel.
+template <class T, class Factor>
+void rescale_rows(const View& grad, const Factor& factor) {
+  Operand rows = operand(grad);
+  Event event = event_of(grad);
+  event.fuse<1>({&rows}, /*reorder=*/true);
+  const int64_t size = event.numel();
+  torch::stable::parallel_for(
+      0, grad.sizes[0], std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
+      [&](int64_t first, int64_t last) {
+        T tile[kTile], scaled[kTile];
+        for (int64_t n = first; n < last; ++n) {
+          for (int64_t begin = 0; begin < size; begin += kTile) {
+            const int64_t count = std::min(size - begin, kTile);
+            const T* from = event.load(rows, n, begin, count, tile);
+            const T by = factor(n);
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * by;
+            event.store(rows, n, begin, count, static_cast<const T*>(scaled));
+          }
+        }
+      });
+}
+
+template <class T>
+void rescale_as(const View& g_mean, const View& g_scale, const View& g_shared, const View& g_nll,
+                const View& g_loss, double beta, Reduction reduction, int64_t samples, int64_t batch,
+                const View& g_log_q, const View& g_log_p, const View& g_scalar) {
+  const RowValues<T> nll(g_nll, batch), loss(g_loss, batch);
+  const int64_t rows = samples * batch;
+  const T share = row_share<T>(rows, samples, reduction);
+  const auto factor = [&](int64_t n) { return loss[n % loss.batch] + nll[n] / share; };
+  const bool unit = rows == 0 || (!g_nll && loss.stride == 0 && factor(0) == T(1));
+  if (!unit) {
+    rescale_rows<T>(g_mean, factor);
+    if (g_scale) rescale_rows<T>(g_scale, factor);
+  }
+  if (g_shared) {
+    const RowValues<T> part(g_shared, batch);
+    const auto term = [&](int64_t n) { return factor(n) * part[n]; };
+    store_scalar(g_scalar, tree_sum<T>(0, rows, term));
+  }
+  latent_gradients<T>(rows, beta, share, loss, g_log_q, g_log_p);
+}
+
+}  // namespace
+
+void likelihood_forward(const View& x, const View& mean, const View& scale, const View& mask,
+                        const View& log_q, const View& log_p, const LikelihoodOptions& options,
+                        const View& nll, const View& loss) {
+  const auto run = is_double(mean) ? likelihood_forward_as<double> : likelihood_forward_as<float>;
+  run(x, mean, scale, mask, log_q, log_p, options, nll, loss);
+}
+
+void likelihood_backward(const View& g_nll, const View& g_loss, const View& x, const View& mean,
+                         const View& scale, const View& mask, const LikelihoodOptions& options,
+                         const View& g_x, const View& g_mean, const View& g_scale,
+                         const View& g_log_q, const View& g_log_p) {
+  const auto run = is_double(mean) ? likelihood_backward_as<double> : likelihood_backward_as<float>;
+  run(g_nll, g_loss, x, mean, scale, mask, options, g_x, g_mean, g_scale, g_log_q, g_log_p);
+}
+
+void likelihood_forward_grad(const View& x, const View& mean, const View& scale, const View& mask,
+                             const View& log_q, const View& log_p,
+                             const LikelihoodOptions& options, const View& g_mean,
+                             const View& g_scale, const View& nll, const View& loss,
+                             const View& g_shared) {
+  const auto run = is_double(mean) ? forward_grad_as<double> : forward_grad_as<float>;
+  run(x, mean, scale, mask, log_q, log_p, options, g_mean, g_scale, nll, loss, g_shared);
+}
+
+void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_shared,
+                        const View& g_nll, const View& g_loss, double beta, Reduction reduction,
+                        int64_t samples, int64_t batch, const View& g_log_q, const View& g_log_p,
+                        const View& g_scalar) {
+  const auto run = is_double(g_mean) ? rescale_as<double> : rescale_as<float>;
+  run(g_mean, g_scale, g_shared, g_nll, g_loss, beta, reduction, samples, batch, g_log_q, g_log_p,
+      g_scalar);
+}
+
+}  // namespace vae_fast

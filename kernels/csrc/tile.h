@@ -1,0 +1,119 @@
+// Loops that prepare operands: raw scales, data stored as levels, and bf16 in memory as fp32 in
+// registers (fp16 goes through its class's own conversion).
+//
+// Included once per instruction set (each_isa.h).
+
+template <class F, Param P, bool kLog>
+VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf<F>* from,
+                                   ScalarOf<F>* to, ScalarOf<F>* slope) {
+  using T = ScalarOf<F>;
+  const F lo = splat<F>(static_cast<T>(clamp.lo)), hi = splat<F>(static_cast<T>(clamp.hi));
+  const T middle = static_cast<T>(0.5 * (clamp.lo + clamp.hi));
+  const T reach = static_cast<T>(0.5 * (clamp.hi - clamp.lo));
+  const bool soft = clamp.soft;
+  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+    F s = at.load(from, T(1)), d = splat<F>(T(1));
+    if (soft) {
+      const SoftClamp<F> c((s - middle) / reach);
+      s = c.value * reach + middle;
+      d = c.slope;
+    } else {
+      F kept = select(s < lo, lo, s);  // false for NaN, which passes through with its gradient
+      kept = select(kept > hi, hi, kept);
+      d = select(absolute(kept - s) > T(0), F{}, d);
+      s = kept;
+    }
+    if constexpr (kLog) {
+      const Scale<F, P> scale(s);
+      at.store(to, scale.log_sigma);
+      // Selected, since a slope of zero may meet an infinite one.
+      at.store(slope, select(d == T(0), F{}, d * scale.slope));
+    } else {
+      at.store(to, s);
+      at.store(slope, d);
+    }
+  });
+}
+
+template <class F, Param P>
+VAE_FAST_TARGET void prepare_scale_as(int64_t n, const Clamp& clamp, bool log,
+                                      const ScalarOf<F>* from, ScalarOf<F>* to,
+                                      ScalarOf<F>* slope) {
+  const auto run = log ? prepare_scale<F, P, true> : prepare_scale<F, P, false>;
+  run(n, clamp, from, to, slope);
+}
+
+template <class F>
+VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u, ScalarOf<F> mul,
+                                 ScalarOf<F> add, ScalarOf<F>* to) {
+  using T = ScalarOf<F>;
+  if (u == nullptr) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]) * mul + add;
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = (static_cast<T>(from[i]) + static_cast<T>(u[i])) * mul + add;
+    }
+  }
+}
+
+template <class F>
+TileKernels<ScalarOf<F>> tile_kernels(Param param) {
+  switch (param) {
+#define VAE_FAST_CASE(P) \
+  case Param::P:         \
+    return {prepare_scale_as<F, Param::P>, levels_tile<F>};
+    VAE_FAST_CASE(logvar)
+    VAE_FAST_CASE(logstd)
+    VAE_FAST_CASE(std)
+    VAE_FAST_CASE(var)
+    VAE_FAST_CASE(softplus)
+#undef VAE_FAST_CASE
+  }
+  return {};
+}
+
+template <class F>
+VAE_FAST_TARGET void uniform_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
+                                  float* u) {
+  using U = typename Traits<F>::UInt;
+  philox_blocks<F>(calls, counter, k0, k1, kUniformStream, [&](U x, U y, U z, U w)
+                                                               VAE_FAST_LAMBDA {
+    store_transposed(uniform<F>(x), uniform<F>(y), uniform<F>(z), uniform<F>(w), u);
+    u += 4 * Traits<F>::width;
+  });
+}
+
+template <class F>
+VAE_FAST_TARGET void widen_bf16(const uint16_t* from, int64_t n, float* to) {
+  using U = typename Traits<F>::UInt;
+  using S = typename Traits<F>::UShort;
+  constexpr int width = Traits<F>::width;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    S v;
+    std::memcpy(&v, from + i, sizeof(v));
+    const U wide = __builtin_convertvector(v, U) << 16;
+    std::memcpy(to + i, &wide, sizeof(wide));
+  }
+  for (; i < n; ++i) to[i] = bits_as<float>(uint32_t(from[i]) << 16);
+}
+
+template <class F>
+VAE_FAST_TARGET void narrow_bf16(const float* from, int64_t n, uint16_t* to) {
+  using U = typename Traits<F>::UInt;
+  using S = typename Traits<F>::UShort;
+  constexpr int width = Traits<F>::width;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    F v;
+    std::memcpy(&v, from + i, sizeof(v));
+    const S rounded = __builtin_convertvector(bf16_bits<F, U>(v), S);
+    std::memcpy(to + i, &rounded, sizeof(rounded));
+  }
+  for (; i < n; ++i) to[i] = static_cast<uint16_t>(bf16_bits<float, uint32_t>(from[i]));
+}
+
+template <class F>
+StorageKernels storage_kernels() {
+  return {widen_bf16<F>, narrow_bf16<F>, uniform_tile<F>};
+}
