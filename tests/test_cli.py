@@ -146,26 +146,181 @@ def test_train_compares_with_plain_pytorch_on_a_copy(digits_run):
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("variance", ["full", "scalar"])
-def test_the_plain_loss_of_the_comparison_is_the_same_loss(variance, samples, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(variance="full", posterior_clamp=(-0.1, 0.1), likelihood_clamp=(-0.1, 0.1)),
+        dict(variance="scalar", likelihood_clamp=(-0.1, 0.1)),
+        dict(variance="channel", likelihood="laplace"),
+        dict(likelihood="student_t"),
+        dict(likelihood="logistic", x_scale=(1 / 16, 0.0)),
+        dict(likelihood="bernoulli"),
+        dict(likelihood_scale=-1.0, kl="analytic"),
+        dict(dequantize=True, x_scale=(1 / 16, 0.0)),
+    ],
+)
+def test_the_plain_loss_of_the_comparison_is_the_same_loss(options, samples, monkeypatch):
     torch.manual_seed(0)
-    vae = VAE.mlp(
-        (4,),
-        2,
-        (8,),
-        variance=variance,
-        num_samples=samples,
-        beta=0.5,
-        likelihood_clamp=(-0.1, 0.1),
-        posterior_clamp=(-0.1, 0.1),
-    )
-    x = torch.rand(6, 4)
+    vae = VAE.mlp((4,), 2, (8,), num_samples=samples, beta=0.5, **options)
+    assert training._comparable(vae)
+    levels = torch.randint(0, 17, (6, 4), dtype=torch.uint8)
+    values = vae._encoder_input(levels)
     key = torch.tensor([1, 2], dtype=torch.uint64)
     eps = vae_fast.noise.normal(key, 6, samples, (2,))
     eps = eps[0] if samples == 1 else eps
     monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: eps)
-    plain = training._plain_loss(vae.elbo, x, vae.encoder(x), vae.decoder)
-    torch.testing.assert_close(plain, vae(x, key=key).loss)
+    uniform = vae_fast.noise.uniform(key, 6, (4,))
+    monkeypatch.setattr(torch, "rand_like", lambda x: uniform)
+    plain = training._plain_loss(vae.elbo, values, vae.encoder(values), vae.decoder)
+    torch.testing.assert_close(plain, vae(levels, key=key).loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(objective="iwae"),
+        dict(estimator="stl"),
+        dict(kl="analytic", free_bits=1.0),
+        dict(capacity=1.0),
+        dict(likelihood_scale="optimal"),
+    ],
+)
+def test_there_is_no_comparison_where_the_plain_loss_is_another(options):
+    assert not training._comparable(VAE.mlp((4,), 2, (8,), **options))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["--likelihood", "laplace", "--estimator", "stl", "--variance", "channel"],
+            dict(likelihood="laplace", estimator="stl"),
+        ),
+        (
+            ["--likelihood", "student_t", "--capacity", "5"],
+            dict(likelihood="student_t", capacity=5),
+        ),
+        (
+            ["--likelihood", "bernoulli", "--kl", "analytic", "--free-bits", "0.1"],
+            dict(likelihood="bernoulli", kl="analytic", free_bits=0.1),
+        ),
+        (
+            [
+                "--likelihood",
+                "logistic",
+                "--objective",
+                "iwae",
+                "--estimator",
+                "dreg",
+                "--num-samples",
+                "3",
+            ],
+            dict(likelihood="logistic", objective="iwae", estimator="dreg", num_samples=3),
+        ),
+        (
+            ["--likelihood-scale", "0.5", "--dequantize"],
+            dict(likelihood_scale=2 * math.log(0.5), dequantize=True),
+        ),
+        (["--likelihood-scale", "optimal_sample"], dict(likelihood_scale="optimal_sample")),
+    ],
+)
+def test_train_with_every_option(tmp_path, argv, expected):
+    of_levels = "logistic" in argv or "--dequantize" in argv
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    out = tmp_path / "out"
+    source = ["--data", str(tmp_path / "x.npz"), "--out", str(out), "--latent-dim", "2"]
+    assert main(["train", *source, *QUICK, *argv]) == 0
+    for name in PICTURES | {"manifold.png", "encoded.png"}:
+        check_picture(out / name)
+    vae = VAE.load(out / "model.safetensors").eval()
+    options = vae.elbo.options()
+    assert {name: options[name] for name in expected} == pytest.approx(expected)
+
+    # The model is the one of the metrics, bits per dimension included.
+    (row,) = rows_of(out)
+    data = datasets.load(str(tmp_path / "x.npz"))
+    _, val = datasets.split(data, seed=0)
+    with torch.no_grad():
+        told = vae(data.x[val], key=torch.tensor([0, 0], dtype=torch.uint64))
+    assert float(told.nll.mean()) == pytest.approx(row["val_nll"], rel=1e-4)
+    assert float(told.kl.mean()) == pytest.approx(row["val_kl"], rel=1e-3, abs=1e-3)
+    assert (training.BITS in row) == of_levels
+    if of_levels:
+        assert float(told.bits_per_dim.mean()) == pytest.approx(row[training.BITS], abs=2e-4)
+
+    draws = tmp_path / "draws.npz"
+    argv = ["sample", str(out), "-n", "9", "--out", str(tmp_path / "s.png"), "--npz", str(draws)]
+    main([*argv, *([] if "optimal_sample" in expected.values() else ["--noise"])])
+    check_picture(tmp_path / "s.png")
+    with np.load(draws) as file:
+        drawn = file["x"]
+    if vae.elbo.likelihood == "bernoulli":
+        assert set(np.unique(drawn)) == {0.0, 1.0}
+    if vae.elbo.likelihood == "logistic":
+        np.testing.assert_allclose(drawn * 255, (drawn * 255).round(), atol=1e-3)
+
+
+def test_bits_of_binary_data(tmp_path, capsys):
+    x = np.random.default_rng(0).random((40, 6)) < 0.3
+    np.savez(tmp_path / "x.npz", x=x)
+    out = tmp_path / "out"
+    argv = ["train", "--data", str(tmp_path / "x.npz"), "--out", str(out), *QUICK]
+    main([*argv, "--likelihood", "bernoulli"])
+    (row,) = rows_of(out)
+    assert row[training.BITS] == pytest.approx(-row["val_elbo"] / (6 * math.log(2)), abs=1e-3)
+    assert f"at most {row[training.BITS]:.3f} bits/dim" in capsys.readouterr().out
+
+
+def test_the_digits_are_17_levels_a_sixteenth_apart(tmp_path):
+    data = datasets.load("digits")
+    assert data.x_scale == (1 / 16, 0.0)
+    assert data.x.unique().tolist() == list(range(17))
+    main(["train", "--out", str(tmp_path), *QUICK, "--likelihood", "logistic"])
+    vae = VAE.load(tmp_path / "model.safetensors")
+    assert vae.elbo.x_scale == (1 / 16, 0.0)
+    (row,) = rows_of(tmp_path)
+    # A mass, so never above 1; and already a first epoch is better than a guess among 256 levels.
+    assert row["val_nll"] > 0
+    assert row[training.BITS] < 8
+
+
+@pytest.mark.parametrize("shape", ["linear", "sigmoid", "cyclical"])
+def test_the_weight_of_the_kl_term_warms_up(shape, tmp_path, monkeypatch):
+    x = np.random.default_rng(0).random((40, 4), dtype=np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    seen = []
+    forward = VAE.forward
+
+    def spied(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            seen.append(self.elbo.beta)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(VAE, "forward", spied)
+    argv = ["train", "--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "o"), *QUICK]
+    main(
+        [*argv, "--batch-size", "8", "--epochs", "3", "--beta", "4", "--beta-warmup", f"{shape}:8"]
+    )
+    steps = 3 * 4  # 32 data points to train on
+    schedule = getattr(vae_fast.schedules, shape)(8, end=4.0)
+    assert seen == [schedule(step) for step in range(steps)]
+    assert seen[0] == 0.0
+    assert seen[-1] == 4.0
+    assert VAE.load(tmp_path / "o" / "model.safetensors").elbo.beta == 4.0
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "df"),
+    [("gaussian", 4.0), ("laplace", 4.0), ("student_t", 9.0), ("logistic", 4.0)],
+)
+def test_the_pictured_deviation_is_that_of_draws(likelihood, df):
+    vae = VAE(
+        torch.nn.Linear(4, 2), lambda z: (torch.full((len(z), 4), 0.5), torch.tensor(-6.0)), 1,
+        likelihood=likelihood, df=df,
+    )  # fmt: skip
+    x = vae.sample(20_000, key=torch.tensor([1, 2], dtype=torch.uint64), noise=True)
+    assert float(x.std()) == pytest.approx(float(training._std(vae, torch.zeros(1, 1))), rel=0.03)
 
 
 def test_runs_are_reproducible(tmp_path):
@@ -190,7 +345,8 @@ def test_train_conv_on_a_colour_npz_with_classes(tmp_path):
     data = datasets.load(str(tmp_path / "colour.npz"))
     assert data.event_shape == (3, 9, 7)
     assert data.labels == ["cat", "dog"]
-    np.testing.assert_allclose(data.x.numpy(), x.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+    assert data.x.dtype == torch.uint8
+    np.testing.assert_allclose(data.values().numpy(), x.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
     out = tmp_path / "out"
     argv = ["train", "--data", str(tmp_path / "colour.npz"), "--out", str(out), "--model", "conv"]
     main([*argv, "--latent-dim", "2", "--num-samples", "2", "--inplace", *QUICK])
@@ -199,19 +355,23 @@ def test_train_conv_on_a_colour_npz_with_classes(tmp_path):
     assert VAE.load(out / "model.safetensors").sample(2).shape == (2, 3, 9, 7)
 
 
-@pytest.mark.parametrize("variance", ["full", "scalar", "unit"])
+@pytest.mark.parametrize("variance", ["full", "scalar", "channel", "unit", None])
 def test_train_on_vectors(tmp_path, variance):
     t = np.linspace(0, 1, 12)
     phase = np.random.default_rng(0).random((40, 1))
     np.savez(tmp_path / "waves.npz", x=np.sin(2 * np.pi * (t + phase)))
     out = tmp_path / "out"
     argv = ["train", "--data", str(tmp_path / "waves.npz"), "--out", str(out), "--latent-dim", "2"]
-    main([*argv, "--variance", variance, *QUICK])
+    how = ["--variance", variance] if variance else ["--likelihood-scale", "optimal"]
+    main([*argv, *how, *QUICK])
     for name in PICTURES | {"encoded.png"}:
         check_picture(out / name)
-    unit = VAE.load(out / "model.safetensors").decode(torch.zeros(1, 2))[1]
-    assert unit.shape == ((1, 12) if variance == "full" else ())
-    assert (unit == 0).all() == (variance == "unit")
+    scale = VAE.load(out / "model.safetensors").decode(torch.zeros(1, 2))[1]
+    if variance is None:
+        assert scale is None
+        return
+    assert scale.shape == {"full": (1, 12), "channel": (12,)}.get(variance, ())
+    assert (scale == 0).all() == (variance == "unit")
 
 
 def test_train_on_a_folder_of_images(tmp_path):
@@ -225,7 +385,7 @@ def test_train_on_a_folder_of_images(tmp_path):
     assert data.event_shape == (1, 6, 10)
     assert data.labels == ["even", "odd"]
     assert data.y.tolist() == [0] * 10 + [1] * 10
-    np.testing.assert_allclose(data.x[-1, 0].numpy(), pixels / 255, rtol=1e-6)
+    np.testing.assert_allclose(data.values()[-1, 0].numpy(), pixels / 255, rtol=1e-6)
 
     # One of another size, in colour: an error, unless they are resized, then all are in colour.
     odd_one = tmp_path / "images" / "odd" / "99.jpg"
@@ -272,8 +432,8 @@ def test_the_split_is_a_partition_that_depends_on_the_seed():
     assert sorted(torch.cat([train, val]).tolist()) == list(range(1797))
     assert torch.equal(train, datasets.split(data, 0)[0])
     assert not torch.equal(train, datasets.split(data, 1)[0])
-    assert data.x.min() == 0
-    assert data.x.max() == 1
+    assert data.values().min() == 0
+    assert data.values().max() == 1
 
 
 def test_pictures_show_each_image_in_its_place(tmp_path):
@@ -313,6 +473,13 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     assert "x must hold real numbers, got dtype complex128" in message(npz(x=x.astype(complex)))
     assert "9 data points; at least 10" in message(npz(x=x[:9]))
     assert "--model conv needs images" in message(npz(x=x), "--model", "conv")
+    levels = "needs data of levels, uint8; d is not"
+    assert "--likelihood logistic " + levels in message(npz(x=x), "--likelihood", "logistic")
+    assert "--dequantize " + levels in message(npz(x=x), "--dequantize")
+    wide = npz(x=x - np.arange(4, dtype=np.float32))
+    assert "needs data in [0, 1], but d goes from -3 to 0" in message(
+        wide, "--likelihood", "bernoulli"
+    )
     (tmp_path / "broken.npz").write_bytes(b"PK but not really")
     assert "cannot be read as a .npz file" in message(tmp_path / "broken.npz")
     np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20))
@@ -346,6 +513,16 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
         (["--beta", "nan"], "must be a number of at least 0"),
         (["--seed", "-1"], "must be between 0"),
         (["--variance", "some"], "invalid choice"),
+        (["--likelihood", "poisson"], "invalid choice"),
+        (["--likelihood-scale", "best"], "must be a number or one of optimal, optimal_sample"),
+        (["--likelihood-scale", "0"], "must be above 0"),
+        (["--likelihood-scale", "1", "--variance", "unit"], "variance='unit' and likelihood_scale"),
+        (["--beta-warmup", "steep:3"], "SHAPE one of cyclical, linear, sigmoid, got steep:3"),
+        (["--beta-warmup", "linear:0"], "must be SHAPE:STEPS"),
+        (["--beta-warmup", "linear"], "must be SHAPE:STEPS"),
+        (["--free-bits", "1"], 'free_bits needs kl="analytic"'),
+        (["--objective", "iwae", "--estimator", "stl"], 'use "dreg"'),
+        (["--likelihood", "logistic", "--dequantize"], "dequantize=True needs a density"),
         ([*QUICK, "--lr", "1e30", "--epochs", "3"], "the loss was not finite in epoch"),
     ],
 )
@@ -403,6 +580,12 @@ def test_sample_writes_a_picture_and_values(digits_run, tmp_path, capsys):
     assert np.array_equal(a, folder)
     assert not np.allclose(a, seed)
     assert not np.allclose(a, noise)
+
+
+def test_sample_explains_a_variance_that_needs_data(tmp_path, capsys):
+    VAE.mlp((4,), 2, (8,), likelihood_scale="optimal").save(tmp_path / "model.safetensors")
+    error = fails(capsys, "sample", str(tmp_path), "--noise", "--out", str(tmp_path / "s.png"))
+    assert "estimates the variance of p(x|z) from x" in error
 
 
 def test_sample_explains_a_wrong_checkpoint(tmp_path, capsys):

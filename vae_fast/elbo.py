@@ -62,9 +62,11 @@ class ELBOOutput(NamedTuple):
     def bits_per_dim(self) -> Tensor:
         """The negative bound (β = 1) of each row in bits per element of x, (B,).
 
-        For levels a apart, a uint8 x say, the mass of a level is bounded by its density times a, so
-        log₂ a is taken off (Theis et al. 2016, "A note on the evaluation of generative models",
-        section 3.1); the masses of the Bernoulli and the logistic likelihood need no correction.
+        For a density of levels a apart, a uint8 x say, log₂ a is taken off, which makes it one of
+        levels. With ``dequantize=True`` that bounds the code length of the data (Theis et al. 2016,
+        "A note on the evaluation of generative models", section 3.1); without, a density may rise
+        at the levels themselves and bounds nothing. The masses of the Bernoulli and the logistic
+        likelihood are of levels already.
         """
         rows = self.nll + self.kl
         if rows.dim() == 2:
@@ -73,7 +75,7 @@ class ELBOOutput(NamedTuple):
             size: Tensor | int = math.prod(self.data_shape[1:])
         else:
             size = self.mask.expand(self.data_shape).flatten(1).sum(1)
-        return rows / (math.log(2.0) * size) - math.log2(self.bin_width)
+        return rows / size / math.log(2.0) - math.log2(self.bin_width)
 
 
 class FusedELBO(nn.Module):
@@ -423,7 +425,7 @@ class FusedELBO(nn.Module):
                 )
             return log_p.to(ops.accumulation_dtype(z)).view(rows)
         prior_mu, prior_scale = functional._check_pair("prior", prior)
-        functional._check_tensor("prior's mu", prior_mu)
+        functional._check_tensor("prior's mu", prior_mu, like=z)
         # The density is symmetric in x and mean, and K samples may share a row of x.
         event = z.shape[len(rows) - 1 :]
         prior_mu = functional._broadcast("prior's mu", prior_mu, z[0] if len(rows) == 2 else z)

@@ -356,7 +356,7 @@ def optimal_gaussian_nll(
         if key is not None:  # the noise of a row runs through its channels
             mul, add = reference.X_SCALE if x_scale is None else x_scale
             u = noise.uniform(key, x.shape[0], x.shape[1:], first_row)
-            x, key = ((x + u) * mul + add).to(mean.dtype), None
+            x, key = (x + u.to(ops.accumulation_dtype(mean))) * mul + add, None
         x, mean = x.flatten(0, 1), mean.flatten(-x.dim(), 1 - x.dim())
         mask = None if mask is None else mask.flatten(0, 1)
     sse = 2.0 * likelihood_nll(

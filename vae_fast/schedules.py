@@ -21,8 +21,7 @@ __all__ = ["cyclical", "linear", "sigmoid"]
 class linear:
     """From ``start`` to ``end`` in a straight line over ``warmup`` steps, and ``end`` after that.
 
-    Bowman et al. 2016, "Generating Sentences from a Continuous Space", section 3.1, and Sønderby et
-    al. 2016, "Ladder Variational Autoencoders", section 3.2.
+    Sønderby et al. 2016, "Ladder Variational Autoencoders" (warm-up).
     """
 
     warmup: int
@@ -42,7 +41,8 @@ class sigmoid:
     """From ``start`` to ``end`` along a logistic curve over ``warmup`` steps.
 
     start + (end − start)·s(w(2t − 1)), t = step/warmup, where s is the logistic function rescaled
-    to reach 0 and 1 at the ends; w is the ``steepness`` (Bowman et al. 2016, figure 2).
+    to reach 0 and 1 at the ends; w is the ``steepness`` (KL annealing of Bowman et al. 2016,
+    "Generating Sentences from a Continuous Space").
     """
 
     warmup: int
@@ -68,7 +68,8 @@ class cyclical:
     """``cycles`` equal cycles over ``total`` steps, each a linear rise and then a plateau.
 
     The first ``ratio`` of a cycle rises from ``start`` to ``end``, the rest stays there; after the
-    last cycle the value is ``end`` (Fu et al. 2019, "Cyclical Annealing Schedule", eq. 6 and 7).
+    last cycle the value is ``end`` (Fu et al. 2019, "Cyclical Annealing Schedule: A Simple Approach
+    to Mitigating KL Vanishing").
     """
 
     total: int

@@ -6,6 +6,7 @@ or let :meth:`VAE.mlp` or :meth:`VAE.conv` build them.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -18,39 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_fast import noise, reference
-from vae_fast.elbo import ELBOOutput, FusedELBO
+from vae_fast import functional, noise, ops, reference
+from vae_fast.elbo import OPTIMAL, ELBOOutput, FusedELBO, Prior
 
 __all__ = ["VAE"]
 
-# σ of p(x|z) may learn anything between these, by default. Without a floor a learned variance has
-# no best value: where the data never varies (the blank corner of an image) the density grows
-# without bound as σ shrinks. The floor is in units of x. At 0.03 one element adds at most
-# −log 0.03 − ½ log 2π = 2.59 nats to log p(x|z); for data in steps of Δ, a floor of at least
-# Δ/√(2π) also keeps the density at or below 1/Δ, that of certainty about the step (Δ = 1/16 needs
-# 0.025). Floors of 0.018 to 0.12 all train stably on the digits.
+# The scale τ of a density p(x|z) may learn anything between these, by default. Without a floor a
+# learned scale has no best value: where the data never varies (the blank corner of an image) the
+# density grows without bound as τ shrinks. The floor is in units of x. At 0.03 one element adds at
+# most −log 0.03 − ½ log 2π = 2.59 nats to a Gaussian log p(x|z) (2.81 to a Laplace, 2.53 to a
+# Student t of 4 degrees of freedom); for data in steps of Δ, a floor of at least Δ/√(2π) also keeps
+# the density at or below 1/Δ, that of certainty about the step (Δ = 1/16 needs 0.025). Floors of
+# 0.018 to 0.12 all train stably on the digits.
 _MIN_STD, _MAX_STD = 0.03, 30.0
+# The discretized logistic is a mass, at most 1 at any τ, so its floor is in units of a level and
+# far lower: it keeps the gradient of an outlier, 1/τ, within reason. At a tenth of a level the
+# level at the mean already has 98.7 % of the mass; the code of PixelCNN++ (Salimans et al. 2017)
+# has log τ ≥ −7 for levels 2/255 apart, which is 0.116 of one.
+_LOGISTIC_LEVELS = (0.1, 255 * _MAX_STD)
 
-_FORMAT = 1
+_FORMATS = (1, 2)  # 1: the Gaussian likelihood, N(0, 1) as the prior
 _METADATA_KEY = "vae_fast"
 # Parameters whose raw value may be any real number, so that a plain linear layer can output them.
 _UNCONSTRAINED = ("logvar", "logstd", "softplus")
-_VARIANCES = ("full", "scalar", "unit")
-_OPTIONS = (
-    "beta",
-    "num_samples",
-    "posterior_param",
-    "likelihood_param",
-    "kl",
-    "reduction",
-    "posterior_clamp",
-    "likelihood_clamp",
-    "inplace",
-)
+_VARIANCES = ("full", "scalar", "channel", "unit")
+_OPTIONS = tuple(inspect.signature(FusedELBO).parameters)
+# Counters of the noise stream between what one key is used for: more than fits in any memory.
+_APART = 2**40
 
 
 class VAE(nn.Module):
-    """A variational autoencoder with a diagonal Gaussian posterior and a Gaussian decoder.
+    """A variational autoencoder with a diagonal Gaussian posterior.
 
     Its loss is the negative ELBO, E_q[log q(z|x) − log p(z)] − E_q[log p(x|z)] (Kingma and Welling
     2014, eq. 3), in nats, computed by :class:`vae_fast.FusedELBO`.
@@ -60,28 +59,30 @@ class VAE(nn.Module):
             one tensor with the two packed along dim 1.
         decoder: maps z of shape (N, *latent) to ``(mean, scale)`` of p(x|z), each (N, *event), or
             to one tensor with the two packed along dim 1: (N, 2·C, ...) for events (C, ...).
-            ``scale`` may also be a 0-dim tensor, one scale for every element.
+            ``scale`` may have any shape that broadcasts to the mean: 0-dim, one scale for every
+            element, say. Where the likelihood has no scale (``"bernoulli"``, whose mean is given as
+            logits) or ``likelihood_scale`` gives it, the mean alone.
         latent_dim: shape of z without its batch dimension; an int L means (L,).
-        beta: weight of the KL term (Higgins et al. 2017, eq. 4).
-        num_samples: samples K of z per data point. The decoder sees K·B rows.
-        posterior_param: what the encoder's ``scale`` means: "logvar", "logstd", "std", "var" or
-            "softplus".
-        likelihood_param: what the decoder's ``scale`` means.
-        kl: "monte_carlo": log q and log p are evaluated at the sample.
-        reduction: "mean" or "sum" of the loss over the batch, or "none".
-        posterior_clamp: ``(lo, hi)`` for the encoder's raw scale, or ``None``.
         likelihood_clamp: ``(lo, hi)`` for the decoder's raw scale; outside it the scale gets no
-            gradient, as with ``torch.clamp``. The default "auto" keeps the standard deviation of
-            p(x|z) between 0.03 and 30, in the units of x, which suits data scaled to [0, 1] or
-            standardised. ``None`` sets no limit: where the data does not vary, a learned variance
-            then shrinks until the loss is not finite.
-        inplace: let the loss overwrite the decoder's output with its gradient. Saves memory; the
-            decoder's output must not be used elsewhere.
+            gradient, as with ``torch.clamp``, unless ``likelihood_clamp_mode="soft"``. The default
+            "auto" keeps the scale τ of a density p(x|z) between 0.03 and 30, in the units of x,
+            which suits data scaled to [0, 1] or standardised, and that of ``"logistic"`` above a
+            tenth of a level; it sets no limit to a fixed ``likelihood_scale``. ``None`` sets no
+            limit: where the data does not vary, a learned density then narrows until the loss is
+            not finite.
+        options: every other keyword of :class:`vae_fast.FusedELBO`, which documents them and has
+            the same defaults: ``beta`` and ``num_samples``; ``likelihood`` and
+            ``likelihood_scale``; ``posterior_param`` and ``likelihood_param``; ``kl``,
+            ``objective`` and ``estimator``; ``prior``; ``free_bits`` and ``capacity``; ``x_scale``
+            and ``dequantize`` for uint8 data; ``reduction`` and ``inplace``; ...
 
-    Inputs and outputs of every method are in the dtype and on the device of the networks.
+    Inputs and outputs of every method are in the dtype and on the device of the networks. x may
+    also be uint8: the loss then takes it as it is, and the encoder sees a·x + b, (a, b) =
+    ``x_scale``, (1/255, 0) by default.
 
     Raises:
-        ValueError: for an option that does not exist or a latent that is not of ``latent_dim``.
+        TypeError: for an option that does not exist.
+        ValueError: for options that exclude each other or a latent that is not of ``latent_dim``.
     """
 
     def __init__(
@@ -90,48 +91,22 @@ class VAE(nn.Module):
         decoder: nn.Module | Callable[[Tensor], Any],
         latent_dim: int | Sequence[int],
         *,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        posterior_param: str = "logvar",
-        likelihood_param: str = "logvar",
-        kl: str = "monte_carlo",
-        reduction: str = "mean",
-        posterior_clamp: tuple[float, float] | None = None,
         likelihood_clamp: tuple[float, float] | str | None = "auto",
-        inplace: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
+        _check_options(options)
         self.encoder = encoder
         self.decoder = decoder
         self.latent_shape = _shape(latent_dim, "latent_dim")
-        if likelihood_clamp == "auto":
-            likelihood_clamp = _clamp_between(_MIN_STD, _MAX_STD, likelihood_param)
-        elif isinstance(likelihood_clamp, str):
+        if isinstance(likelihood_clamp, str) and likelihood_clamp != "auto":
             raise ValueError(
                 f'likelihood_clamp must be "auto", None or (lo, hi), got {likelihood_clamp!r}'
             )
-        self.elbo = FusedELBO(
-            beta=beta,
-            num_samples=num_samples,
-            posterior_param=posterior_param,
-            likelihood_param=likelihood_param,
-            kl=kl,
-            reduction=reduction,
-            posterior_clamp=posterior_clamp,
-            likelihood_clamp=likelihood_clamp,
-            inplace=inplace,
-        )
-        self._options = {
-            "beta": beta,
-            "num_samples": num_samples,
-            "posterior_param": posterior_param,
-            "likelihood_param": likelihood_param,
-            "kl": kl,
-            "reduction": reduction,
-            "posterior_clamp": posterior_clamp,
-            "likelihood_clamp": likelihood_clamp,
-            "inplace": inplace,
-        }
+        auto = likelihood_clamp == "auto"
+        self.elbo = FusedELBO(likelihood_clamp=None if auto else likelihood_clamp, **options)
+        if auto:
+            self.elbo.likelihood_clamp = _auto_clamp(self.elbo)
         self._architecture: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- ready-made networks
@@ -143,7 +118,7 @@ class VAE(nn.Module):
         latent_dim: int,
         hidden: Sequence[int] = (512, 256),
         *,
-        variance: str = "full",
+        variance: str | None = None,
         **options: Any,
     ) -> VAE:
         """A VAE whose encoder and decoder are fully connected, with SiLU between the layers.
@@ -152,10 +127,13 @@ class VAE(nn.Module):
             event_shape: shape of one data point, any number of dimensions; an int D means (D,).
             latent_dim: number of latent elements L.
             hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
-            variance: what the decoder learns of the variance of p(x|z): "full", one value per
-                element and per z; "scalar", one value for everything; "unit", nothing, σ = 1.
-                Adam moves the one value of "scalar" by about its learning rate per step, so give
-                that parameter a larger rate than the rest.
+            variance: what the decoder learns of the scale of p(x|z): "full", one value per element
+                and per z; "scalar", one value for everything; "channel", one value for each index
+                of the event's first dimension; "unit", nothing, τ = 1. "full" if ``None``, unless
+                the likelihood has no scale or ``likelihood_scale`` gives it, where nothing else is
+                possible. Adam moves the values of "scalar" and "channel", the parameter
+                ``decoder.scale``, by about its learning rate per step, so give it a larger rate
+                than the rest.
             options: any keyword of :class:`VAE`.
 
         Returns:
@@ -165,15 +143,16 @@ class VAE(nn.Module):
         latent = _positive(latent_dim, "latent_dim")
         hidden = tuple(_positive(h, "hidden") for h in hidden)
         size = math.prod(event)
-        _check_factory(variance, options)
+        learned = _learned_variance(variance, options)
 
-        outputs = 2 if variance == "full" else 1
+        outputs = 2 if learned == "full" else 1
         encoder = nn.Sequential(nn.Flatten(), *_dense((size, *hidden, 2 * latent)))
         decoder = nn.Sequential(
             *_dense((latent, *reversed(hidden), outputs * size)),
             nn.Unflatten(1, (outputs * event[0], *event[1:])),
         )
-        vae = cls(encoder, _with_variance(decoder, variance, options), latent, **options)
+        decoder = _with_variance(decoder, learned, event, options)
+        vae = cls(encoder, decoder, latent, **options)
         vae._architecture = {
             "kind": "mlp",
             "event_shape": list(event),
@@ -190,7 +169,7 @@ class VAE(nn.Module):
         latent_dim: int,
         channels: Sequence[int] = (32, 64),
         *,
-        variance: str = "full",
+        variance: str | None = None,
         **options: Any,
     ) -> VAE:
         """A VAE for images: each layer halves (encoder) or doubles (decoder) height and width.
@@ -212,7 +191,7 @@ class VAE(nn.Module):
         channels = tuple(_positive(c, "channels") for c in channels)
         if not channels:
             raise ValueError("channels must name at least one layer")
-        _check_factory(variance, options)
+        learned = _learned_variance(variance, options)
 
         # A 3×3 convolution of stride 2 maps a size n to ceil(n/2). Its transpose maps that back to
         # n with one element of output padding where n is even, so no size needs cropping.
@@ -225,7 +204,7 @@ class VAE(nn.Module):
             down += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()]
         encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(features, 2 * latent))
 
-        outputs = 2 if variance == "full" else 1
+        outputs = 2 if learned == "full" else 1
         up: list[nn.Module] = [
             nn.Linear(latent, features),
             nn.SiLU(),
@@ -239,7 +218,8 @@ class VAE(nn.Module):
                 nn.SiLU(),
             ]
         decoder = nn.Sequential(*up, nn.Conv2d(widths[-1], outputs * event[0], 3, padding=1))
-        vae = cls(encoder, _with_variance(decoder, variance, options), latent, **options)
+        decoder = _with_variance(decoder, learned, event, options)
+        vae = cls(encoder, decoder, latent, **options)
         vae._architecture = {
             "kind": "conv",
             "event_shape": list(event),
@@ -257,66 +237,93 @@ class VAE(nn.Module):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
         first_row: int = 0,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> ELBOOutput:
         """The loss of a batch and its parts.
 
         Args:
-            x: data, (B, *event).
+            x: data, (B, *event), in the networks' dtype or uint8.
             key: ``uint64`` tensor of shape (2,) that fixes the noise; drawn if ``None``.
             generator: where to draw the key from; the device's default generator if ``None``.
             first_row: global index of the batch's first row, so that the parts of a split batch
                 draw what the whole would have drawn from the same key.
+            mask: bool, broadcastable to x; what is False is missing data, whatever it holds, and
+                no part of p(x|z). The encoder sees zeros in its place.
+            weight: weights of the rows' losses, (B,).
 
         Returns:
             An :class:`vae_fast.ELBOOutput`: ``loss``, and per row ``nll``, ``kl``, ``log_q``,
             ``log_p``, in nats, and ``z``.
         """
-        mu, scale = self._encode(x)
+        mu, scale = self._encode(x, mask)
         return self.elbo(
-            x, mu, scale, self.decoder, key=key, generator=generator, first_row=first_row
+            x,
+            mu,
+            scale,
+            self.decoder,
+            key=key,
+            generator=generator,
+            first_row=first_row,
+            mask=mask,
+            weight=weight,
         )
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and scale of q(z|x).
 
         Args:
             x: data, (B, *event).
+            mask: what of x there is, as in :meth:`forward`.
 
         Returns:
             mu (B, *latent) and scale (B, *latent) or 0-dim; the scale is in ``posterior_param``'s
             terms and already clamped.
         """
-        mu, scale = self._encode(x)
-        return mu, _clamped(scale, self._options["posterior_clamp"])
+        mu, scale = self._encode(x, mask)
+        elbo = self.elbo
+        return mu, reference.clamp_scale(scale, elbo.posterior_clamp, elbo.posterior_clamp_mode)
 
-    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of p(x|z).
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the likelihood p(x|z) is made of: its location and its scale.
 
         Args:
             z: latents, (N, *latent).
 
         Returns:
-            mean (N, *event) and scale (N, *event) or 0-dim; the scale is in ``likelihood_param``'s
-            terms and already clamped.
+            mean (N, *event), logits for ``"bernoulli"``, and the scale as the decoder gives it,
+            (N, *event) or of a shape that broadcasts to it, in ``likelihood_param``'s terms and
+            already clamped. A fixed ``likelihood_scale`` is a 0-dim tensor, fp32 (fp64 for fp64).
+            ``None`` for ``"bernoulli"``, which has no scale, and for the ``"optimal"`` ones, which
+            depend on x.
         """
         if tuple(z.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"z must be of shape (N, {_joined(self.latent_shape)}), got {tuple(z.shape)}"
             )
-        mean, scale = _pair(self.decoder(z), "decoder")
-        return mean, _clamped(scale, self._options["likelihood_clamp"])
+        elbo, output = self.elbo, self.decoder(z)
+        if elbo.likelihood_scale is None and elbo.likelihood != "bernoulli":
+            mean, scale = _pair(output, "decoder")
+        else:
+            mean, scale = elbo._decode(output)
+        if scale is None:
+            return mean, None
+        if not isinstance(scale, Tensor):
+            scale = torch.full((), scale, dtype=ops.accumulation_dtype(mean), device=mean.device)
+        return mean, reference.clamp_scale(scale, elbo.likelihood_clamp, elbo.likelihood_clamp_mode)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) at the mean z of q(z|x): nothing is sampled, nothing has a gradient.
 
         Args:
             x: data, (B, *event).
+            mask: what of x there is, as in :meth:`forward`; the rest is made up.
 
         Returns:
-            Reconstructions, (B, *event).
+            Reconstructions, (B, *event): means, as in :meth:`sample`.
         """
-        return self.decode(self._encode(x)[0])[0]
+        return self._mean(self._encode(x, mask)[0])
 
     @torch.no_grad()
     def sample(
@@ -327,32 +334,42 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
         noise: bool = False,
     ) -> Tensor:
-        """Draw z from the prior N(0, 1) and return what the decoder makes of it.
+        """Draw z from the prior and return what the decoder makes of it.
+
+        A callable prior draws z itself, ``prior.sample(n)`` of shape (n, *latent), and by its own
+        random numbers.
 
         Args:
             n: number of samples.
             key: ``uint64`` tensor of shape (2,) that fixes the draw, the same on every device.
             generator: where to draw the key from; the device's default generator if ``None``.
-            noise: return a draw of x from p(x|z) instead of its mean. The mean is what one usually
-                looks at; the draw is what the model says the data look like.
+            noise: return a draw of x from p(x|z) instead of its mean: for ``"bernoulli"`` of 0 and
+                1, for ``"logistic"`` of the 256 levels. The mean is what one usually looks at; the
+                draw is what the model says the data look like.
 
         Returns:
-            Samples of x, (n, *event).
+            Samples of x, (n, *event), in floating point. Means are σ(logits) for ``"bernoulli"``;
+            for ``"logistic"`` that of the density between the first and the last level; for
+            ``"student_t"`` the location, even of one without a mean.
+
+        Raises:
+            ValueError: there is no way to draw from the prior; or ``noise`` of a model whose
+                variance is estimated from the data.
         """
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        device, dtype = self._where()
-        if key is None:
-            key = _make_key(device, generator)
-        z = _normal(key.to(device), n, self.latent_shape, dtype)
-        mean, scale = self.decode(z)
+        if noise and self.elbo.likelihood_scale in OPTIMAL:
+            raise ValueError(
+                f"likelihood_scale={self.elbo.likelihood_scale!r} estimates the variance of p(x|z) "
+                "from x, so without x there is none to draw with; noise=False gives the means"
+            )
+        device, dtype = self._where(self.decoder)
+        key = _key(key, device, generator)
+        z = self._sample_prior(n, key, dtype)
         if not noise:
-            return mean
+            return self._mean(z)
         # The same key half the counter space further on: a stream that z has no part in.
-        half_way = torch.tensor([0, -(2**63)], device=device)
-        key = (key.to(device).view(torch.int64) + half_way).view(torch.uint64)
-        _, sigma = reference.log_scale_and_scale(scale, self._options["likelihood_param"])
-        return mean + sigma * _normal(key, n, tuple(mean.shape[1:]), mean.dtype)
+        return _draw(self.elbo, *self.decode(z), _later(key, -(2**63)))
 
     @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int = 10) -> Tensor:
@@ -377,7 +394,74 @@ class VAE(nn.Module):
         start, end = self._encode(x0)[0], self._encode(x1)[0]
         t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)
         z = torch.lerp(start, end, t.reshape(-1, *(1,) * start.dim()))
-        return self.decode(z.flatten(0, 1))[0].unflatten(0, (steps, -1))
+        return self._mean(z.flatten(0, 1)).unflatten(0, (steps, -1))
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        x: Tensor,
+        num_samples: int = 1000,
+        chunk: int = 100,
+        *,
+        key: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """An importance-sampling estimate of log p(x), without a gradient.
+
+        log 1/K Σ_k p(x|z_k)·p(z_k)/q(z_k|x), z_k ~ q(z|x): the bound of Burda et al. 2016, eq. 8,
+        which rises to log p(x) with K. It is made of the model alone: β, free bits, the capacity
+        and the objective of the training do not enter.
+
+        Args:
+            x: data, (B, *event), in the networks' dtype or uint8.
+            num_samples: K, latent samples per row.
+            chunk: how many of them to decode at a time, so that the decoder sees at most chunk·B
+                rows. Chunks share no random number; their size changes which ones are drawn, and
+                so the estimate by its random error, but nothing else.
+            key: ``uint64`` tensor of shape (2,) that fixes the noise for a given chunk size.
+            generator: where to draw the key from; the device's default generator if ``None``.
+            mask: what of x there is, as in :meth:`forward`; the result is log p of that part.
+
+        Returns:
+            log p(x) in nats, (B,), fp32 (fp64 for fp64): of the mass of ``"bernoulli"`` and
+            ``"logistic"``, of the density of the others, in the units that ``x_scale`` gives a
+            uint8 x, and with ``dequantize=True`` of its mean over each level.
+
+        Raises:
+            ValueError: for ``likelihood_scale="optimal"`` and its like, which estimate the variance
+                from x itself: that is no density of x.
+        """
+        elbo = self.elbo
+        functional._check_count("num_samples", num_samples)
+        functional._check_count("chunk", chunk)
+        if elbo.likelihood_scale in OPTIMAL:
+            raise ValueError(
+                f"likelihood_scale={elbo.likelihood_scale!r} estimates the variance of p(x|z) from "
+                "x itself, so the model has no density of x; fix or learn a scale instead"
+            )
+        mu, scale = self._encode(x, mask)
+        key = _key(key, mu.device, generator)
+        prior = elbo._gaussian_prior() if elbo.prior == "gaussian" else elbo.prior
+        # fp64, because every chunk rounds the sum so far.
+        total = torch.full(mu.shape[:1], -math.inf, dtype=torch.float64, device=mu.device)
+        for index, done in enumerate(range(0, num_samples, chunk)):
+            k, part = min(chunk, num_samples - done), _later(key, index * _APART)
+            z, log_q, log_p = functional.reparameterize(
+                mu,
+                scale,
+                elbo.posterior_param,
+                k,
+                part,
+                clamp=elbo.posterior_clamp,
+                clamp_mode=elbo.posterior_clamp_mode,
+            )
+            rows = z.flatten(0, 1)
+            if prior is not None:
+                log_p = elbo._log_prior(z, rows, prior)
+            nll = self._nll(x, rows, log_q, part, mask)
+            total = torch.logaddexp(total, torch.logsumexp((log_p - log_q - nll).double(), 0))
+        return (total - math.log(num_samples)).to(ops.accumulation_dtype(mu))
 
     # ---------------------------------------------------------------- files
 
@@ -385,7 +469,8 @@ class VAE(nn.Module):
         """Write the weights and the configuration to one safetensors file.
 
         The configuration is JSON in the file's header, so nothing is pickled and the two cannot be
-        separated. The file appears complete or not at all.
+        separated. The file appears complete or not at all. Of a callable prior it has the weights,
+        if it is a module, but not the code.
 
         Args:
             path: the file to write, usually ``something.safetensors``.
@@ -394,10 +479,14 @@ class VAE(nn.Module):
 
         path = Path(path)
         config = {
-            "format": _FORMAT,
+            "format": _FORMATS[-1],
             "architecture": self._architecture,
             "latent_shape": list(self.latent_shape),
-            "options": self._options,
+            "options": {
+                name: float(value) if isinstance(value, Tensor) else value
+                for name, value in self.elbo.options().items()
+            },
+            "prior": self._prior_config(),
         }
         # A copy each, because the format has no notion of tensors that share memory.
         weights = {
@@ -427,6 +516,7 @@ class VAE(nn.Module):
         *,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        prior: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str = "cpu",
     ) -> VAE:
         """Read what :meth:`save` wrote.
@@ -436,6 +526,8 @@ class VAE(nn.Module):
             encoder: for a model that was not made by :meth:`mlp` or :meth:`conv`: a network of the
                 same structure, whose weights are overwritten.
             decoder: likewise.
+            prior: for a model with a callable prior: that callable, whose weights are overwritten
+                if it is a module.
             device: where to put the model.
 
         Returns:
@@ -443,7 +535,8 @@ class VAE(nn.Module):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not such a file, or needs ``encoder`` and ``decoder``.
+            ValueError: if the file is not such a file, or needs ``encoder`` and ``decoder``, or
+                ``prior``.
         """
         import safetensors
 
@@ -458,14 +551,16 @@ class VAE(nn.Module):
         if _METADATA_KEY not in metadata:
             raise ValueError(f"{path} was not written by VAE.save: its header has no configuration")
         config = json.loads(metadata[_METADATA_KEY])
-        if config["format"] != _FORMAT:
+        if config["format"] not in _FORMATS:
             raise ValueError(
-                f"{path} has format {config['format']}, this version reads format {_FORMAT}"
+                f"{path} has format {config['format']}, this version reads formats up to "
+                f"{_FORMATS[-1]}"
             )
         options = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in config["options"].items()
         }
+        options["prior"] = _load_prior(path, config.get("prior"), weights, prior)
         architecture = config["architecture"]
         if architecture is None and (encoder is None or decoder is None):
             raise ValueError(
@@ -486,8 +581,8 @@ class VAE(nn.Module):
 
     # ---------------------------------------------------------------- private
 
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, scale = _pair(self.encoder(x), "encoder")
+    def _encode(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mu, scale = _pair(self.encoder(self._encoder_input(x, mask)), "encoder")
         if tuple(mu.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"the encoder's mean must be of shape (B, {_joined(self.latent_shape)}) to match "
@@ -495,9 +590,88 @@ class VAE(nn.Module):
             )
         return mu, scale
 
-    def _where(self) -> tuple[torch.device, torch.dtype]:
-        """Device and dtype of z, read off the decoder's weights."""
-        for module in (self.decoder, self):
+    def _encoder_input(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Data as the encoder sees them: uint8 in units of x, zeros for what is missing."""
+        if x.dtype == torch.uint8:
+            mul, add = self.elbo.x_scale or reference.X_SCALE
+            x = x.to(self._where(self.encoder)[1]) * mul + add
+        if mask is None:
+            return x
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool torch.Tensor, got {got}")
+        return torch.where(functional._broadcast("mask", mask, x), x, 0.0)
+
+    def _mean(self, z: Tensor) -> Tensor:
+        """The mean of p(x|z), (N, *event)."""
+        mean, scale = self.decode(z)
+        if self.elbo.likelihood == "bernoulli":
+            return torch.sigmoid(mean)
+        if self.elbo.likelihood != "logistic":
+            return mean
+        # ∫ t·p(t) dt with what lies outside the levels moved to the nearest one: the integral of
+        # σ((m − t)/τ) over their range. The mean of the levels is its midpoint rule.
+        mul, add = self.elbo.x_scale or reference.X_SCALE
+        acc = ops.accumulation_dtype(mean)
+        _, tau = reference.log_scale_and_scale(scale.to(acc), self.elbo.likelihood_param)
+        first = (mean.to(acc) - add) / tau
+        last = first - 255.0 * mul / tau
+        inside = tau * (nn.functional.softplus(first) - nn.functional.softplus(last))
+        return (add + inside).to(mean.dtype)
+
+    def _nll(self, x: Tensor, z: Tensor, log_q: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """−log p(x|z) of k samples, rows k·B + b of z, (k, B); the key dequantizes."""
+        elbo, rows = self.elbo, log_q
+        mean, scale = elbo._decode(self.decoder(z))
+        if elbo.dequantize:  # every sample has noise of its own
+            if mask is not None:
+                mask = mask.expand(x.shape).repeat(len(log_q), *(1,) * (x.dim() - 1))
+            x = x.repeat(len(log_q), *(1,) * (x.dim() - 1))
+            rows = log_q.flatten()
+        _, nll = elbo._fused(x, mean, scale, rows, None, 1.0, "none", key, 0, mask)
+        return nll.view(log_q.shape)
+
+    def _sample_prior(self, n: int, key: Tensor, dtype: torch.dtype) -> Tensor:
+        """Draw z, (n, *latent), from the prior."""
+        prior, shape = self.elbo.prior, (n, *self.latent_shape)
+        if prior is None:
+            return _normal(key, n, self.latent_shape, dtype)
+        if prior == "gaussian":
+            mu, scale = self.elbo._gaussian_prior()
+            _, sigma = reference.log_scale_and_scale(scale, self.elbo.prior_param)
+            try:
+                mu, sigma = (t.to(key.device).expand(1, *self.latent_shape) for t in (mu, sigma))
+            except RuntimeError:
+                raise ValueError(
+                    f"prior differs between rows, so there is no one distribution to sample: its "
+                    f"tensors of shapes {tuple(mu.shape)} and {tuple(scale.shape)} do not "
+                    f"broadcast to the latent's ({_joined(self.latent_shape)})"
+                ) from None
+            eps = noise.normal(key, n, None, self.latent_shape, dtype=dtype)
+            return (mu + sigma * eps).to(dtype)
+        if not hasattr(prior, "sample"):
+            raise ValueError(
+                "prior gives the density of z but no way to draw it: add a method sample(n) that "
+                f"returns z of shape (n, {_joined(self.latent_shape)})"
+            )
+        z = prior.sample(n)
+        if not isinstance(z, Tensor) or tuple(z.shape) != shape:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"prior.sample({n}) must return z of shape {shape}, got {got}")
+        return z.to(key.device, dtype)
+
+    def _prior_config(self) -> dict[str, Any] | None:
+        """What a file says of the prior; a Gaussian's tensors are among the weights."""
+        if self.elbo.prior is None:
+            return None
+        if self.elbo.prior != "gaussian":
+            return {"kind": "callable"}
+        learned = [isinstance(t, nn.Parameter) for t in self.elbo._gaussian_prior()]
+        return {"kind": "gaussian", "learned": learned}
+
+    def _where(self, first: object) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the weights, of one of the networks if it has any."""
+        for module in (first, self):
             if isinstance(module, nn.Module):
                 for tensor in itertools.chain(module.parameters(), module.buffers()):
                     if tensor.is_floating_point():
@@ -509,26 +683,29 @@ class VAE(nn.Module):
         return f"latent_shape={self.latent_shape}"
 
 
-class _FixedOrScalarScale(nn.Module):
-    """A decoder of means, with one 0-dim raw scale that is a parameter or a constant."""
+class _SharedScale(nn.Module):
+    """A decoder of means, with a raw scale that no z changes: a parameter or a constant."""
 
-    def __init__(self, mean: nn.Module, scale: float, learned: bool) -> None:
+    def __init__(self, mean: nn.Module, scale: Tensor, learned: bool) -> None:
         super().__init__()
         self.mean = mean
         if learned:
-            self.scale = nn.Parameter(torch.tensor(scale))
+            self.scale = nn.Parameter(scale)
         else:
-            self.register_buffer("scale", torch.tensor(scale))
+            self.register_buffer("scale", scale)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self.mean(z), self.scale
 
 
-def _with_variance(decoder: nn.Module, variance: str, options: dict[str, Any]) -> nn.Module:
-    if variance == "full":
+def _with_variance(
+    decoder: nn.Module, learned: str | None, event: tuple[int, ...], options: dict[str, Any]
+) -> nn.Module:
+    if learned in (None, "full"):
         return decoder
     raw = _raw_scale(1.0, options.get("likelihood_param", "logvar"))
-    return _FixedOrScalarScale(decoder, raw, learned=variance == "scalar")
+    shape = (event[0], *(1 for _ in event[1:])) if learned == "channel" else ()
+    return _SharedScale(decoder, torch.full(shape, raw), learned != "unit")
 
 
 def _dense(widths: Sequence[int]) -> list[nn.Module]:
@@ -538,19 +715,61 @@ def _dense(widths: Sequence[int]) -> list[nn.Module]:
     return layers[:-1]
 
 
-def _check_factory(variance: str, options: dict[str, Any]) -> None:
-    if variance not in _VARIANCES:
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"unknown option {name!r}; VAE takes {', '.join(_OPTIONS)}")
+
+
+def _learned_variance(variance: str | None, options: dict[str, Any]) -> str | None:
+    """Which scale the decoder outputs, ``None`` if none, of checked options of mlp and conv."""
+    _check_options(options)
+    if variance is not None and variance not in _VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(_VARIANCES)}; got {variance!r}")
-    for name in ("posterior_param", "likelihood_param"):
+    names = ["posterior_param"]
+    scaled = options.get("likelihood_scale") is None and options.get("likelihood") != "bernoulli"
+    if scaled:
+        names.append("likelihood_param")
+        variance = variance or "full"
+    elif variance is not None:
+        name = "likelihood" if options.get("likelihood_scale") is None else "likelihood_scale"
+        raise ValueError(
+            f"variance={variance!r} and {name}={options[name]!r} exclude each other: the decoder "
+            "outputs means only"
+        )
+    for name in names:
         param = options.get(name, "logvar")
         if param not in _UNCONSTRAINED:
             raise ValueError(
                 f"{name} must be one of {', '.join(_UNCONSTRAINED)} here, because these networks "
                 f"output any real number; got {param!r}"
             )
-    unknown = set(options) - set(_OPTIONS)
-    if unknown:
-        raise TypeError(f"unknown option {sorted(unknown)[0]!r}; VAE takes {', '.join(_OPTIONS)}")
+    return variance
+
+
+def _load_prior(
+    path: object, config: dict[str, Any] | None, weights: dict[str, Tensor], given: Any
+) -> Prior | None:
+    """The prior of a model that is being loaded."""
+    kind = None if config is None else config["kind"]
+    if kind == "callable":
+        if not callable(given):
+            raise ValueError(
+                f"{path} holds a model with a callable prior, which a file cannot rebuild: pass "
+                "it, VAE.load(path, prior=...)"
+            )
+        return given
+    if given is not None:
+        raise ValueError(f"{path} needs no prior: its own is {kind or 'N(0, 1)'}")
+    if kind is None:
+        return None
+    mu, scale = (
+        nn.Parameter(weights[name].clone()) if learned else weights[name].clone()
+        for name, learned in zip(
+            ("elbo.prior_mu", "elbo.prior_scale"), config["learned"], strict=True
+        )
+    )
+    return mu, scale
 
 
 def _raw_scale(std: float, param: str) -> float:
@@ -564,19 +783,53 @@ def _raw_scale(std: float, param: str) -> float:
     }[param]
 
 
-def _clamp_between(lo: float, hi: float, param: str) -> tuple[float, float] | None:
-    try:
-        return _raw_scale(lo, param), _raw_scale(hi, param)
-    except KeyError:
-        return None  # FusedELBO names the parameters there are
+def _auto_clamp(elbo: FusedELBO) -> tuple[float, float] | None:
+    """The default bounds of the decoder's raw scale, if it has one to learn."""
+    if elbo.likelihood == "bernoulli" or isinstance(elbo.likelihood_scale, (int, float)):
+        return None
+    bounds = _MIN_STD, _MAX_STD
+    if elbo.likelihood == "logistic":
+        level, _ = elbo.x_scale or reference.X_SCALE
+        bounds = tuple(level * n for n in _LOGISTIC_LEVELS)
+    lo, hi = (_raw_scale(std, elbo.likelihood_param) for std in bounds)
+    return lo, hi
 
 
-def _clamped(scale: Tensor, clamp: tuple[float, float] | None) -> Tensor:
-    return scale if clamp is None else torch.clamp(scale, *clamp)
+def _draw(elbo: FusedELBO, mean: Tensor, scale: Tensor | None, key: Tensor) -> Tensor:
+    """A draw of x from p(x|z) for each row of ``mean``, (N, *event)."""
+    n, event = mean.shape[0], tuple(mean.shape[1:])
+    acc = ops.accumulation_dtype(mean)
+    if elbo.likelihood == "bernoulli":
+        # u is on (0, 1]: never at or below 0, always at or below 1.
+        return (noise.uniform(key, n, event) <= torch.sigmoid(mean.to(acc))).to(mean.dtype)
+    _, tau = reference.log_scale_and_scale(scale.to(acc), elbo.likelihood_param)
+    if elbo.likelihood == "gaussian":
+        draw = noise.normal(key, n, None, event, dtype=mean.dtype)
+    elif elbo.likelihood == "student_t":
+        # A polar coordinate of the bivariate t, which is Box and Muller's for ν → ∞ (Bailey 1994,
+        # "Polar generation of random variates with the t-distribution").
+        u, v = noise.uniform(key, n, (2, *event)).double().unbind(1)
+        radius = torch.sqrt(elbo.df * torch.expm1(-2.0 / elbo.df * torch.log(u)))
+        draw = radius * torch.cos(2.0 * math.pi * v)
+    else:
+        # Inverse distribution functions, for which 1 is too much.
+        u = noise.uniform(key, n, event).double().clamp(max=1.0 - 2.0**-25)
+        if elbo.likelihood == "laplace":
+            draw = torch.where(u < 0.5, torch.log(2.0 * u), -torch.log(2.0 * (1.0 - u)))
+        else:
+            draw = torch.logit(u)
+    x = mean.to(acc) + tau * draw.to(acc)
+    if elbo.likelihood == "logistic":
+        mul, add = elbo.x_scale or reference.X_SCALE
+        x = torch.round((x - add) / mul).clamp(0.0, 255.0) * mul + add
+    return x.to(mean.dtype)
 
 
-def _pair(output: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Mean and scale from a network's output, a pair or one tensor packed along dim 1."""
+def _pair(output: Any, name: str) -> tuple[Tensor, Any]:
+    """Mean and scale from a network's output, a pair or one tensor packed along dim 1.
+
+    A pair's scale is a tensor, or a decoder's may be a number.
+    """
     if isinstance(output, Tensor):
         if output.dim() < 2 or output.shape[1] % 2:
             raise ValueError(
@@ -588,7 +841,8 @@ def _pair(output: Any, name: str) -> tuple[Tensor, Tensor]:
     if (
         isinstance(output, (tuple, list))
         and len(output) == 2
-        and all(isinstance(t, Tensor) for t in output)
+        and isinstance(output[0], Tensor)
+        and isinstance(output[1], (Tensor, int, float) if name == "decoder" else Tensor)
     ):
         return output[0], output[1]
     raise TypeError(
@@ -597,8 +851,18 @@ def _pair(output: Any, name: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def _make_key(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    return noise.make_key(generator.device if generator is not None else device, generator)
+def _key(key: Tensor | None, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """The key that was given, or a fresh one, on ``device``."""
+    if key is None:
+        key = noise.make_key(device if generator is None else generator.device, generator)
+    noise.check_key(key)
+    return key.to(device)
+
+
+def _later(key: Tensor, counters: int) -> Tensor:
+    """The key whose stream starts so many counters further on."""
+    step = torch.tensor([0, counters], dtype=torch.int64, device=key.device)
+    return (key.view(torch.int64) + step).view(torch.uint64)
 
 
 def _normal(key: Tensor, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -6,9 +6,13 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from vae_fast import schedules
 from vae_fast.cli.errors import CommandError
+from vae_fast.elbo import ESTIMATORS, KL_ESTIMATORS, LIKELIHOODS, OBJECTIVES, OPTIMAL
 
 __all__ = ["main"]
+
+WARMUPS = tuple(schedules.__all__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vae-fast",
@@ -54,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a VAE and draw what it learned",
         description="Train a VAE. Writes model.safetensors, metrics.csv and pictures to --out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     train.add_argument(
         "--data",
@@ -62,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="digits (1797 images of 8x8, from scikit-learn); FILE.npz with an array x of shape "
         "(N, ...) and optionally labels y (N,); or a folder of images, whose sub-folders are then "
-        "the labels. uint8 values are divided by 255",
+        "the labels. uint8 values are levels from 0 to 1, 1/255 apart",
     )
     train.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     train.add_argument(
@@ -83,10 +94,30 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--latent-dim", type=_positive_int, default=10, metavar="L")
     train.add_argument(
         "--variance",
-        choices=("full", "scalar", "unit"),
-        default="full",
-        help="what is learned of the variance of p(x|z): one per pixel and z, one for everything, "
-        "or nothing (1)",
+        choices=("full", "scalar", "channel", "unit"),
+        help="what is learned of the scale of p(x|z): one per pixel and z (the default), one for "
+        "everything, one per channel, or nothing (1)",
+    )
+    train.add_argument(
+        "--likelihood",
+        choices=LIKELIHOODS,
+        default="gaussian",
+        help="the family of p(x|z): bernoulli is for data in [0, 1], logistic for levels (uint8); "
+        "docs/options.md says when to use which",
+    )
+    train.add_argument(
+        "--likelihood-scale",
+        type=_likelihood_scale,
+        metavar="S",
+        help="instead of --variance: a fixed scale of p(x|z), in the units of x (the standard "
+        f"deviation of a gaussian); or {', '.join(OPTIMAL)}: the Gaussian variance that fits best, "
+        "over a batch, a data point or a channel",
+    )
+    train.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="add uniform noise within the levels of uint8 data, so that bits/dim of a density "
+        "bound those of the levels",
     )
     train.add_argument("--epochs", type=_positive_int, default=100, metavar="N")
     train.add_argument("--batch-size", type=_positive_int, default=128, metavar="B")
@@ -98,6 +129,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--beta", type=_non_negative_float, default=1.0, help="weight of the KL term in the loss"
+    )
+    train.add_argument(
+        "--beta-warmup",
+        type=_warmup,
+        metavar="SHAPE:STEPS",
+        help=f"raise that weight from 0 over so many steps; SHAPE is {', '.join(WARMUPS)} (four "
+        "rises, one after the other)",
+    )
+    train.add_argument(
+        "--kl",
+        choices=KL_ESTIMATORS,
+        default="monte_carlo",
+        help="the KL term from the sample of z, or exactly",
+    )
+    train.add_argument(
+        "--free-bits",
+        type=_non_negative_float,
+        metavar="NATS",
+        help="KL that each latent element may have for free; with --kl analytic",
+    )
+    train.add_argument(
+        "--capacity",
+        type=_non_negative_float,
+        metavar="NATS",
+        help="draw the KL term to this value instead of 0",
+    )
+    train.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="elbo",
+        help="the bound to raise; iwae is the importance-weighted one of --num-samples samples",
+    )
+    train.add_argument(
+        "--estimator",
+        choices=ESTIMATORS,
+        default="standard",
+        help="of the posterior's gradient: stl, of less variance, goes with elbo, dreg with iwae",
     )
     train.add_argument(
         "--num-samples",
@@ -123,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         help="draw samples from a trained VAE",
         description="Draw samples from a trained VAE.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     sample.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a model.safetensors, or the folder it is in"
@@ -144,6 +212,26 @@ def _parser() -> argparse.ArgumentParser:
         "CPU extension was built.",
     )
     return parser
+
+
+def _likelihood_scale(text: str) -> float | str:
+    if text in OPTIMAL:
+        return text
+    try:
+        return _positive_float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number or one of {', '.join(OPTIMAL)}, got {text}"
+        ) from None
+
+
+def _warmup(text: str) -> tuple[str, int]:
+    shape, _, steps = text.partition(":")
+    if shape not in WARMUPS or not steps.isdecimal() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be SHAPE:STEPS with SHAPE one of {', '.join(WARMUPS)}, got {text}"
+        )
+    return shape, int(steps)
 
 
 def _positive_int(text: str) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vae_fast import reference
 from vae_fast.cli.errors import CommandError, require
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -23,7 +24,8 @@ class Data:
 
     Attributes:
         name: what to call it.
-        x: values, fp32 (N, *event); images are (N, C, H, W).
+        x: values, fp32 (N, *event), or levels, uint8; images are (N, C, H, W).
+        x_scale: (a, b), where a level i stands for the value a·i + b; ``None`` for values.
         y: class of each, int64 (N,), or ``None``.
         labels: names of the classes, or ``None``.
     """
@@ -32,11 +34,17 @@ class Data:
     x: Tensor
     y: Tensor | None = None
     labels: list[str] | None = None
+    x_scale: tuple[float, float] | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one data point."""
         return tuple(self.x.shape[1:])
+
+    def values(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """The values of some of the data, fp32."""
+        x = self.x[index]
+        return x if self.x_scale is None else x * self.x_scale[0] + self.x_scale[1]
 
     @property
     def unit(self) -> str:
@@ -81,11 +89,12 @@ def _digits() -> Data:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # 17 grey levels, 0 to 16. No dequantisation noise: the floor on σ (see vae_fast.VAE) is what
-    # keeps the density of these discrete values bounded.
-    x = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
+    # 17 grey levels, 0 to 16, as the values 0 to 1. What --likelihood logistic puts on the levels
+    # 17 to 255, which never occur, is lost, so that its figures are bounds.
+    x = torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
     names = [str(name) for name in digits.target_names]
-    return Data("digits", x, torch.tensor(digits.target, dtype=torch.int64), names)
+    y = torch.tensor(digits.target, dtype=torch.int64)
+    return Data("digits", x, y, names, (1 / 16, 0.0))
 
 
 def _npz(path: Path) -> Data:
@@ -108,19 +117,20 @@ def _npz(path: Path) -> Data:
         raise CommandError(
             f"{path}: x has NaN or infinity in {len(rows)} of {len(x)} rows; the first is {rows[0]}"
         )
-    values = torch.from_numpy(x.astype(np.float32))
-    if x.dtype == np.uint8:
-        values = values / 255
+    stored = x.dtype == np.uint8
+    values = torch.from_numpy(x.astype(np.uint8 if stored else np.float32))
+    x_scale = reference.X_SCALE if stored else None
     if values.dim() == 3:  # (N, H, W)
         values = values.unsqueeze(1)
     elif values.dim() == 4 and values.shape[-1] in _CHANNELS and values.shape[1] not in _CHANNELS:
         values = values.permute(0, 3, 1, 2).contiguous()
     if y is None:
-        return Data(path.stem, values)
+        return Data(path.stem, values, x_scale=x_scale)
     if y.shape != (len(x),):
         raise CommandError(f"{path}: y must be of shape ({len(x)},) like x, got {y.shape}")
     names, index = np.unique(y, return_inverse=True)
-    return Data(path.stem, values, torch.from_numpy(index.astype(np.int64)), [*map(str, names)])
+    y = torch.from_numpy(index.astype(np.int64))
+    return Data(path.stem, values, y, [*map(str, names)], x_scale)
 
 
 def _folder(path: Path, image_size: int | None) -> Data:
@@ -149,15 +159,16 @@ def _folder(path: Path, image_size: int | None) -> Data:
         images.append(image)
     if len({image.mode for image in images}) > 1:
         images = [image.convert("RGB") for image in images]
-    pixels = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+    pixels = np.stack([np.asarray(image, dtype=np.uint8) for image in images])
     x = torch.from_numpy(pixels)
     x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
 
     folders = [file.relative_to(path).parts[0] if file.parent != path else None for file in files]
     if None in folders:
-        return Data(path.name, x)
+        return Data(path.name, x, x_scale=reference.X_SCALE)
     names = sorted(set(folders))
-    return Data(path.name, x, torch.tensor([names.index(f) for f in folders]), names)
+    y = torch.tensor([names.index(f) for f in folders])
+    return Data(path.name, x, y, names, reference.X_SCALE)
 
 
 def _size(image) -> str:

@@ -83,13 +83,14 @@ def training_curves(rows: Sequence[dict[str, float]], path: Path, unit: str) -> 
             ax.legend(loc="best")
 
 
-def reconstructions(x: Tensor, mean: Tensor, std: Tensor, path: Path) -> None:
+def reconstructions(x: Tensor, mean: Tensor, std: Tensor | None, path: Path) -> None:
     """Inputs, their reconstructions and, where it differs between elements, the σ of p(x|z).
 
     Args:
         x: inputs, (n, *event).
         mean: means of p(x|z) at the posterior means, (n, *event).
-        std: standard deviations of p(x|z), (n, *event) or 0-dim.
+        std: standard deviations of p(x|z), (n, *event) or of a shape that broadcasts to it;
+            ``None`` to leave them out.
         path: the PNG to write.
     """
     event = tuple(x.shape[1:])
@@ -101,7 +102,7 @@ def reconstructions(x: Tensor, mean: Tensor, std: Tensor, path: Path) -> None:
         ("input", x, limits, None),
         ("reconstruction\n(mean of p(x|z))", mean, limits, None),
     ]
-    if std.dim():
+    if std is not None and std.dim() == x.dim():
         # One value per pixel, whatever the channels.
         grey = std.mean(1, keepdim=True)
         # A few pixels, all but unpredictable, would darken all others.
@@ -269,9 +270,9 @@ def encoded(mu: Tensor, y: Tensor | None, labels: list[str] | None, path: Path) 
 # ---------------------------------------------------------------- data that is not an image
 
 
-def _reconstructed_curves(x: Tensor, mean: Tensor, std: Tensor, path: Path) -> None:
-    x, mean = x.flatten(1), mean.flatten(1)
-    std = std.flatten(1) if std.dim() else std.expand_as(mean)
+def _reconstructed_curves(x: Tensor, mean: Tensor, std: Tensor | None, path: Path) -> None:
+    std = torch.full((), math.nan) if std is None else std  # NaN is not drawn
+    x, mean, std = x.flatten(1), mean.flatten(1), std.expand_as(mean).flatten(1)
     position = np.arange(x.shape[1])
     columns = min(4, len(x))
     rows = math.ceil(len(x) / columns)
@@ -279,7 +280,8 @@ def _reconstructed_curves(x: Tensor, mean: Tensor, std: Tensor, path: Path) -> N
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for ax, data, m, s in zip(axes, x, mean, std, strict=False):
             low, high = m - 2 * s, m + 2 * s
-            ax.fill_between(position, low, high, color=_BLUE, alpha=0.18, lw=0, label="mean ± 2σ")
+            label = None if s.isnan().all() else "mean ± 2σ"
+            ax.fill_between(position, low, high, color=_BLUE, alpha=0.18, lw=0, label=label)
             ax.plot(position, m, color=_BLUE, lw=1.5, label="mean of p(x|z)")
             ax.plot(position, data, ".", color=_ORANGE, ms=4, label="input")
         _edge_labels(axes, rows, columns)

@@ -30,7 +30,10 @@ def sample(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
 
     generator = torch.Generator(device).manual_seed(args.seed)
-    x = vae.sample(args.n, generator=generator, noise=args.noise).float().cpu()
+    try:
+        x = vae.sample(args.n, generator=generator, noise=args.noise).float().cpu()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     kind = "drawn from p(x|z)" if args.noise else "means of p(x|z)"
     out = Path(args.out)
     try:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 import vae_fast
-from vae_fast import reference
+from vae_fast import reference, schedules
 from vae_fast.cli import data as datasets
 from vae_fast.cli.errors import CommandError, pick_device, require
-from vae_fast.vae import VAE, _pair
+from vae_fast.elbo import OPTIMAL
+from vae_fast.vae import VAE, _pair, _raw_scale
 
 CHECKPOINT = "model.safetensors"
 METRICS = "metrics.csv"
@@ -34,8 +35,10 @@ COLUMNS = (
     "val_kl",
     "samples_per_s",
 )
-# Adam moves a parameter by about its learning rate per step. The one learned scale of
-# --variance scalar has units to travel, not hundredths, so it gets a larger rate.
+# In a run whose likelihood bounds the mass of the data's levels.
+BITS = "val_bits_per_dim"
+# Adam moves a parameter by about its learning rate per step. The learned scale of
+# --variance scalar or channel has units to travel, not hundredths, so it gets a larger rate.
 _SCALAR_RATE = 20.0
 # Points of a scatter plot that still can be told apart.
 _DRAWN = 10_000
@@ -55,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
         raise CommandError(f"--out {out}: {error.strerror}") from error
 
     torch.manual_seed(args.seed)
-    vae = _build(args, data.event_shape).to(device)
+    vae = _build(args, data).to(device)
     train_index, val_index = datasets.split(data, args.seed)
     x_train, x_val = data.x[train_index].to(device), data.x[val_index].to(device)
 
@@ -67,7 +70,8 @@ def train(args: argparse.Namespace) -> None:
             f"shape {'x'.join(map(str, data.event_shape))}; "
             f"{args.model} with {parameters:,} parameters on {device}"
         )
-        rows = _fit(vae, x_train, x_val, args, out / METRICS, data.unit)
+        bits = _bounds_bits(vae, data)
+        rows = _fit(vae, x_train, x_val, args, out / METRICS, data.unit, bits)
         vae.eval()
         vae.save(out / CHECKPOINT)
         pictures = _draw(vae, data, val_index, rows, out)
@@ -79,8 +83,9 @@ def train(args: argparse.Namespace) -> None:
             f"\nvalidation ELBO after epoch {last['epoch']}: {last['val_elbo']:.2f} nats per "
             f"{data.unit}, {per_element:.4f} per {element} "
             f"(NLL {last['val_nll']:.2f}, KL {last['val_kl']:.2f})"
+            + (f"; at most {last[BITS]:.3f} bits/dim" if bits else "")
         )
-        if args.backend != "reference":
+        if args.backend != "reference" and _comparable(vae):
             print()
             _compare(vae, x_train[: args.batch_size])
     print(f"\nmodel:    {out / CHECKPOINT}\nmetrics:  {out / METRICS}")
@@ -91,18 +96,74 @@ def train(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- training
 
 
-def _build(args: argparse.Namespace, event_shape: tuple[int, ...]) -> VAE:
-    options = {
-        "variance": args.variance,
-        "beta": args.beta,
-        "num_samples": args.num_samples,
-        "inplace": args.inplace,
-    }
-    if args.model == "mlp":
-        return VAE.mlp(event_shape, args.latent_dim, args.hidden or (512, 256), **options)
-    if len(event_shape) != 3:
+_OPTIONS = (
+    "variance",
+    "likelihood",
+    "likelihood_scale",
+    "dequantize",
+    "beta",
+    "kl",
+    "free_bits",
+    "capacity",
+    "objective",
+    "estimator",
+    "num_samples",
+    "inplace",
+)
+
+
+def _build(args: argparse.Namespace, data: datasets.Data) -> VAE:
+    options = {name: getattr(args, name) for name in _OPTIONS} | {"x_scale": data.x_scale}
+    if isinstance(args.likelihood_scale, float):  # σ, which the loss takes as log σ²
+        options["likelihood_scale"] = _raw_scale(args.likelihood_scale, "logvar")
+    event_shape = data.event_shape
+    if args.model == "conv" and len(event_shape) != 3:
         raise CommandError(f"--model conv needs images, but one data point is of {event_shape}")
-    return VAE.conv(event_shape, args.latent_dim, args.hidden or (32, 64), **options)
+    _check_data(args, data)
+    try:
+        if args.model == "mlp":
+            return VAE.mlp(event_shape, args.latent_dim, args.hidden or (512, 256), **options)
+        return VAE.conv(event_shape, args.latent_dim, args.hidden or (32, 64), **options)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _check_data(args: argparse.Namespace, data: datasets.Data) -> None:
+    """Fail if the data are not what the options are for."""
+    levels = data.x_scale is not None
+    for option, wanted in (
+        ("--likelihood logistic", args.likelihood == "logistic"),
+        ("--dequantize", args.dequantize),
+    ):
+        if wanted and not levels:
+            raise CommandError(f"{option} needs data of levels, uint8; {data.name} is not")
+    if args.likelihood == "bernoulli" and not levels:
+        lo, hi = float(data.x.min()), float(data.x.max())
+        if lo < 0.0 or hi > 1.0:
+            raise CommandError(
+                f"--likelihood bernoulli needs data in [0, 1], but {data.name} goes from {lo:g} to "
+                f"{hi:g}"
+            )
+
+
+def _bounds_bits(vae: VAE, data: datasets.Data) -> bool:
+    """Whether the loss bounds the bits that the data take.
+
+    So does a mass, and a density of levels with noise that fills the gaps between them; not the
+    density of the levels themselves, which has no limit, nor the Bernoulli mass of greys.
+    """
+    if vae.elbo.likelihood == "bernoulli":
+        x = data.values()
+        return bool(((x == 0.0) | (x == 1.0)).all())
+    return vae.elbo.likelihood == "logistic" or vae.elbo.dequantize
+
+
+def _beta(args: argparse.Namespace) -> Callable[[int], float]:
+    """The weight of the KL term at each step."""
+    if args.beta_warmup is None:
+        return lambda step: args.beta
+    shape, steps = args.beta_warmup
+    return getattr(schedules, shape)(steps, end=args.beta)
 
 
 @contextlib.contextmanager
@@ -128,15 +189,23 @@ def _check(vae: VAE, x: Tensor, backend: str) -> None:
 
 
 def _optimizer(vae: VAE, lr: float) -> torch.optim.Optimizer:
+    named = dict(vae.named_parameters())
+    scale = named.pop("decoder.scale", None)
     groups = [
-        {"params": [p for p in vae.parameters() if p.dim() > 0]},
-        {"params": [p for p in vae.parameters() if p.dim() == 0], "lr": lr * _SCALAR_RATE},
+        {"params": list(named.values())},
+        {"params": [] if scale is None else [scale], "lr": lr * _SCALAR_RATE},
     ]
     return torch.optim.Adam([g for g in groups if g["params"]], lr=lr, fused=True)
 
 
 def _fit(
-    vae: VAE, x_train: Tensor, x_val: Tensor, args: argparse.Namespace, path: Path, unit: str
+    vae: VAE,
+    x_train: Tensor,
+    x_val: Tensor,
+    args: argparse.Namespace,
+    path: Path,
+    unit: str,
+    bits: bool,
 ) -> list[dict[str, float]]:
     """Train, writing a row of metrics per epoch. An interrupt ends it early, keeping the model."""
     from tqdm import tqdm
@@ -146,6 +215,7 @@ def _fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
+    beta = _beta(args)
     # One key for every validation, so that epochs differ by the model and not by the noise.
     key = torch.tensor([args.seed, 0], dtype=torch.uint64).to(x_val.device)
     rows: list[dict[str, float]] = []
@@ -155,18 +225,22 @@ def _fit(
             total=args.epochs * len(x_train), unit=unit, unit_scale=True, disable=None
         ) as progress,
     ):
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, (*COLUMNS, BITS) if bits else COLUMNS)
         writer.writeheader()
         try:
             for epoch in range(1, args.epochs + 1):
                 began = time.perf_counter()
-                trained = _train_epoch(vae, x_train, args.batch_size, optimizer, schedule, progress)
+                trained = _train_epoch(
+                    vae, x_train, args.batch_size, optimizer, schedule, beta, progress
+                )
                 rate = len(x_train) / (time.perf_counter() - began)
-                validated = _evaluate(vae, x_val, args.batch_size, key)
+                *validated, bits_per_dim = _evaluate(vae, x_val, args.batch_size, key)
                 row = {"epoch": epoch, "samples_per_s": round(rate)}
                 for name, value in (("train", trained), ("val", validated)):
                     nll, kl = value
                     row |= {f"{name}_elbo": -nll - kl, f"{name}_nll": nll, f"{name}_kl": kl}
+                if bits:
+                    row[BITS] = bits_per_dim
                 if not all(map(math.isfinite, row.values())):
                     raise CommandError(
                         f"the loss was not finite in epoch {epoch}: try a smaller --lr, or data "
@@ -195,6 +269,7 @@ def _fit(
             if not rows:
                 raise
             print(f"\ninterrupted: keeping the model as it is, {len(rows)} epochs in")
+    vae.elbo.beta = args.beta
     return rows
 
 
@@ -204,12 +279,14 @@ def _train_epoch(
     batch_size: int,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    beta: Callable[[int], float],
     progress,
 ) -> tuple[float, float]:
     """One pass over the data; mean NLL and KL per data point, before each batch's step."""
     vae.train()
     totals = torch.zeros(2, device=x.device)
     for index in torch.randperm(len(x), device=x.device).split(batch_size):
+        vae.elbo.beta = beta(schedule.last_epoch)  # which counts steps
         out = vae(x[index])
         optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
@@ -222,24 +299,32 @@ def _train_epoch(
 
 
 @torch.no_grad()
-def _evaluate(vae: VAE, x: Tensor, batch_size: int, key: Tensor) -> tuple[float, float]:
-    """Mean NLL and KL per data point; the same key gives the same noise at any batch size."""
+def _evaluate(vae: VAE, x: Tensor, batch_size: int, key: Tensor) -> tuple[float, float, float]:
+    """Mean NLL, KL and bits/dim; the same key gives the same noise at any batch size."""
     vae.eval()
-    totals = torch.zeros(2, device=x.device)
+    totals = torch.zeros(3, device=x.device)
     for start in range(0, len(x), batch_size):
         part = x[start : start + batch_size]
         out = vae(part, key=key, first_row=start)
-        totals += _totals(out.nll, out.kl, len(part))
-    nll, kl = (totals / len(x)).tolist()
-    return nll, kl
+        totals += _totals(out.nll, out.kl, len(part), out.bits_per_dim)
+    nll, kl, bits = (totals / len(x)).tolist()
+    return nll, kl, bits
 
 
-def _totals(nll: Tensor, kl: Tensor, batch: int) -> Tensor:
-    """NLL and KL summed over the batch and averaged over the samples of z."""
-    return torch.stack([nll.detach().mean(), kl.detach().mean()]) * batch
+def _totals(nll: Tensor, kl: Tensor, batch: int, *more: Tensor) -> Tensor:
+    """NLL, KL and more, summed over the batch and averaged over the samples of z."""
+    return torch.stack([rows.detach().mean() for rows in (nll, kl, *more)]) * batch
 
 
 # ---------------------------------------------------------------- what was gained
+
+
+def _comparable(vae: VAE) -> bool:
+    """Whether :func:`_plain_loss` covers the model's options."""
+    elbo = vae.elbo
+    shaped = elbo.free_bits is not None or elbo.capacity is not None
+    usual = elbo.objective == "elbo" and elbo.estimator == "standard"
+    return usual and not shaped and elbo.likelihood_scale not in OPTIMAL
 
 
 def _compare(vae: VAE, x: Tensor) -> None:
@@ -288,17 +373,21 @@ def measure(
     elbo = copy.copy(vae.elbo)
     elbo.inplace = False  # there is nothing to overwrite where the decoder's output is given
     with torch.no_grad():
-        posterior = vae.encoder(x)
+        values = vae._encoder_input(x)
+        posterior = vae.encoder(values)
         likelihood = vae.decoder(_pair(posterior, "")[0].repeat(elbo.num_samples, 1))
     given = [t.requires_grad_() for t in _tensors(posterior) + _tensors(likelihood)]
+    # By hand one would keep the data in floating point.
+    data = {_fused_loss: x, _plain_loss: values}
 
     def step(loss: Callable[..., Tensor]) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss(elbo=vae.elbo, x=x, posterior=vae.encoder(x), decoder=vae.decoder).backward()
+        posterior = vae.encoder(vae._encoder_input(data[loss]))
+        loss(elbo=vae.elbo, x=data[loss], posterior=posterior, decoder=vae.decoder).backward()
         optimizer.step()
 
     def loss_alone(loss: Callable[..., Tensor]) -> None:
-        out = loss(elbo=elbo, x=x, posterior=posterior, decoder=lambda z: likelihood)
+        out = loss(elbo=elbo, x=data[loss], posterior=posterior, decoder=lambda z: likelihood)
         torch.autograd.grad(out, given, allow_unused=True)
 
     def timed(run: Callable[..., None], which: str) -> float:
@@ -331,23 +420,44 @@ def _fused_loss(elbo, x: Tensor, posterior: Any, decoder: Callable[[Tensor], Any
 
 
 def _plain_loss(elbo, x: Tensor, posterior: Any, decoder: Callable[[Tensor], Any]) -> Tensor:
-    """The loss as one would write it by hand: plain PyTorch, ``torch.randn`` noise."""
+    """The loss as one would write it by hand: plain PyTorch, ``torch.randn`` noise.
+
+    x is in floating point, levels too.
+    """
     k = elbo.num_samples
-    mu, scale = _pair(posterior, "encoder")
+    mu, posterior_scale = _pair(posterior, "encoder")
     rows = mu.shape if k == 1 else (k, *mu.shape)
     z, log_q, log_p = reference.reparameterize(
         mu,
-        scale,
+        posterior_scale,
         elbo.posterior_param,
         num_samples=None if k == 1 else k,
         clamp=elbo.posterior_clamp,
         eps=torch.randn(rows, device=mu.device, dtype=mu.dtype),
     )
-    mean, scale = _pair(decoder(z.reshape(-1, *mu.shape[1:])), "decoder")
+    output = decoder(z.reshape(-1, *mu.shape[1:]))
+    if elbo.likelihood_scale is None and elbo.likelihood != "bernoulli":
+        mean, scale = _pair(output, "decoder")
+    else:
+        mean, scale = output, elbo.likelihood_scale
     if k > 1:
+        full = isinstance(scale, Tensor) and scale.shape == mean.shape
+        scale = scale.unflatten(0, (k, -1)) if full else scale
         mean = mean.unflatten(0, (k, -1))
-        scale = scale.unflatten(0, (k, -1)) if scale.dim() else scale
-    nll = reference.gaussian_nll(x, mean, scale, elbo.likelihood_param, elbo.likelihood_clamp)
+    if elbo.dequantize:
+        x = x + (elbo.x_scale or reference.X_SCALE)[0] * torch.rand_like(x)
+    nll = reference.likelihood_nll(
+        x,
+        mean,
+        scale,
+        elbo.likelihood,
+        elbo.likelihood_param,
+        elbo.likelihood_clamp,
+        x_scale=elbo.x_scale,
+    )
+    if elbo.kl == "analytic":
+        log_q, log_p = reference.gaussian_kl(mu, posterior_scale, param=elbo.posterior_param), None
+        log_q = log_q.expand(nll.shape)
     return reference.elbo_loss(nll, log_q, log_p, elbo.beta, elbo.reduction)
 
 
@@ -367,7 +477,6 @@ def _draw(
 
     image = datasets.is_image(data.event_shape)
     device = next(vae.parameters()).device
-    x_val = data.x[val_index]
     written: list[Path] = []
 
     def at(name: str) -> Path:
@@ -376,10 +485,10 @@ def _draw(
 
     pictures.training_curves(rows, at("training_curves.png"), data.unit)
 
-    x = x_val[: 12 if image else 8]
-    mean, scale = vae.decode(vae.encode(x.to(device))[0])
-    _, std = reference.log_scale_and_scale(scale, vae.elbo.likelihood_param)
-    pictures.reconstructions(x, mean.cpu(), std.cpu(), at("reconstructions.png"))
+    shown = val_index[: 12 if image else 8]
+    z, _ = vae.encode(data.x[shown].to(device))
+    x, mean, std = data.values(shown), vae._mean(z).cpu(), _std(vae, z)
+    pictures.reconstructions(x, mean, std, at("reconstructions.png"))
 
     count = 64 if image else 16
     key = torch.tensor([0, 0], dtype=torch.uint64)
@@ -390,20 +499,36 @@ def _draw(
     first, second = _pairs(data, val_index, 8)
     between = vae.interpolate(data.x[first].to(device), data.x[second].to(device), steps=10).cpu()
     name = at("interpolations.png")
-    pictures.interpolations(data.x[first], data.x[second], between, name)
+    pictures.interpolations(data.values(first), data.values(second), between, name)
 
     if vae.latent_shape == (2,):
         if image:
             line = torch.linspace(-3, 3, 13)
             z2, z1 = torch.meshgrid(line.flip(0), line, indexing="ij")
             plane = torch.stack([z1, z2], -1).reshape(-1, 2).to(device)
-            pictures.manifold(vae.decode(plane)[0].cpu(), line, at("manifold.png"))
+            pictures.manifold(vae._mean(plane).cpu(), line, at("manifold.png"))
         mu = torch.cat(
             [vae.encode(part.to(device))[0].cpu() for part in data.x[:_DRAWN].split(1024)]
         )
         y = None if data.y is None else data.y[:_DRAWN]
         pictures.encoded(mu, y, data.labels, at("encoded.png"))
     return written
+
+
+def _std(vae: VAE, z: Tensor) -> Tensor | None:
+    """The standard deviations that the decoder learned, on the CPU, if it learns a scale."""
+    _, scale = vae.decode(z)
+    if scale is None:
+        return None
+    _, tau = reference.log_scale_and_scale(scale, vae.elbo.likelihood_param)
+    df = vae.elbo.df
+    variance = {
+        "gaussian": 1.0,
+        "laplace": 2.0,
+        "logistic": math.pi**2 / 3,
+        "student_t": df / (df - 2.0) if df > 2.0 else math.inf,
+    }[vae.elbo.likelihood]
+    return (math.sqrt(variance) * tau).cpu()
 
 
 def _pairs(data: datasets.Data, val_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
