@@ -45,5 +45,13 @@ def backend(request):
 
 
 @pytest.fixture
+def fused_triton():
+    """The Triton backend, forced; yields the device it runs on."""
+    device = _skip_unless_it_runs("triton")
+    with vae_fast.use_backend("triton"):
+        yield device
+
+
+@pytest.fixture
 def key():
     return torch.tensor([20261122, 7], dtype=torch.uint64)
