@@ -43,12 +43,15 @@ class Calls:
         return call
 
 
-def step(dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", **graph):
+def step(
+    dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", kl="monte_carlo",
+    **graph,
+):  # fmt: skip
     torch.manual_seed(0)
     x, mu, logvar = (torch.randn(6, n, dtype=dtype) for n in (9, 5, 5))
     decoder = torch.nn.Linear(5, 18).to(dtype)
     leaves = [mu.requires_grad_(), logvar.requires_grad_(), *decoder.parameters()]
-    elbo = vae_fast.FusedELBO(0.5, num_samples, reduction=reduction, inplace=inplace)
+    elbo = vae_fast.FusedELBO(0.5, num_samples, kl=kl, reduction=reduction, inplace=inplace)
     out = elbo(
         x, mu, logvar, decoder if packed else lambda z: decoder(z).tensor_split(2, 1), key=key
     )
@@ -60,14 +63,15 @@ def step(dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_same_bits_as_without_it(dtype, inplace, packed, reduction, key):
+@pytest.mark.parametrize("kl", ["monte_carlo", "analytic"])
+def test_same_bits_as_without_it(dtype, inplace, packed, reduction, kl, key):
     calls = Calls()
-    fast = step(dtype, key, inplace, packed, reduction=reduction)
+    fast = step(dtype, key, inplace, packed, reduction=reduction, kl=kl)
     assert "latent" in calls.taken
     written = dtype != torch.float16 and (inplace or reduction != "none")
     assert ("elbo" in calls.taken) == written
     eager.use_shortcut(None)
-    for a, b in zip(fast, step(dtype, key, inplace, packed, reduction=reduction)):
+    for a, b in zip(fast, step(dtype, key, inplace, packed, reduction=reduction, kl=kl)):
         assert torch.equal(a, b)
         assert a.dtype == b.dtype
 

@@ -171,6 +171,7 @@ struct Latent : torch::autograd::Function<Latent> {
 struct ElboState {
   LikelihoodOptions options;
   int64_t batch;
+  bool has_log_p;
 };
 struct Targets {
   Tensor g_mean, g_scale;
@@ -179,15 +180,16 @@ struct Targets {
 struct Elbo : torch::autograd::Function<Elbo> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
                                const std::optional<Tensor>& scale, const Tensor& log_q,
-                               const Tensor& log_p, const LikelihoodOptions& options,
-                               const Targets& targets) {
+                               const std::optional<Tensor>& log_p,
+                               const LikelihoodOptions& options, const Targets& targets) {
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
     const Tensor loss = loss_like(nll, x, options);
     passes->likelihood_forward_grad(view(x), view(mean), scale ? view(*scale) : View{}, {},
-                                    view(log_q), view(log_p), options, view(targets.g_mean),
+                                    view(log_q), log_p ? view(*log_p) : View{}, options,
+                                    view(targets.g_mean),
                                     view(targets.g_scale), view(nll), view(loss), {});
     ctx->save_for_backward({targets.g_mean, targets.g_scale});
-    Kept<ElboState>::keep(ctx, {options, x.size(0)});
+    Kept<ElboState>::keep(ctx, {options, x.size(0), log_p.has_value()});
     ctx->set_materialize_grads(false);
     return {nll, loss};
   }
@@ -210,7 +212,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     if (!g[0].defined() && !g[1].defined()) return {{}, {}, {}, {}, {}, {}, {}};
     refuse_graph();
-    const auto& [options, batch] = Kept<ElboState>::of(ctx);
+    const auto& [options, batch, has_log_p] = Kept<ElboState>::of(ctx);
     variable_list saved = ctx->get_saved_variables();
     Tensor &g_mean = saved[0], &g_scale = saved[1];
     if (torch::autograd::get_current_graph_task_keep_graph()) {
@@ -224,14 +226,15 @@ struct Elbo : torch::autograd::Function<Elbo> {
           call("vae_fast::likelihood_rescale_",
                {g_mean, optional(g_scale), at::IValue(), optional(g[0]), optional(g[1]),
                 options.beta, static_cast<int64_t>(options.reduction), samples, batch});
-      return {{}, g_mean, g_scale, results[0].toTensor(), results[1].toTensor(), {}, {}};
+      return {{}, g_mean, g_scale, results[0].toTensor(),
+              has_log_p ? results[1].toTensor() : Tensor(), {}, {}};
     }
     const Tensor g_log_q = at::empty({rows}, row_options(g_mean));
     const Tensor g_log_p = at::empty({rows}, row_options(g_mean));
     passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]),
                                options.beta, options.reduction, samples, batch, view(g_log_q),
                                view(g_log_p), {});
-    return {{}, g_mean, g_scale, g_log_q, g_log_p, {}, {}};
+    return {{}, g_mean, g_scale, g_log_q, has_log_p ? g_log_p : Tensor(), {}, {}};
   }
 };
 
@@ -295,7 +298,8 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale or None, log_q, log_p, beta, reduction, param, lo, hi, check) -> (nll, loss) or None.
+// (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, check)
+// -> (nll, loss) or None.
 // With a check, a function of (x, mean, scale) that raises where it may not be, the gradients overwrite
 // mean and scale.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
@@ -307,7 +311,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
   const Tensor x = *x_, mean = *mean_, scale = *scale_, log_q = *log_q_, log_p = *log_p_;
   if (!is_data(x) || !is_data(mean) || mean.scalar_type() != x.scalar_type() ||
-      !is_row_term(log_q, x) || !is_row_term(log_p, x)) {
+      !is_row_term(log_q, x) || (log_p.defined() && !is_row_term(log_p, x))) {
     Py_RETURN_NONE;
   }
   if (scale.defined()) {
@@ -362,8 +366,10 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    const std::optional<Tensor> given = scale.defined() ? std::optional(scale) : std::nullopt;
-    results = Elbo::apply(x, mean, given, log_q, log_p, options, targets);
+    const auto given = [](const Tensor& t) {
+      return t.defined() ? std::optional(t) : std::nullopt;
+    };
+    results = Elbo::apply(x, mean, given(scale), log_q, given(log_p), options, targets);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS
