@@ -38,6 +38,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 LOGVAR, LOGSTD, STD, VAR, SOFTPLUS = range(5)
+GAUSSIAN, LAPLACE, BERNOULLI, LOGISTIC, STUDENT_T, SQUARED_ERROR = range(6)
 UNCLAMPED = (-math.inf, math.inf)
 
 
@@ -50,9 +51,14 @@ class Case:
         rows: batch size B.
         size: elements per row.
         dtype: storage dtype of all tensors, or of all but ``wide``.
-        scale: "full", "scalar" or "packed" (likelihood only).
+        scale: "full", "scalar", or for a likelihood "packed", "row" or "event".
         samples: K; 0 for none.
         wide: x, or the latent's scale, is fp32 whatever ``dtype`` is.
+        likelihood: index of the likelihood.
+        levels: x is uint8, and is dequantized.
+        soft: the clamp is soft.
+        path: the latent's gradient is the path gradient.
+        prior: a KL's prior is given.
     """
 
     op: str
@@ -66,6 +72,11 @@ class Case:
     mask: bool = False
     reduction: int = 0
     wide: bool = False
+    likelihood: int = GAUSSIAN
+    levels: bool = False
+    soft: bool = False
+    path: bool = False
+    prior: bool = True
     targets: tuple[str, ...] = ("sm_90",)
 
     def __str__(self) -> str:
@@ -76,14 +87,19 @@ class Case:
             parts.append(f"K={self.samples}")
         if self.param:
             parts.append(("logvar", "logstd", "std", "var", "softplus")[self.param])
-        parts += ["clamp"] * (self.clamp != UNCLAMPED) + ["mask"] * self.mask
-        parts += ["mixed"] * self.wide
+        if self.likelihood:
+            parts.append(_LIKELIHOODS[self.likelihood])
+        parts += ["soft"] * self.soft + ["clamp"] * (self.clamp != UNCLAMPED)
+        parts += ["mask"] * self.mask + ["mixed"] * self.wide + ["levels"] * self.levels
+        parts += ["path"] * self.path + ["standard"] * (not self.prior)
         return " ".join(parts)
 
 
 ALL = tuple(TARGETS)
+_LIKELIHOODS = ("gaussian", "laplace", "bernoulli", "logistic", "student_t", "squared_error")
 _LATENT = ("latent_forward", "latent_backward")
 _LIKELIHOOD = ("likelihood_forward", "likelihood_backward", "likelihood_forward_grad")
+_KL = ("gaussian_kl_forward", "gaussian_kl_backward")
 
 #: One case for each class of launch that the heuristics choose between, and each optional feature.
 CASES = (
@@ -118,6 +134,26 @@ CASES = (
     *(Case(op, 4096, 784, "bfloat16", wide=True) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, "float64") for op in _LIKELIHOOD),
     *(Case("likelihood_rescale_", 4096, 3072, d) for d in ("float32", "bfloat16")),
+    # Other likelihoods, shapes of their scale, 8-bit data.
+    *(Case(op, 4096, 784, likelihood=LAPLACE) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, likelihood=BERNOULLI, scale="none") for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, likelihood=LOGISTIC, targets=ALL) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, likelihood=STUDENT_T, targets=ALL) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, likelihood=LOGISTIC, param=SOFTPLUS) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, levels=True, targets=ALL) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, "bfloat16", levels=True) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, clamp=(-5.0, 5.0), soft=True) for op in _LIKELIHOOD),
+    *(Case(op, 4096, 784, scale="row") for op in _LIKELIHOOD[:2]),
+    Case("likelihood_backward", 16384, 3072, scale="event", targets=ALL),
+    Case("likelihood_backward", 4096, 784, "bfloat16", scale="event"),
+    Case("likelihood_backward", 4096, 784, scale="event", likelihood=STUDENT_T, param=SOFTPLUS),
+    # Latent with a path gradient; KL with a prior and without; the importance-weighted bound.
+    Case("latent_backward", 16384, 256, path=True),
+    *(Case(op, 4096, 64, clamp=(-5.0, 5.0), soft=True) for op in _LATENT),
+    *(Case(op, 16384, 256, targets=ALL) for op in _KL),
+    *(Case(op, 16384, 256, "bfloat16") for op in _KL),
+    *(Case(op, 16384, 256, prior=False) for op in _KL),
+    Case("importance_forward", 16384, 0, samples=64, targets=ALL),
 )
 
 
@@ -180,16 +216,23 @@ class _Recorder:
 
 def record(case: Case, backend: str) -> Launch:
     """Run ``case``'s launcher as it would run for ``backend``, up to the launch."""
-    from vae_fast._triton import latent, likelihood
+    from vae_fast._triton import importance, kl, latent, likelihood
 
     launches: list[Launch] = []
     kernels = {
         latent: ("latent_forward_kernel", "latent_backward_kernel"),
         likelihood: ("likelihood_kernel", "rescale_kernel"),
+        kl: ("kl_forward_kernel", "kl_backward_kernel"),
+        importance: ("importance_kernel",),
     }
     machine = (132, 32) if backend == "cuda" else (304, 64)
     plays = {"backend_of": lambda t: backend, "machine": lambda t: machine}
-    saved = [(m, n, getattr(m, n)) for m, names in kernels.items() for n in (*names, *plays)]
+    saved = [
+        (m, n, getattr(m, n))
+        for m, names in kernels.items()
+        for n in (*names, *plays)
+        if hasattr(m, n)
+    ]
     for module, name, value in saved:
         setattr(module, name, plays.get(name) or _Recorder(value, launches))
     try:
@@ -208,10 +251,16 @@ def _call(case: Case) -> None:
     other = torch.float32 if case.wide else dtype
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     b, d, k = case.rows, case.size, max(case.samples, 1)
+    if case.op == "importance_forward":
+        rows = torch.empty(k, b, dtype=acc)
+        ops.importance_forward(rows.flatten(), rows, rows, 1.0)
+        return
+    clamp = (*case.clamp, case.soft)
     if case.op.startswith("latent"):
         mu = torch.empty(b, d, dtype=dtype)
         scale = torch.empty(() if case.scale == "scalar" else (b, d), dtype=other)
-        options = (torch.empty(2, dtype=torch.uint64), case.samples, 3, case.param, *case.clamp)
+        key = torch.empty(2, dtype=torch.uint64)
+        options = (key, case.samples, 3, case.param, *clamp, case.path)
         if case.op == "latent_forward":
             ops.latent_forward(mu, scale, *options)
         else:
@@ -220,19 +269,30 @@ def _call(case: Case) -> None:
             g_z = torch.empty(*lead, d, dtype=dtype)
             ops.latent_backward(g_z, g_rows, g_rows, mu, scale, *options)
         return
-    x = torch.empty(b, d, dtype=other)
+    if case.op.startswith("gaussian_kl"):
+        mu = torch.empty(b, d, dtype=dtype)
+        prior = (mu, mu) if case.prior else (None, None)
+        g_kl = (torch.empty(b, dtype=acc),) if case.op.endswith("backward") else ()
+        getattr(ops, case.op)(*g_kl, mu, mu, *prior, case.param, LOGVAR, *clamp)
+        return
+    x = torch.empty(b, d, dtype=torch.uint8 if case.levels else other)
     mean = torch.empty(k * b, 2 * d if case.scale == "packed" else d, dtype=dtype)
     scale = {
         "full": mean,
         "packed": None,
+        "none": None,
         "scalar": torch.empty((), dtype=dtype),
+        "row": torch.empty(k * b, 1, dtype=dtype),
+        "event": torch.empty(1, d, dtype=dtype),
     }[case.scale]
     rows, loss = torch.empty(k * b, dtype=acc), torch.empty((), dtype=acc)
     mask = torch.empty(b, d, dtype=torch.bool) if case.mask else None
     if case.op == "likelihood_rescale_":
         ops.likelihood_rescale_(mean, scale, None, None, loss, 1.0, case.reduction, k, b)
         return
-    options = (1.0, case.reduction, case.param, *case.clamp)
+    key = torch.empty(2, dtype=torch.uint64) if case.levels else None
+    model = (case.likelihood, case.param, *clamp, 4.0, 1.0 / 255.0, 0.0, key, 3)
+    options = (1.0, case.reduction, *model)
     if case.op == "likelihood_backward":
         ops.likelihood_backward(None, loss, x, mean, scale, mask, *options, False)
     elif case.op == "likelihood_forward":
@@ -253,6 +313,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.uint64: "*u64",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 
 
@@ -392,10 +453,11 @@ def audit(case: Case, target: str) -> Report:
     launch = record(case, TARGETS[target][0])
     compiled = compile_launch(launch, target)
     a = launch.arguments
-    tile = f"{a['ROWS']}x{a['COLS']}x{a['TILES']} w{launch.options['num_warps']}"
+    columns, tiles = a.get("COLS", a.get("SAMPLES")), a.get("TILES", 1)
+    tile = f"{a['ROWS']}x{columns}x{tiles} w{launch.options['num_warps']}"
     report = Report(str(case), case.op, case.dtype, target, tile)
     report.shared = compiled.metadata.shared
-    report.converts = tile_converts(compiled.asm["ttgir"], a["ROWS"] * a["TILES"])
+    report.converts = tile_converts(compiled.asm["ttgir"], a["ROWS"] * tiles)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         report.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -412,11 +474,15 @@ def audit(case: Case, target: str) -> Report:
     marks = (i for i in instructions if i.opcode.startswith(kinds) or ".STRONG." in i.opcode)
     report.ordering = [i.opcode for i in marks]
     if target == "sm_90":
-        trips = (a["passes"], a["steps"]) if "passes" in a else (a["steps"],)
-        elements = a["ROWS"] * a.get("passes", 1) * case.size / a.get("SPLIT", 1)
-        if case.op == "latent_backward":
+        if case.op == "importance_forward":
+            trips = (case.samples // a["SAMPLES"],) * 2
+            elements = a["ROWS"] * case.samples
+        elif case.op in ("latent_backward", "gaussian_kl_backward"):
             trips = (max(case.samples, 1),)
             elements = a["ROWS"] * case.size / a["steps"] * trips[0]
+        else:
+            trips = (a["passes"], a["steps"]) if "passes" in a else (a["steps"],)
+            elements = a["ROWS"] * a.get("passes", 1) * case.size / a.get("SPLIT", 1)
         try:
             report.executed = executed(instructions, labels, trips)
         except RuntimeError as error:

@@ -1,5 +1,7 @@
 """The Triton kernels. Importing this package needs Triton; ``vae_fast`` itself does not."""
 
+from .importance import importance_forward
+from .kl import gaussian_kl_backward, gaussian_kl_forward
 from .latent import latent_backward, latent_forward
 from .likelihood import (
     likelihood_backward,
@@ -9,6 +11,9 @@ from .likelihood import (
 )
 
 __all__ = [
+    "gaussian_kl_backward",
+    "gaussian_kl_forward",
+    "importance_forward",
     "latent_backward",
     "latent_forward",
     "likelihood_backward",

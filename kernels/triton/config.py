@@ -76,7 +76,8 @@ class LikelihoodConfig:
         vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
         steps: steps that walk the program's part of a row.
         passes: times ``rows`` that a program owns, so that few partial sums are left at the end.
-        split: programs that share one row, for few and long rows; a power of two.
+        split: programs that share one row, for few and long rows; a power of two, unless a program
+            owns a step of columns.
         even: the steps cover the row exactly, so no column needs a mask.
         num_warps: warps per program.
         programs: size of the grid.
@@ -96,17 +97,24 @@ class LikelihoodConfig:
 
 @functools.lru_cache(maxsize=4096)
 def likelihood_config(
-    rows: int, size: int, itemsize: int, sms: int, warp: int, heavy: bool = False
+    rows: int,
+    size: int,
+    itemsize: int,
+    sms: int,
+    warp: int,
+    heavy: int = 0,
+    columns: bool = False,
 ) -> LikelihoodConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
 
     Args:
         sms, warp: multiprocessors of the GPU, and threads in a warp.
-        heavy: the arithmetic takes so many registers that a thread must hold fewer elements.
+        heavy: how often a thread's elements must be halved, for the registers of the arithmetic.
+        columns: a program owns one step of its rows, to sum each column over them.
     """
     vec = 16 // itemsize
     # 16 elements a thread and step keep enough loads in flight; 4 in fp64, for the registers.
-    tiles = (4 if itemsize == 4 else 2) // (2 if heavy else 1)
+    tiles = max((4 if itemsize == 4 else 2) >> heavy, 1)
     # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else the
     # program's four warps share one.
     warps_per_row = 1 if rows >= 8 * sms else _WARPS
@@ -120,11 +128,16 @@ def likelihood_config(
     enough, most = 4 * sms, 32 * sms
     row_tiles = -(-rows // tile_rows)
     steps = -(-size // (cols * tiles))
-    split = 1
-    while split < steps and row_tiles * split < enough:
-        split *= 2
-    steps = -(-steps // split)
-    passes = 1 if split > 1 else -(-row_tiles // most)
+    if columns:
+        # Each block of rows leaves a row of sums: with 16 rows to a block, little beside the data.
+        split, steps = max(steps, 1), 1
+        passes = max(-(-row_tiles * split // (2 * enough)), -(-16 // tile_rows))
+    else:
+        split = 1
+        while split < steps and row_tiles * split < enough:
+            split *= 2
+        steps = -(-steps // split)
+        passes = 1 if split > 1 else -(-row_tiles // most)
     return LikelihoodConfig(
         rows=tile_rows,
         cols=cols,

@@ -25,33 +25,16 @@ from .launch import (
 )
 from .philox import normal
 from .reduce import is_last_program, sum_partials
-from .scale import clamp, log_variance_and_scale, scale_slopes
+from .scale import bound, clamp_code, log_variance_and_scale, scale_slopes, through_bound
+from .tile import clip_row, row_tile
 
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
 @triton.jit
-def _tile(left, step, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr):
-    """Row within the program [TILES·ROWS, 1], and column [TILES·ROWS, COLS], of a step's elements.
-
-    Of ``left`` rows still to come, those past the end are the last one over again: they store the
-    same values to the same place, which costs less than masking every load and store.
-    """
-    i = tl.arange(0, TILES * ROWS)[:, None]
-    cols = (step * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
-    return _clip(i % ROWS, left, ROWS), cols
-
-
-@triton.jit
-def _clip(r, left, ROWS: tl.constexpr):
-    """Row ``r`` of a program, or the last row of the batch, as int64."""
-    return tl.minimum(r, (tl.minimum(left, ROWS) - 1).to(tl.int32)).to(tl.int64)
-
-
-@triton.jit
 def _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS: tl.constexpr, TILES: tl.constexpr,
            VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
-    """ε of sample k for the elements of ``_tile``."""
+    """ε of sample k for the elements of ``row_tile``."""
     PER_CALL: tl.constexpr = 2 if FP64 else 4
     seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     # Row R = (first_row + row)·K + k starts at Philox counter offset + R·Q (mod 2^64).
@@ -61,12 +44,6 @@ def _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS: tl.constexpr, TILES
     group = tl.arange(0, COLS // VEC)[None, :] * (VEC // PER_CALL) + tile * (COLS // PER_CALL)
     index = start + r.to(tl.uint64) * (calls * K) + group.to(tl.uint64)
     return normal(seed, index, VEC, FP64, APPROX)
-
-
-@triton.jit
-def _scale(raw, lo, hi, CLAMP: tl.constexpr):
-    """The parameter that σ is made from."""
-    return clamp(raw, tl.full((), lo, raw.dtype), tl.full((), hi, raw.dtype)) if CLAMP else raw
 
 
 @triton.jit
@@ -94,6 +71,7 @@ def latent_forward_kernel(
     """
     FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(tl.int64) * ROWS
@@ -101,7 +79,7 @@ def latent_forward_kernel(
     q = tl.zeros([TILES * ROWS, COLS], ACC)
     p = tl.zeros([TILES * ROWS, COLS], ACC)
     for step in range(steps):
-        r, cols = _tile(B - row0, step, ROWS, COLS, TILES)
+        r, cols = row_tile(B - row0, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
         mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
         if SCALAR:
@@ -109,7 +87,8 @@ def latent_forward_kernel(
         else:
             s = scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col)
             s = tl.load(s, mask).to(ACC)
-        log_variance, sigma = log_variance_and_scale(_scale(s, lo, hi, CLAMP), PARAM, APPROX)
+        s = bound(s, lo, hi, CLAMP, APPROX)
+        log_variance, sigma = log_variance_and_scale(s, PARAM, APPROX)
         eps = _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX)
         z = mu + sigma * eps
         tl.store(z_ptr + n0 * L + (r * L + cols), z, mask)
@@ -121,7 +100,7 @@ def latent_forward_kernel(
             p = tl.where(mask, p + z * z, p)
     constant = L * tl.full((), LOG_2PI, ACC)
     q_sum, p_sum = _row_sums(q, p, ROWS)
-    r = _clip(tl.arange(0, ROWS), B - row0, ROWS)
+    r = clip_row(tl.arange(0, ROWS), B - row0, ROWS)
     tl.store(log_q_ptr + n0 + r, -0.5 * (q_sum + constant))
     tl.store(log_p_ptr + n0 + r, -0.5 * (p_sum + constant))
 
@@ -133,20 +112,23 @@ def latent_backward_kernel(
     B, K, L, first_row, steps, g_z_row, g_z_col, g_log_q_row, g_log_p_row,
     mu_row, mu_col, scale_row, scale_col,
     lo: tl.float64, hi: tl.float64,
-    PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALAR: tl.constexpr,
+    PARAM: tl.constexpr, CLAMP: tl.constexpr, PATH: tl.constexpr, SCALAR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, VEC: tl.constexpr,
     EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program owns one step of ∂μ and ∂s, and sums it over the K samples.
 
-    With h = g_z - g_p·z: ∂μ = Σ_k h and ∂s = dσ/ds·Σ_k ε·h - d(log σ)/ds·Σ_k g_q.
+    With h = g_z - g_p·z: ∂μ = Σ_k h and ∂s = dσ/ds·Σ_k ε·h - d(log σ)/ds·Σ_k g_q. With PATH, log q
+    depends on the parameters through z alone (Roeder et al. 2017, "Sticking the Landing", eq. 5):
+    ∂μ = Σ_k (h - g_q·ε/σ) and g_q·ε² takes the place of g_q in ∂s.
     """
     FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
     step = pid % steps
     row0 = (pid // steps).to(tl.int64) * ROWS
-    r, cols = _tile(B - row0, step, ROWS, COLS, TILES)
+    r, cols = row_tile(B - row0, step, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
     mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
     if SCALAR:
@@ -154,17 +136,20 @@ def latent_backward_kernel(
     else:
         raw = scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col)
         raw = tl.load(raw, mask).to(ACC)
-    s = _scale(raw, lo, hi, CLAMP)
+    s = bound(raw, lo, hi, CLAMP, APPROX)
     _, sigma = log_variance_and_scale(s, PARAM, APPROX)
 
     g_mu = tl.zeros([TILES * ROWS, COLS], ACC)
     eps_h = tl.zeros([TILES * ROWS, COLS], ACC)
-    g_q = tl.zeros([TILES * ROWS, 1], ACC)
+    PATH_Q: tl.constexpr = PATH and g_log_q_ptr is not None
+    g_q = tl.zeros([TILES * ROWS, COLS if PATH_Q else 1], ACC)
     for k in range(K):
         n0 = row0 + tl.full((), k, tl.int64) * B
         if g_log_q_ptr is not None:
-            g_q += tl.load(g_log_q_ptr + (n0 + r) * g_log_q_row)
-        if g_z_ptr is not None or g_log_p_ptr is not None:
+            row_g_q = tl.load(g_log_q_ptr + (n0 + r) * g_log_q_row)
+            if not PATH_Q:
+                g_q += row_g_q
+        if g_z_ptr is not None or g_log_p_ptr is not None or PATH_Q:
             h = tl.zeros([TILES * ROWS, COLS], ACC)
             if g_z_ptr is not None:
                 g_z = g_z_ptr + n0 * g_z_row + (r * g_z_row + cols * g_z_col)
@@ -175,14 +160,16 @@ def latent_backward_kernel(
                 h -= tl.load(g_log_p_ptr + (n0 + r) * g_log_p_row) * z
             g_mu += h
             eps_h += eps * h
+            if PATH_Q:
+                g_mu -= row_g_q * eps / sigma
+                g_q += row_g_q * (eps * eps)
     tl.store(g_mu_ptr + row0 * L + (r * L + cols), g_mu, mask)
 
     d_sigma, d_log_sigma = scale_slopes(s, sigma, PARAM, APPROX)
     g_s = d_sigma * eps_h
     if g_log_q_ptr is not None:
         g_s -= d_log_sigma * g_q
-    if CLAMP:
-        g_s = tl.where((raw < lo) | (raw > hi), 0.0, g_s)
+    g_s = through_bound(g_s, raw, lo, hi, CLAMP, APPROX)
     if SCALAR:
         # One number for the whole tensor: the last program to finish sums everyone's part.
         keep = tl.arange(0, TILES * ROWS)[:, None] % ROWS < B - row0
@@ -196,7 +183,7 @@ def latent_backward_kernel(
 
 def latent_forward(
     mu: Tensor, scale: Tensor, key: Tensor, num_samples: int, first_row: int, param: int,
-    lo: float, hi: float,
+    lo: float, hi: float, soft: bool, path: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw z ([K,] B, *latent), with log q(z|x) and log p(z) ([K,] B)."""
     batch, samples = mu.shape[0], max(num_samples, 1)
@@ -218,7 +205,7 @@ def latent_forward(
             mu, scale, key, z, log_q, log_p,
             batch, samples, size, first_row, config.steps, mu_row, mu_col, scale_row, scale_col,
             lo, hi,
-            PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar,
+            PARAM=param, CLAMP=clamp_code(lo, hi, soft), SCALAR=scalar,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
             EVEN=config.even, num_warps=config.num_warps,
             **compile_options(backend_of(mu), mu.dtype),
@@ -229,7 +216,7 @@ def latent_forward(
 def latent_backward(
     g_z: Tensor | None, g_log_q: Tensor | None, g_log_p: Tensor | None,
     mu: Tensor, scale: Tensor, key: Tensor, num_samples: int, first_row: int, param: int,
-    lo: float, hi: float,
+    lo: float, hi: float, soft: bool, path: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """∂μ and ∂s, contiguous, from the gradients of latent_forward's results."""
     batch, samples = mu.shape[0], max(num_samples, 1)
@@ -258,7 +245,7 @@ def latent_backward(
             batch, samples, size, first_row, config.steps,
             g_z_row, g_z_col, g_log_q_row, g_log_p_row,
             mu_row, mu_col, scale_row, scale_col, lo, hi,
-            PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar,
+            PARAM=param, CLAMP=clamp_code(lo, hi, soft), PATH=path, SCALAR=scalar,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
             EVEN=config.even, num_warps=config.num_warps,
             **compile_options(backend_of(mu), mu.dtype),

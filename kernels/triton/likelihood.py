@@ -1,7 +1,8 @@
 """The likelihood pass: -log p(x|z) per row, the finished loss, and the gradients.
 
-One kernel body serves the forward pass (FORWARD), the backward pass (GRAD), and both at once. The
-element formulas are those of ``reference.gaussian_nll``; the loss is ``reference.elbo_loss``.
+One kernel body serves the forward pass (FORWARD), the backward pass (GRAD), and both at once, for
+every likelihood and every shape of the scale (family.py, SCALE). The element formulas are those of
+``reference.likelihood_nll``; the loss is ``reference.elbo_loss``.
 """
 
 import math
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .config import likelihood_config
+from .family import HEAVY, WITHOUT_SCALE, element_gradients, element_nll, student_t_constant
 from .launch import (
     accumulation,
     backend_of,
@@ -23,10 +25,20 @@ from .launch import (
     row_stride,
     scratch,
 )
+from .philox import uniform
 from .reduce import is_last_program, sum_partials
-from .scale import SOFTPLUS, clamp, divide, log_scale_slope, log_variance_and_divisor
+from .scale import (
+    SOFTPLUS,
+    bound,
+    clamp_code,
+    log_scale_slope,
+    log_variance_and_divisor,
+    through_bound,
+)
 
-LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
+# Codes of ``SCALE``: one for each element (or packed), for all, for each row, for each element of
+# the event (the forward pass takes it for a full one whose rows are one and the same), or none.
+FULL, SCALAR, ROW, EVENT, ABSENT = map(tl.constexpr, range(5))
 
 # Codes of ``reduction``.
 MEAN, SUM, NONE, NO_LOSS = 0, 1, 2, 3
@@ -52,43 +64,72 @@ def _row_sum(x, ROWS: tl.constexpr):
     return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), 0), 1)
 
 
-@triton.jit(do_not_specialize=["N", "B"])
+@triton.jit
+def _divisor(raw, lo, hi, PARAM: tl.constexpr, CLAMP: tl.constexpr, APPROX: tl.constexpr):
+    """The parameter that τ is made from, and ``log_variance_and_divisor`` of it."""
+    s = bound(raw, lo, hi, CLAMP, APPROX)
+    log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
+    return s, log_variance, root, tau
+
+
+@triton.jit
+def _uniform(key_ptr, row, tile, D, COLS: tl.constexpr, VEC: tl.constexpr, APPROX: tl.constexpr):
+    """The noise that dequantizes the elements of ``tile`` of each row (both int, [.., 1])."""
+    seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
+    group = tile * (COLS // 4) + tl.arange(0, COLS // VEC)[None, :] * (VEC // 4)
+    index = offset + row.to(tl.uint64) * ((D + 3) // 4).to(tl.uint64) + group.to(tl.uint64)
+    return uniform(seed, index, VEC, APPROX)
+
+
+@triton.jit(do_not_specialize=["N", "B", "first_row"])
 def likelihood_kernel(
-    x_ptr, mean_ptr, scale_ptr, mask_ptr, log_q_ptr, log_p_ptr, g_nll_ptr, g_loss_ptr,
+    x_ptr, mean_ptr, scale_ptr, mask_ptr, log_q_ptr, log_p_ptr, g_nll_ptr, g_loss_ptr, key_ptr,
     nll_ptr, loss_ptr, g_x_ptr, g_mean_ptr, g_scale_ptr, g_log_q_ptr, g_log_p_ptr,
     counter_ptr, partial_ptr,
     N, B, D, steps, passes, x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row,
     mask_col, g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row,
-    g_loss_row, packed, g_packed,
-    beta: tl.float64, weight: tl.float64, lo: tl.float64, hi: tl.float64,
-    PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALAR: tl.constexpr, GROUP: tl.constexpr,
-    SAMPLES: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr, ROW_LOSS: tl.constexpr,
-    SUM_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
-    VEC: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, APPROX: tl.constexpr,
+    g_loss_row, packed, g_packed, first_row,
+    beta: tl.float64, weight: tl.float64, lo: tl.float64, hi: tl.float64, df: tl.float64,
+    constant: tl.float64, x_mul: tl.float64, x_add: tl.float64,
+    LIKELIHOOD: tl.constexpr, PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, SAMPLES: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr,
+    ROW_LOSS: tl.constexpr, SUM_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TILES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows in each of ``passes``; or SPLIT programs share each row.
 
     It walks its part of a row in ``steps`` of TILES tiles. ``weight`` is c, a row's weight in the
     loss. ``packed`` is the offset of the scale's half in a packed row, else 0; with GROUP, the
-    halves alternate by that many elements (channels_last).
+    halves alternate by that many elements (channels_last). The gradient of a scale of each row is
+    left in SPLIT parts a row, that of an event's in one row of sums for each block of rows.
     """
     ACC: tl.constexpr = tl.float64 if mean_ptr.dtype.element_ty == tl.float64 else tl.float32
+    LEVELS: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
     beta = tl.full((), beta, ACC)
     weight = tl.full((), weight, ACC)
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    df, constant = tl.full((), df, ACC), tl.full((), constant, ACC)
+    x_mul, x_add = tl.full((), x_mul, ACC), tl.full((), x_add, ACC)
     pid = tl.program_id(0)
     part = pid % SPLIT
     # Element (i, j) of a step is in row i % ROWS, and in column j of tile i // ROWS.
     i = tl.arange(0, TILES * ROWS)[:, None]
     loss = tl.zeros([ROWS], ACC)
     g_tau_sum = tl.zeros([ROWS], ACC)
-    if SCALAR:
-        raw = tl.load(scale_ptr).to(ACC)
-        s = clamp(raw, lo, hi) if CLAMP else raw
-        log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
+    if SCALE == ABSENT:
+        log_variance, root, tau = 0.0, 1.0, 1.0
+    if SCALE == SCALAR or SCALE == EVENT:  # noqa: SIM109
+        if SCALE == SCALAR:
+            raw = tl.load(scale_ptr).to(ACC)
+        else:
+            # The one step of columns that this program sums.
+            cols = (part * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
+            raw = tl.load(scale_ptr + cols * scale_col, cols < D, 1.0).to(ACC)
+            g_tau = tl.zeros([TILES * ROWS, COLS], ACC)
+        s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
         slope = log_scale_slope(s, PARAM, APPROX)
-        if CLAMP:
-            slope = tl.where((raw < lo) | (raw > hi), 0.0, slope)
+        slope = through_bound(slope, raw, lo, hi, CLAMP, APPROX)
 
     for trip in range(passes):
         row0 = ((pid // SPLIT).to(N.dtype) * passes + trip) * ROWS
@@ -108,9 +149,13 @@ def likelihood_kernel(
                     tl.store(g_log_p_ptr + n, -beta * w, ok & (i < ROWS))
                 if g_nll_ptr is not None:
                     w += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0)
+        if SCALE == ROW:
+            raw = tl.load(scale_ptr + n * scale_row, ok, 1.0).to(ACC)
+            s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
 
-        nll = tl.zeros([TILES * ROWS, COLS], ACC)
-        g_tau = tl.zeros([TILES * ROWS, COLS], ACC)
+        nll_sum = tl.zeros([TILES * ROWS, COLS], ACC)
+        if SCALE != EVENT:
+            g_tau = tl.zeros([TILES * ROWS, COLS], ACC)
         for step in range(steps):
             tile = (part * steps + step) * TILES + i // ROWS
             cols = tile * COLS + tl.arange(0, COLS)[None, :]
@@ -121,49 +166,65 @@ def likelihood_kernel(
                 seen = tl.max_contiguous(b * mask_row + cols * mask_col, [1, VEC])
                 keep = mask & tl.load(mask_ptr + seen, mask, 0).to(tl.int1)
             half = cols + cols // GROUP * GROUP if GROUP else cols
-            x = tl.load(x_ptr + b * x_row + cols * x_col, mask, 0.0).to(ACC)
+            if LEVELS:
+                at = tl.max_contiguous(b * x_row + cols * x_col, [1, VEC])
+                x = tl.load(x_ptr + at, mask, 0).to(ACC)
+                if key_ptr is not None:
+                    x += _uniform(key_ptr, b + first_row, tile, D, COLS, VEC, APPROX).to(ACC)
+                x = x_mul * x + x_add
+            else:
+                x = tl.load(x_ptr + b * x_row + cols * x_col, mask, 0.0).to(ACC)
             mean = tl.load(mean_ptr + n * mean_row + half * mean_col, mask, 0.0).to(ACC)
-            if not SCALAR:
+            if SCALE == FULL:
                 raw = scale_ptr + packed + n * scale_row + half * scale_col
                 raw = tl.load(raw, mask, 1.0).to(ACC)
-                s = clamp(raw, lo, hi) if CLAMP else raw
-                log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
-            residual = divide(x - mean, root, tau, PARAM)
+                s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
             if FORWARD:
-                value = 0.5 * (residual * residual + log_variance + LOG_2PI)
-                nll += value if EVEN and mask_ptr is None else tl.where(keep, value, 0.0)
+                value = element_nll(
+                    x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
+                    LIKELIHOOD, PARAM, APPROX,
+                )  # fmt: skip
+                nll_sum += value if EVEN and mask_ptr is None else tl.where(keep, value, 0.0)
             if GRAD:
-                g_x = divide(w * residual, root, tau, PARAM)
-                g_log_tau = w * (1.0 - residual * residual)
+                g_x, fall, g_log_tau = element_gradients(
+                    w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD, PARAM, APPROX
+                )  # fmt: skip
                 if mask_ptr is not None:
-                    g_x = tl.where(keep, g_x, 0.0)
+                    g_x, fall = tl.where(keep, g_x, 0.0), tl.where(keep, fall, 0.0)
                     g_log_tau = tl.where(keep, g_log_tau, 0.0)
                 if g_x_ptr is not None:
                     tl.store(g_x_ptr + n * g_x_row + cols * g_x_col, g_x, mask)
-                tl.store(g_mean_ptr + n * g_mean_row + half * g_mean_col, -g_x, mask)
-                if SCALAR:
-                    g_tau += g_log_tau if EVEN else tl.where(mask, g_log_tau, 0.0)
-                else:
+                tl.store(g_mean_ptr + n * g_mean_row + half * g_mean_col, -fall, mask)
+                if SCALE == FULL:
                     g_s = g_log_tau * log_scale_slope(s, PARAM, APPROX)
-                    if CLAMP:
-                        g_s = tl.where((raw < lo) | (raw > hi), 0.0, g_s)
+                    g_s = through_bound(g_s, raw, lo, hi, CLAMP, APPROX)
                     if mask_ptr is not None:
                         g_s = tl.where(keep, g_s, 0.0)
                     g_scale = g_scale_ptr + g_packed + n * g_scale_row + half * g_scale_col
                     tl.store(g_scale, g_s, mask)
+                elif SCALE == EVENT:
+                    g_tau += tl.where(mask, g_log_tau, 0.0)
+                elif SCALE != ABSENT:
+                    g_tau += g_log_tau if EVEN else tl.where(mask, g_log_tau, 0.0)
 
+        if GRAD and SCALE == ROW:
+            row_slope = log_scale_slope(s, PARAM, APPROX)
+            row_slope = through_bound(row_slope, raw, lo, hi, CLAMP, APPROX)
+            g_tau *= row_slope
         row = row0 + tl.arange(0, ROWS)
         ok = row < N
         n = row.to(tl.int64)
         if FORWARD:
-            row_nll = _row_sum(nll, ROWS)
+            row_nll = _row_sum(nll_sum, ROWS)
             if SPLIT == 1:
                 loss += _finish_rows(
                     nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
                 )
             else:
                 tl.store(partial_ptr + n * SPLIT + part, row_nll, ok)
-        if GRAD and SCALAR:
+        if GRAD and SCALE == ROW:
+            tl.store(g_scale_ptr + n * SPLIT + part, _row_sum(g_tau, ROWS), ok)
+        if GRAD and SCALE == SCALAR:
             row_g_tau = _row_sum(g_tau, ROWS) * slope
             if FORWARD and SPLIT == 1:
                 tl.store(g_scale_ptr + n, row_g_tau, ok)
@@ -172,6 +233,10 @@ def likelihood_kernel(
             else:
                 g_tau_sum += tl.where(ok, row_g_tau, 0.0)
 
+    if SCALE == EVENT:
+        sums = tl.sum(tl.reshape(g_tau * slope, (TILES, ROWS, COLS)), 1)
+        cols = (part * TILES + tl.arange(0, TILES)[:, None]) * COLS + tl.arange(0, COLS)[None, :]
+        tl.store(g_scale_ptr + (pid // SPLIT).to(tl.int64) * D + cols, sums, cols < D)
     if FORWARD and SPLIT > 1:
         # The last program to finish sums every row from its parts.
         if is_last_program(counter_ptr):
@@ -185,7 +250,7 @@ def likelihood_kernel(
                 total += _finish_rows(
                     nll_ptr, loss_ptr, log_q_ptr, log_p_ptr, n, ok, row_nll, beta, ROW_LOSS
                 )
-                if GRAD and SCALAR:
+                if GRAD and SCALE == SCALAR:
                     parts += N * SPLIT
                     row = tl.load(partial_ptr + parts, ok[:, None], 0.0, cache_modifier=".cg")
                     tl.store(g_scale_ptr + n, tl.sum(row, 1), ok)
@@ -195,7 +260,7 @@ def likelihood_kernel(
         tl.store(partial_ptr + pid, tl.sum(loss))
         if is_last_program(counter_ptr):
             tl.store(loss_ptr, weight * sum_partials(partial_ptr, tl.num_programs(0), 2048))
-    elif not FORWARD and SCALAR:
+    elif not FORWARD and SCALE == SCALAR:
         tl.store(partial_ptr + pid, tl.sum(g_tau_sum))
         if is_last_program(counter_ptr):
             tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 2048))
@@ -220,7 +285,7 @@ def rescale_kernel(
     g_mean_ptr, g_scale_ptr, g_nll_ptr, g_loss_ptr, g_log_q_ptr, g_log_p_ptr, total_ptr,
     N, B, D, steps, passes, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row,
     g_loss_row, beta: tl.float64, weight: tl.float64,
-    SCALAR: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHARED: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     TILES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Multiply row n of the gradients by f[n] in place; where f = 1 it costs no memory traffic."""
@@ -246,11 +311,11 @@ def rescale_kernel(
                 mask = ok & (cols < D)
                 address = g_mean_ptr + n * g_mean_row + cols * g_mean_col
                 tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
-                if g_scale_ptr is not None and not SCALAR:
+                if g_scale_ptr is not None and not SHARED:
                     address = g_scale_ptr + n * g_scale_row + cols * g_scale_col
                     tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
     # N numbers: not worth a second launch, nor more than one program.
-    if SCALAR and pid == 0:
+    if SHARED and pid == 0:
         total = tl.zeros([2048], ACC)
         for start in range(0, N, 2048):
             row = start + tl.arange(0, 2048).to(tl.int64)
@@ -278,10 +343,11 @@ class _Walk:
         group: channels per half where the two halves of a packed tensor alternate, else 0.
     """
 
-    def __init__(self, mean: Tensor, packed: bool) -> None:
+    def __init__(self, mean: Tensor, packed: bool, in_order: bool = False) -> None:
+        """``in_order``: the walk is to be the order of the event's elements, as noise is."""
         logical = self.dims = tuple(range(1, mean.dim()))
         self.group = 0
-        if mean.is_contiguous() or self.col(mean, packed) is not None:
+        if in_order or mean.is_contiguous() or self.col(mean, packed) is not None:
             return
         self.dims = tuple(sorted(logical, key=lambda d: -mean.stride(d)))
         if self.col(mean, packed) is not None:
@@ -335,18 +401,32 @@ def _loss(
     return {MEAN: rows.mean(), SUM: rows.sum()}.get(reduction, rows)
 
 
+def _kind(scale: Tensor | None, mean: Tensor, likelihood: int) -> int:
+    """The ``SCALE`` of a tensor: see the schemas for the shapes."""
+    if scale is None:
+        return ABSENT.value if likelihood in WITHOUT_SCALE else FULL.value
+    if scale.dim() == 0:
+        return SCALAR.value
+    if scale.shape == mean.shape:
+        return FULL.value
+    return EVENT.value if scale.shape[1:] == mean.shape[1:] else ROW.value
+
+
 def _launch(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
     log_q: Tensor | None, log_p: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
-    beta: float, reduction: int, param: int, lo: float, hi: float,
+    beta: float, reduction: int, likelihood: int, param: int, lo: float, hi: float, soft: bool,
+    df: float, x_mul: float, x_add: float, key: Tensor | None, first_row: int,
     *, forward: bool, grad: bool, need_x: bool = False,
     g_mean: Tensor | None = None, g_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Run the kernel; returns nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p."""
     n, batch = mean.shape[0], x.shape[0]
     samples = n // batch if batch else 1
-    packed = scale is None
-    scalar = not packed and scale.dim() == 0
+    kind = _kind(scale, mean, likelihood)
+    packed = scale is None and kind == FULL.value
+    full, scalar = kind == FULL.value and not packed, kind == SCALAR.value
+    row, event = kind == ROW.value, kind == EVENT.value
     acc = accumulation(mean)
     # With several samples and no reduction, the mean over k is taken from the finished rows.
     row_loss = forward and reduction == NONE and samples == 1
@@ -365,10 +445,10 @@ def _launch(
     if grad:
         g_mean = torch.empty_like(mean) if g_mean is None else g_mean
         g_x = torch.empty_like(x) if need_x else None
-        if packed:
+        if scale is None:
             g_scale = (nll if forward else mean).new_empty(0)
-        elif scalar:
-            g_scale = torch.empty_like(nll) if forward else torch.empty_like(scale)
+        elif scalar and forward:
+            g_scale = torch.empty_like(nll)
         else:
             g_scale = torch.empty_like(scale) if g_scale is None else g_scale
     if n == 0:
@@ -377,28 +457,48 @@ def _launch(
             g_scale.zero_()
         return nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p
 
-    walk = _Walk(mean, packed)
+    walk = _Walk(mean, packed, in_order=key is not None)
     x_in, x_row, x_col = walk.rows(x)
     mean_in, mean_row, mean_col = walk.rows(mean, packed)
     size = math.prod(x.shape[1:])
-    offset = g_offset = 0
+    offset = g_offset = scale_row = scale_col = 0
+    scale_in = scale
     if packed:
         scale_in, scale_row, scale_col = mean_in, mean_row, mean_col
         offset = walk.half(mean_in, mean_col)
-    else:
-        scale_in, scale_row, scale_col = (scale, 0, 0) if scalar else walk.rows(scale)
+    elif full:
+        scale_in, scale_row, scale_col = walk.rows(scale)
+    elif event:
+        scale_in, _, scale_col = walk.rows(scale)
+    elif row:
+        scale_row = scale.stride(0)
     mask_in, mask_row, mask_col = (None, 0, 0) if mask is None else walk.rows(mask)
+
+    # Levels of one byte do not make the vectors longer; noise comes in quads at the least.
+    floats = [t for t in (x, mean, scale_in) if t is not None and t.is_floating_point()]
+    itemsize = min(t.element_size() for t in floats)
+    # softplus needs as many registers for its logarithms as the others need for all else.
+    heavy = HEAVY.get(likelihood, 0) + (param == SOFTPLUS.value and kind != ABSENT.value)
+    if key is not None and itemsize == 8:
+        itemsize, heavy = 4, heavy + 1
+    columns = event and not forward
+    config = likelihood_config(n, size, itemsize, *machine(mean), heavy, columns)
+    split = config.split
+
     out_x = out_mean = out_scale = None
     g_x_row = g_x_col = g_mean_row = g_mean_col = g_scale_row = g_scale_col = 0
     if grad:
         out_mean, g_mean_row, g_mean_col = walk.rows(g_mean, packed, read=False)
+        out_scale = g_scale
         if packed:
             out_scale, g_scale_row, g_scale_col = out_mean, g_mean_row, g_mean_col
             g_offset = walk.half(out_mean, g_mean_col)
-        else:
-            out_scale, g_scale_row, g_scale_col = (
-                (g_scale, 0, 0) if scalar else walk.rows(g_scale, read=False)
-            )
+        elif full:
+            out_scale, g_scale_row, g_scale_col = walk.rows(g_scale, read=False)
+        elif row and split > 1:
+            out_scale = torch.empty((n, split), dtype=acc, device=mean.device)
+        elif event:
+            out_scale = torch.empty((config.programs // split, size), dtype=acc, device=mean.device)
         if need_x and samples > 1:
             # Each sample's ∂x on its own; their sum follows below.
             out_x = torch.empty((n, size), dtype=acc, device=x.device)
@@ -412,26 +512,27 @@ def _launch(
         g_loss, g_loss_row = row_stride(g_loss) if reduction == NONE else (g_loss, 0)
     if reduction == NO_LOSS:
         g_loss = None
+    # Per-row terms may be one sample's, expanded.
+    log_q_in = None if log_q is None else log_q.contiguous()
+    log_p_in = None if log_p is None else log_p.contiguous()
 
-    itemsize = min(t.element_size() for t in (x, mean, scale_in))
-    # softplus needs as many registers for its logarithms as the others need for all else.
-    heavy = param == SOFTPLUS.value
-    config = likelihood_config(n, size, itemsize, *machine(mean), heavy)
-    split, scalar_sum = config.split, grad and scalar and not forward
+    scalar_sum = grad and scalar and not forward
     counter = partial = None
     with on_device(mean):
         if sum_loss or scalar_sum or (forward and split > 1):
             partials = max(config.programs, 2 * n * split if split > 1 else 0)
             counter, partial = scratch(mean, acc, partials)
         likelihood_kernel[(config.programs,)](
-            x_in, mean_in, scale_in, mask_in, log_q, log_p, g_nll, g_loss,
+            x_in, mean_in, scale_in, mask_in, log_q_in, log_p_in, g_nll, g_loss, key,
             nll, loss, out_x, out_mean, out_scale, g_log_q, g_log_p, counter, partial,
             n, batch, size, config.steps, config.passes,
             x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row, mask_col,
             g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col,
-            g_nll_row, g_loss_row, offset, g_offset,
-            beta, _row_weight(reduction, samples, batch), lo, hi,
-            PARAM=param, CLAMP=lo > -math.inf or hi < math.inf, SCALAR=scalar, GROUP=walk.group,
+            g_nll_row, g_loss_row, offset, g_offset, first_row,
+            beta, _row_weight(reduction, samples, batch), lo, hi, df, student_t_constant(df),
+            x_mul, x_add,
+            LIKELIHOOD=likelihood, PARAM=param, CLAMP=clamp_code(lo, hi, soft),
+            SCALE=FULL.value if event and forward else kind, GROUP=walk.group,
             SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec, SPLIT=split,
             EVEN=config.even, num_warps=config.num_warps,
@@ -439,8 +540,13 @@ def _launch(
         )  # fmt: skip
     if grad:
         walk.store(g_mean, out_mean)
-        if not packed and not scalar:
+        if full:
             walk.store(g_scale, out_scale)
+        elif row and split > 1:
+            g_scale.copy_(out_scale.sum(1).view(g_scale.shape))
+        elif event:
+            sums = out_scale.sum(0).view(1, *(mean.shape[d] for d in walk.dims))
+            walk.store(g_scale, sums)
         if need_x and samples > 1:
             out_x = out_x.view(samples, batch, *(x.shape[d] for d in walk.dims)).sum(0)
         if need_x:
@@ -452,12 +558,11 @@ def _launch(
 
 def likelihood_forward(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
-    log_q: Tensor | None, log_p: Tensor | None,
-    beta: float, reduction: int, param: int, lo: float, hi: float,
+    log_q: Tensor | None, log_p: Tensor | None, beta: float, reduction: int, *model: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Give nll (N,), and the finished loss of the rows nll + β(log q - log p)."""
     nll, loss, *_ = _launch(
-        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
+        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, *model,
         forward=True, grad=False,
     )  # fmt: skip
     return nll, loss
@@ -466,11 +571,12 @@ def likelihood_forward(
 def likelihood_backward(
     g_nll: Tensor | None, g_loss: Tensor | None,
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
-    beta: float, reduction: int, param: int, lo: float, hi: float, need_x: bool,
+    beta: float, reduction: int, *model_and_need_x: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """∂x (empty unless ``need_x``), ∂mean, ∂scale (empty if packed), ∂log q and ∂log p (N,)."""
+    """∂x (empty unless needed), ∂mean, ∂scale (empty if None), ∂log q and ∂log p (N,)."""
+    *model, need_x = model_and_need_x
     _, _, g_x, g_mean, g_scale, g_log_q, g_log_p = _launch(
-        x, mean, scale, mask, None, None, g_nll, g_loss, beta, reduction, param, lo, hi,
+        x, mean, scale, mask, None, None, g_nll, g_loss, beta, reduction, *model,
         forward=False, grad=True, need_x=need_x,
     )  # fmt: skip
     return x.new_empty(0) if g_x is None else g_x, g_mean, g_scale, g_log_q, g_log_p
@@ -478,16 +584,16 @@ def likelihood_backward(
 
 def likelihood_forward_grad(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
-    log_q: Tensor | None, log_p: Tensor | None,
-    beta: float, reduction: int, param: int, lo: float, hi: float,
-    g_mean: Tensor, g_scale: Tensor | None,
+    log_q: Tensor | None, log_p: Tensor | None, beta: float, reduction: int,
+    *model_and_gradients: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Give nll and loss, and write ∂mean and ∂scale, perhaps over ``mean`` and ``scale``.
 
     Of a scalar scale, each row's part of the gradient is returned (else empty).
     """
+    *model, g_mean, g_scale = model_and_gradients
     nll, loss, _, _, g_scale, _, _ = _launch(
-        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, param, lo, hi,
+        x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, *model,
         forward=True, grad=True, g_mean=g_mean, g_scale=g_scale,
     )  # fmt: skip
     scalar = scale is not None and scale.dim() == 0
@@ -506,8 +612,8 @@ def likelihood_rescale_(
     n, acc = g_mean.shape[0], accumulation(g_mean)
     g_log_q = torch.empty(n, dtype=acc, device=g_mean.device)
     g_log_p = torch.empty_like(g_log_q)
-    scalar = g_shared is not None
-    total = torch.empty(() if scalar else 0, dtype=acc, device=g_mean.device)
+    shared = g_shared is not None
+    total = torch.empty(() if shared else 0, dtype=acc, device=g_mean.device)
     if n == 0:
         return g_log_q, g_log_p, total.zero_()
 
@@ -531,7 +637,7 @@ def likelihood_rescale_(
             out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,
             n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,
             g_scale_col, g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
-            SCALAR=scalar, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
+            SHARED=shared, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
             TILES=config.tiles, SPLIT=config.split, num_warps=config.num_warps,
             num_stages=1,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""PyTorch's stateless noise stream in registers: Philox4x32-10, then Box-Muller.
+"""PyTorch's stateless noise stream in registers: Philox4x32-10, then Box-Muller for normals.
 
-The formulas are those of ``vae_fast/noise.py``. All four words of a Philox call become normals, and
+The formulas are those of ``vae_fast/noise.py``. All four words of a Philox call are used, and
 a thread makes whole calls for neighbouring elements, so the noise never leaves its registers.
 """
 
@@ -41,14 +41,18 @@ def _mul_wide(a, M: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def philox(seed, index, APPROX: tl.constexpr):
-    """Four uint32 words of Philox4x32-10 for the uint64 counter ``index``."""
+def philox(seed, index, APPROX: tl.constexpr, STREAM: tl.constexpr = 0):
+    """Four uint32 words of Philox4x32-10 for the counter (``index``, STREAM), a uint64 and 0 or 1.
+
+    Streams of one key have no counter in common.
+    """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    # The first of ten rounds starts from c2 = c3 = 0, whose product is zero.
+    # The first of ten rounds starts from c2 = STREAM and c3 = 0: one product is known, and has no
+    # high word.
     hi0, c3 = _mul_wide(c0, _M0, APPROX)
     c0, c2 = c1 ^ k0, hi0 ^ k1
-    c1 = tl.zeros_like(c0)
+    c1 = tl.full(c0.shape, STREAM * _M1, tl.uint32)
     for _ in tl.static_range(9):
         k0, k1 = k0 + _W0, k1 + _W1
         hi0, lo0 = _mul_wide(c0, _M0, APPROX)
@@ -107,6 +111,12 @@ def _normal4(seed, index, APPROX: tl.constexpr):
 
 
 @triton.jit
+def _interleave(n0, n1, n2, n3):
+    """Neighbours along a new last dimension, in two steps [..., 2, 2]."""
+    return tl.join(tl.join(n0, n2), tl.join(n1, n3))
+
+
+@triton.jit
 def normal(seed, index, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr):
     """ε for a tile, its last dimension VEC times that of ``index``.
 
@@ -121,12 +131,35 @@ def normal(seed, index, VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.conste
         eps = tl.join(n0, n1)
     elif VEC == 4:
         n0, n1, n2, n3 = _normal4(seed, index, APPROX)
-        eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+        eps = _interleave(n0, n1, n2, n3)
     else:
         tl.static_assert(VEC == 8)
         n0, n1, n2, n3 = _normal4(seed, index, APPROX)
         m0, m1, m2, m3 = _normal4(seed, index + 1, APPROX)
-        eps = tl.join(
-            tl.join(tl.join(n0, m0), tl.join(n2, m2)), tl.join(tl.join(n1, m1), tl.join(n3, m3))
-        )
+        eps = _interleave(tl.join(n0, m0), tl.join(n1, m1), tl.join(n2, m2), tl.join(n3, m3))
     return tl.reshape(eps, (index.shape[0], index.shape[1] * VEC))
+
+
+@triton.jit
+def _uniform4(seed, index, APPROX: tl.constexpr):
+    """Four fp32 uniforms on (0, 1] a call, of the stream that is not ``normal``'s."""
+    x, y, z, w = philox(seed, index, APPROX, STREAM=1)
+    return (
+        x.to(tl.float32) * _2POW_M32 + _2POW_M33,
+        y.to(tl.float32) * _2POW_M32 + _2POW_M33,
+        z.to(tl.float32) * _2POW_M32 + _2POW_M33,
+        w.to(tl.float32) * _2POW_M32 + _2POW_M33,
+    )
+
+
+@triton.jit
+def uniform(seed, index, VEC: tl.constexpr, APPROX: tl.constexpr):
+    """Uniform noise for a tile, laid out as that of ``normal``, for a VEC of 4 or 8."""
+    u0, u1, u2, u3 = _uniform4(seed, index, APPROX)
+    if VEC == 4:
+        u = _interleave(u0, u1, u2, u3)
+    else:
+        tl.static_assert(VEC == 8)
+        v0, v1, v2, v3 = _uniform4(seed, index + 1, APPROX)
+        u = _interleave(tl.join(u0, v0), tl.join(u1, v1), tl.join(u2, v2), tl.join(u3, v3))
+    return tl.reshape(u, (index.shape[0], index.shape[1] * VEC))

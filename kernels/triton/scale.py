@@ -4,10 +4,11 @@
 """
 
 import math
-import struct
 
 import triton
 import triton.language as tl
+
+from .elementary import exp, exp_half, log1p, tanh, tanh_slope
 
 LOGVAR = tl.constexpr(0)
 LOGSTD = tl.constexpr(1)
@@ -15,62 +16,24 @@ STD = tl.constexpr(2)
 VAR = tl.constexpr(3)
 SOFTPLUS = tl.constexpr(4)
 
-
-def _exp_ptx(scale: float) -> str:
-    """PTX of e^(scale·x) for a power of two ``scale``, with a relative error of 3e-7 for any x.
-
-    e^(scale·x) = 2^m (1 + d), where m = scale·x·log2 e is rounded, and d is what that lost: left
-    out, it would grow with |x|. Saturation keeps d finite where x is infinite or huge.
-    """
-
-    def bits(value: float) -> str:
-        return "0f" + struct.pack(">f", value).hex()
-
-    return f"""{{
-    .reg .f32 m, d;
-    mul.f32 m, $1, {bits(scale / math.log(2.0))};
-    fma.rn.f32 d, m, {bits(-math.log(2.0) / scale)}, $1;
-    fma.rn.sat.f32 d, d, {bits(scale)}, {bits(0.5)};
-    add.f32 d, d, {bits(0.5)};
-    ex2.approx.ftz.f32 m, m;
-    mul.f32 $0, m, d;
-    }}"""
+# Codes of ``CLAMP``.
+UNCLAMPED = tl.constexpr(0)
+HARD = tl.constexpr(1)
+SOFT = tl.constexpr(2)
 
 
-_EXP = tl.constexpr(_exp_ptx(1.0))
-_EXP_HALF = tl.constexpr(_exp_ptx(0.5))
-
-
-@triton.jit
-def exp(x, APPROX: tl.constexpr):
-    """e^x."""
-    if APPROX:
-        return tl.inline_asm_elementwise(_EXP, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp(x)
-
-
-@triton.jit
-def exp_half(x, APPROX: tl.constexpr):
-    """e^(x/2)."""
-    if APPROX:
-        return tl.inline_asm_elementwise(_EXP_HALF, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp(0.5 * x)
-
-
-@triton.jit
-def _log1p(y):
-    """log(1 + y) for 0 <= y <= 1, to full precision."""
-    u = 1.0 + y
-    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+def clamp_code(lo: float, hi: float, soft: bool) -> int:
+    """How a launcher's bounds of the raw parameter are kept."""
+    if lo == -math.inf and hi == math.inf:
+        return UNCLAMPED.value
+    return SOFT.value if soft else HARD.value
 
 
 @triton.jit
 def _softplus(s, APPROX: tl.constexpr):
     """softplus(s), its log and e^-|s|."""
     y = exp(-tl.abs(s), APPROX)
-    sigma = tl.maximum(s, 0.0) + _log1p(y)
+    sigma = tl.maximum(s, 0.0) + log1p(y)
     # softplus(s) -> e^s as s -> -inf; below -15 the second term of log(log(1 + y)) suffices.
     tail = s < -15.0
     log_sigma = tl.where(tail, s - 0.5 * y, tl.log(tl.where(tail, 1.0, sigma)))
@@ -89,6 +52,30 @@ def _softplus_slopes(s, sigma, y):
 def clamp(s, lo, hi):
     """``torch.clamp``: a NaN stays a NaN."""
     return tl.where(s < lo, lo, tl.where(s > hi, hi, s))
+
+
+@triton.jit
+def bound(raw, lo, hi, CLAMP: tl.constexpr, APPROX: tl.constexpr):
+    """The parameter that σ is made from: the raw one, kept within (lo, hi)."""
+    if CLAMP == HARD:
+        return clamp(raw, lo, hi)
+    elif CLAMP == SOFT:
+        middle, reach = 0.5 * (lo + hi), 0.5 * (hi - lo)
+        return middle + reach * tanh((raw - middle) * (1.0 / reach), APPROX)
+    else:
+        return raw
+
+
+@triton.jit
+def through_bound(g, raw, lo, hi, CLAMP: tl.constexpr, APPROX: tl.constexpr):
+    """The gradient of ``raw`` from that of ``bound``."""
+    if CLAMP == HARD:
+        return tl.where((raw < lo) | (raw > hi), 0.0, g)
+    elif CLAMP == SOFT:
+        middle, reach = 0.5 * (lo + hi), 0.5 * (hi - lo)
+        return g * tanh_slope((raw - middle) * (1.0 / reach), APPROX)
+    else:
+        return g
 
 
 @triton.jit

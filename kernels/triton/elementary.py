@@ -1,0 +1,105 @@
+"""Elementary functions that Triton lacks without libdevice, or has only approximately."""
+
+import math
+import struct
+
+import triton
+import triton.language as tl
+
+
+def _exp_ptx(scale: float) -> str:
+    """PTX of e^(scale·x) for a power of two ``scale``, with a relative error of 3e-7 for any x.
+
+    e^(scale·x) = 2^m (1 + d), where m = scale·x·log2 e is rounded, and d is what that lost: left
+    out, it would grow with |x|. Saturation keeps d finite where x is infinite or huge.
+    """
+
+    def bits(value: float) -> str:
+        return "0f" + struct.pack(">f", value).hex()
+
+    return f"""{{
+    .reg .f32 m, d;
+    mul.f32 m, $1, {bits(scale / math.log(2.0))};
+    fma.rn.f32 d, m, {bits(-math.log(2.0) / scale)}, $1;
+    fma.rn.sat.f32 d, d, {bits(scale)}, {bits(0.5)};
+    add.f32 d, d, {bits(0.5)};
+    ex2.approx.ftz.f32 m, m;
+    mul.f32 $0, m, d;
+    }}"""
+
+
+_EXP = tl.constexpr(_exp_ptx(1.0))
+_EXP_HALF = tl.constexpr(_exp_ptx(0.5))
+
+
+@triton.jit
+def exp(x, APPROX: tl.constexpr):
+    """e^x."""
+    if APPROX:
+        return tl.inline_asm_elementwise(_EXP, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def exp_half(x, APPROX: tl.constexpr):
+    """e^(x/2)."""
+    if APPROX:
+        return tl.inline_asm_elementwise(_EXP_HALF, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp(0.5 * x)
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for y >= 0, to full precision."""
+    u = 1.0 + y
+    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def exp_rest(t):
+    """(e^t - 1 - t)/t² for |t| <= ½, from its series ½ + t/3! + t²/4! + ..."""
+    p = tl.full(t.shape, 1.0 / 362880, t.dtype)
+    if t.dtype == tl.float64:
+        p = p + t * (1.0 / 3628800 + t * (1.0 / 39916800 + t * (1.0 / 479001600 + t * (
+            1.0 / 6227020800 + t * (1.0 / 87178291200 + t * (1.0 / 1307674368000))))))  # fmt: skip
+    p = 1.0 / 720 + t * (1.0 / 5040 + t * (1.0 / 40320 + t * p))
+    return 0.5 + t * (1.0 / 6 + t * (1.0 / 24 + t * (1.0 / 120 + t * p)))
+
+
+@triton.jit
+def expm1_and_rest(t, APPROX: tl.constexpr):
+    """e^t - 1, and e^t - 1 - t, to full precision; both cancel near zero."""
+    near = tl.abs(t) < 0.5
+    rest = t * t * exp_rest(t)
+    expm1 = exp(t, APPROX) - 1.0
+    return tl.where(near, t + rest, expm1), tl.where(near, rest, expm1 - t)
+
+
+@triton.jit
+def sigmoid(x, APPROX: tl.constexpr):
+    """1/(1 + e^-x)."""
+    y = exp(-tl.abs(x), APPROX)
+    return tl.where(x < 0.0, y, 1.0) / (1.0 + y)
+
+
+@triton.jit
+def softplus(x, APPROX: tl.constexpr):
+    """log(1 + e^x)."""
+    return tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x), APPROX))
+
+
+@triton.jit
+def tanh(x, APPROX: tl.constexpr):
+    """The hyperbolic tangent, to full precision."""
+    expm1, _ = expm1_and_rest(-2.0 * tl.abs(x), APPROX)
+    y = -expm1 / (2.0 + expm1)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def tanh_slope(x, APPROX: tl.constexpr):
+    """1 - tanh² x, without its cancellation."""
+    y = exp(-2.0 * tl.abs(x), APPROX)
+    return 4.0 * y / ((1.0 + y) * (1.0 + y))

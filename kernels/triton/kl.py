@@ -1,0 +1,177 @@
+"""KL(q‖p) of two diagonal Gaussians per row, and its gradient, as in ``reference.gaussian_kl``."""
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from .config import LatentConfig, latent_config
+from .elementary import expm1_and_rest
+from .launch import accumulation, as_rows, backend_of, compile_options, machine, on_device
+from .scale import (
+    bound,
+    clamp_code,
+    divide,
+    log_scale_slope,
+    log_variance_and_divisor,
+    log_variance_and_scale,
+    through_bound,
+)
+from .tile import clip_row, row_tile
+
+
+@triton.jit
+def _terms(mu, s, prior_mu_ptr, prior_scale_ptr, at_mu, at_scale, mask,
+           PARAM: tl.constexpr, PRIOR_PARAM: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
+    """Give t = log σ² - log σ_p², δ = (μ - μ_p)/σ_p, δ/σ_p, and the prior's raw scale.
+
+    Of a standard normal prior, the last two are δ and s again.
+    """
+    t, _ = log_variance_and_scale(s, PARAM, APPROX)
+    if prior_mu_ptr is None:
+        return t, mu, mu, s
+    else:
+        prior_s = tl.load(prior_scale_ptr + at_scale, mask).to(mu.dtype)
+        log_variance, root, tau = log_variance_and_divisor(prior_s, PRIOR_PARAM, APPROX)
+        delta = mu - tl.load(prior_mu_ptr + at_mu, mask).to(mu.dtype)
+        delta = divide(delta, root, tau, PRIOR_PARAM)
+        return t - log_variance, delta, divide(delta, root, tau, PRIOR_PARAM), prior_s
+
+
+@triton.jit(do_not_specialize=["B"])
+def kl_forward_kernel(
+    mu_ptr, scale_ptr, prior_mu_ptr, prior_scale_ptr, kl_ptr,
+    B, L, steps, mu_row, mu_col, scale_row, scale_col,
+    prior_mu_row, prior_mu_col, prior_scale_row, prior_scale_col,
+    lo: tl.float64, hi: tl.float64,
+    PARAM: tl.constexpr, PRIOR_PARAM: tl.constexpr, CLAMP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
+    APPROX: tl.constexpr,
+):  # fmt: skip
+    """A program sums ROWS rows of ½(e^t - 1 - t + δ²)."""
+    ACC: tl.constexpr = kl_ptr.dtype.element_ty
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS
+    total = tl.zeros([TILES * ROWS, COLS], ACC)
+    for step in range(steps):
+        r, cols = row_tile(B - row0, step, ROWS, COLS, TILES)
+        n = row0 + r
+        mask = None if EVEN else cols < L
+        mu = tl.load(mu_ptr + n * mu_row + cols * mu_col, mask).to(ACC)
+        s = tl.load(scale_ptr + n * scale_row + cols * scale_col, mask).to(ACC)
+        t, delta, _, _ = _terms(
+            mu, bound(s, lo, hi, CLAMP, APPROX), prior_mu_ptr, prior_scale_ptr,
+            n * prior_mu_row + cols * prior_mu_col, n * prior_scale_row + cols * prior_scale_col,
+            mask, PARAM, PRIOR_PARAM, APPROX,
+        )  # fmt: skip
+        _, rest = expm1_and_rest(t, APPROX)
+        term = 0.5 * (rest + delta * delta)
+        total += term if EVEN else tl.where(mask, term, 0.0)
+    sums = tl.sum(tl.sum(tl.reshape(total, (TILES, ROWS, COLS)), 0), 1)
+    tl.store(kl_ptr + row0 + clip_row(tl.arange(0, ROWS), B - row0, ROWS), sums)
+
+
+@triton.jit(do_not_specialize=["B"])
+def kl_backward_kernel(
+    g_kl_ptr, mu_ptr, scale_ptr, prior_mu_ptr, prior_scale_ptr,
+    g_mu_ptr, g_scale_ptr, g_prior_mu_ptr, g_prior_scale_ptr,
+    B, L, steps, g_kl_row, mu_row, mu_col, scale_row, scale_col,
+    prior_mu_row, prior_mu_col, prior_scale_row, prior_scale_col,
+    lo: tl.float64, hi: tl.float64,
+    PARAM: tl.constexpr, PRIOR_PARAM: tl.constexpr, CLAMP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
+    APPROX: tl.constexpr,
+):  # fmt: skip
+    """A program owns one step of the gradients.
+
+    ∂μ = δ/σ_p = -∂μ_p, ∂(log σ) = e^t - 1 and ∂(log σ_p) = -(e^t - 1) - δ².
+    """
+    ACC: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    pid = tl.program_id(0)
+    row0 = (pid // steps).to(tl.int64) * ROWS
+    r, cols = row_tile(B - row0, pid % steps, ROWS, COLS, TILES)
+    n = row0 + r
+    mask = None if EVEN else cols < L
+    g = tl.load(g_kl_ptr + n * g_kl_row).to(ACC)
+    mu = tl.load(mu_ptr + n * mu_row + cols * mu_col, mask).to(ACC)
+    raw = tl.load(scale_ptr + n * scale_row + cols * scale_col, mask).to(ACC)
+    s = bound(raw, lo, hi, CLAMP, APPROX)
+    t, delta, slope, prior_s = _terms(
+        mu, s, prior_mu_ptr, prior_scale_ptr,
+        n * prior_mu_row + cols * prior_mu_col, n * prior_scale_row + cols * prior_scale_col,
+        mask, PARAM, PRIOR_PARAM, APPROX,
+    )  # fmt: skip
+    expm1, _ = expm1_and_rest(t, APPROX)
+    g_s = g * expm1 * log_scale_slope(s, PARAM, APPROX)
+    tl.store(g_mu_ptr + n * L + cols, g * slope, mask)
+    tl.store(g_scale_ptr + n * L + cols, through_bound(g_s, raw, lo, hi, CLAMP, APPROX), mask)
+    if prior_mu_ptr is not None:
+        g_prior_s = -g * (expm1 + delta * delta) * log_scale_slope(prior_s, PRIOR_PARAM, APPROX)
+        tl.store(g_prior_mu_ptr + n * L + cols, -g * slope, mask)
+        tl.store(g_prior_scale_ptr + n * L + cols, g_prior_s, mask)
+
+
+def _operands(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+    """The tensors to read, and their row and column strides one after another."""
+    read, strides = [], []
+    for t in tensors:
+        t, row, col = (None, 0, 0) if t is None else as_rows(t)
+        read.append(t)
+        strides += [row, col]
+    return read, strides
+
+
+def _config(tensors: list[Tensor | None]) -> LatentConfig:
+    mu = tensors[0]
+    itemsize = min(t.element_size() for t in tensors if t is not None)
+    return latent_config(mu.shape[0], mu[0].numel(), itemsize, *machine(mu))
+
+
+def gaussian_kl_forward(
+    mu: Tensor, scale: Tensor, prior_mu: Tensor | None, prior_scale: Tensor | None,
+    param: int, prior_param: int, lo: float, hi: float, soft: bool,
+) -> Tensor:  # fmt: skip
+    """KL(q‖p) of each row (B,); p is a standard normal if no prior is given."""
+    batch = mu.shape[0]
+    kl = torch.empty(batch, dtype=accumulation(mu), device=mu.device)
+    if mu.numel() == 0:
+        return kl.zero_()
+
+    tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
+    config = _config(tensors)
+    with on_device(mu):
+        kl_forward_kernel[(triton.cdiv(batch, config.rows),)](
+            *tensors, kl, batch, mu[0].numel(), config.steps, *strides, lo, hi,
+            PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
+            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, EVEN=config.even,
+            num_warps=config.num_warps, **compile_options(backend_of(mu), mu.dtype),
+        )  # fmt: skip
+    return kl
+
+
+def gaussian_kl_backward(
+    g_kl: Tensor, mu: Tensor, scale: Tensor, prior_mu: Tensor | None, prior_scale: Tensor | None,
+    param: int, prior_param: int, lo: float, hi: float, soft: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """∂μ and ∂s of q and of p, contiguous; empty for an absent prior."""
+    batch = mu.shape[0]
+    gradients = [
+        mu.new_empty(0) if t is None else t.new_empty(t.shape)
+        for t in (mu, scale, prior_mu, prior_scale)
+    ]
+    if mu.numel() == 0:
+        return tuple(gradients)
+
+    tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
+    config = _config(tensors)
+    with on_device(mu):
+        kl_backward_kernel[(triton.cdiv(batch, config.rows) * config.steps,)](
+            g_kl, *tensors, *gradients, batch, mu[0].numel(), config.steps,
+            g_kl.stride(0), *strides, lo, hi,
+            PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
+            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, EVEN=config.even,
+            num_warps=config.num_warps, **compile_options(backend_of(mu), mu.dtype),
+        )  # fmt: skip
+    return tuple(gradients)
