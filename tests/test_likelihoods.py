@@ -112,11 +112,13 @@ SHARED = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_scales(name, dtype, fused):
-    """70 rows are more than one block of them; the gradient has the scale's own shape."""
-    check_family(fused, "gaussian", 70, (3, 5, 4), dtype, scale_shape=SHARED[name])
+    """More rows than one block of them; the gradient has the scale's own shape."""
+    rows = 20 if backends.backend_for("cpu") == "triton" else 70
+    shape = tuple(rows if n == 70 else n for n in SHARED[name])
+    check_family(fused, "gaussian", rows, (3, 5, 4), dtype, scale_shape=shape)
     if dtype == torch.float32:
-        check_family(fused, "gaussian", 70, (3, 5, 4), dtype, scale_shape=SHARED[name], masked=True)
-        check_family(fused, "student_t", 70, (3, 5, 4), dtype, scale_shape=SHARED[name])
+        check_family(fused, "gaussian", rows, (3, 5, 4), dtype, scale_shape=shape, masked=True)
+        check_family(fused, "student_t", rows, (3, 5, 4), dtype, scale_shape=shape)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +215,13 @@ def test_logistic_is_a_distribution(fused):
     """The masses of the 256 levels add up to one, at any scale."""
     x = torch.arange(256, dtype=torch.uint8, device=fused)[:, None]
     mean = torch.full((256, 1), 0.3011, device=fused)
-    for log_tau in (-9.0, -5.0, -2.0, 0.0, 4.0, 30.0):
+    interpreted = backends.backend_for("cpu") == "triton"
+    for log_tau in (-2.0,) if interpreted else (-9.0, -5.0, -2.0, 0.0, 4.0, 30.0):
         nll = vae_fast.likelihood_nll(x, mean, log_tau, "logistic", "logstd")
         assert torch.exp(-nll).sum().item() == pytest.approx(1.0, abs=2e-5)
-    with torch.no_grad():
-        centred = vae_fast.likelihood_nll(
-            x, torch.zeros_like(mean), -3.0, "logistic", "logstd", x_scale=(2 / 255, -1.0)
-        )
+    centred = vae_fast.likelihood_nll(
+        x, torch.zeros_like(mean), -3.0, "logistic", "logstd", x_scale=(2 / 255, -1.0)
+    )
     assert torch.exp(-centred).sum().item() == pytest.approx(1.0, abs=2e-5)
 
 

@@ -292,11 +292,12 @@ class FusedELBO(nn.Module):
             TypeError, ValueError: as :func:`vae_fast.reparameterize` and
                 :func:`vae_fast.fused_elbo`.
         """
-        if prior is None:
-            prior = self._gaussian_prior() if self.prior == "gaussian" else self.prior
+        if prior is None and (prior := self.prior) == "gaussian":
+            prior = self._gaussian_prior()
         if self.dequantize and key is None:
             key = noise.make_key(mu.device, generator)
-        samples = self.num_samples if self.num_samples > 1 else None
+        samples = self.num_samples
+        samples = samples if samples > 1 else None
         z, log_q, log_p = functional.reparameterize(
             mu,
             scale,
@@ -310,7 +311,7 @@ class FusedELBO(nn.Module):
             self.estimator != "standard",
         )
         weights_tag = None
-        if self.estimator == "dreg" and samples is not None:
+        if samples is not None and self.estimator == "dreg":
             z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(z, log_q, log_p)
         decoded = z if samples is None else z.flatten(0, 1)
         analytic_kl = None
@@ -323,25 +324,40 @@ class FusedELBO(nn.Module):
         if self.inplace and not torch.compiler.is_compiling():
             _check_not_latent(z, mean, likelihood_scale)
 
-        kl_terms, beta = self._kl_terms(mu, scale, prior, log_q, log_p, analytic_kl)
-        iwae = self.objective == "iwae" and samples is not None
+        term, minus, beta = log_q, log_p, self.beta  # the KL term is term − minus
+        special = analytic_kl is not None or self.capacity is not None
+        if special or (type(beta) is not float and isinstance(beta, Tensor)):
+            term, minus, beta = self._kl_terms(mu, scale, prior, log_q, log_p, analytic_kl)
+        iwae = samples is not None and self.objective == "iwae"
         if iwae or weight is not None or self.likelihood_scale in OPTIMAL:
             rows, nll = self._rows(
-                x, mean, likelihood_scale, *kl_terms, beta, key, first_row, mask, weights_tag
+                x, mean, likelihood_scale, term, minus, beta, key, first_row, mask, weights_tag
             )
             if weight is not None:
                 rows = rows * _check_weight(weight, rows)
             loss = reference.reduce_rows(rows, self.reduction)
         else:
             loss, nll = self._fused(
-                x, mean, likelihood_scale, *kl_terms, beta, self.reduction, key, first_row, mask
+                x, mean, likelihood_scale, term, minus, beta, self.reduction, key, first_row, mask
             )
-        levels = x.dtype == torch.uint8 or self.x_scale is not None
-        density = self.likelihood not in functional._DISCRETE
-        width = (self.x_scale or reference.X_SCALE)[0] if levels and density else 1.0
+        plain = self.x_scale is None and x.dtype is not torch.uint8
         return ELBOOutput(
-            loss, nll, log_q, log_p, z, analytic_kl, x.shape, mask, width, self.objective
+            loss,
+            nll,
+            log_q,
+            log_p,
+            z,
+            analytic_kl,
+            x.shape,
+            mask,
+            1.0 if plain else self._bin_width(),
+            self.objective,
         )
+
+    def _bin_width(self) -> float:
+        """Distance of the levels of x, where the likelihood is a density and no mass of them."""
+        mass = self.likelihood in functional._DISCRETE
+        return 1.0 if mass else (self.x_scale or reference.X_SCALE)[0]
 
     def _fused(
         self, x, mean, scale, log_q, log_p, beta, reduction, key, first_row, mask
@@ -454,7 +470,7 @@ class FusedELBO(nn.Module):
 
     def _kl_terms(
         self, mu, scale, prior, log_q, log_p, analytic_kl
-    ) -> tuple[tuple[Tensor, Tensor | None], float]:
+    ) -> tuple[Tensor, Tensor | None, float]:
         """The two row terms whose difference is the KL term, and its weight β."""
         terms = log_q, log_p
         if analytic_kl is not None:
@@ -473,7 +489,7 @@ class FusedELBO(nn.Module):
                 raise ValueError(f"beta must be a float or a 0-dim tensor, got {tuple(beta.shape)}")
             kl = terms[0] if terms[1] is None else terms[0] - terms[1]
             terms, beta = (kl * beta.to(kl.dtype), None), 1.0
-        return terms, beta
+        return *terms, beta
 
     def extra_repr(self) -> str:
         """Every option that is not at its default, for ``repr``."""

@@ -20,44 +20,48 @@ struct Model {
   T constant = 0;                                         // of every element's value
 
   Model() = default;
-  Model(Family family, double df_, double mul, double add)
-      : df(static_cast<T>(df_)),
-        log_df(static_cast<T>(std::log(df_))),
-        bin(static_cast<T>(mul)),
-        log_bin(static_cast<T>(std::log(mul))),
-        first_edge(static_cast<T>(add + 0.5 * mul)),
-        last_edge(static_cast<T>(add + 254.5 * mul)) {
+  Model(Family family, double df_, double mul, double add) {
     if (family == Family::gaussian) constant = static_cast<T>(kHalfLog2Pi);
     if (family == Family::laplace) constant = static_cast<T>(std::log(2.0));
     if (family == Family::student_t) {
+      df = static_cast<T>(df_);
+      log_df = static_cast<T>(std::log(df_));
       constant = static_cast<T>(std::lgamma(0.5 * df_) - std::lgamma(0.5 * (df_ + 1.0)) +
                                 0.5 * std::log(3.14159265358979323846 * df_));
+    }
+    if (family == Family::logistic) {
+      bin = static_cast<T>(mul);
+      log_bin = static_cast<T>(std::log(mul));
+      first_edge = static_cast<T>(add + 0.5 * mul);
+      last_edge = static_cast<T>(add + 254.5 * mul);
     }
   }
 };
 
 // value: −log p without the model's constant. d_x: its derivative by x, which is minus the one by m,
-// except for Bernoulli's, where only the latter is meant. d_log_scale: its derivative by log τ.
+// except for Bernoulli's, where only the latter is meant. d_log_scale(w): its derivative by log τ,
+// times w.
 template <class F, Family family>
 struct Element;
 
 template <class F>
 struct Element<F, Family::gaussian> {
-  F value, d_x, d_log_scale;
+  F value, d_x, r2;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<typename Traits<F>::Scalar>&) {
     using T = typename Traits<F>::Scalar;
     const auto inverse = s.inverse();
-    const F r = inverse.times(x - m), r2 = r * r;
+    const F r = inverse.times(x - m);
+    r2 = r * r;
     value = r2 * T(0.5) + s.log_sigma;
     d_x = inverse.times(r);
-    d_log_scale = T(1) - r2;
   }
+  VAE_FAST_INLINE F d_log_scale(F w) const { return w - r2 * w; }
 };
 
 template <class F>
 struct Element<F, Family::laplace> {
-  F value, d_x, d_log_scale;
+  F value, d_x, slope;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<typename Traits<F>::Scalar>&) {
     using T = typename Traits<F>::Scalar;
@@ -67,8 +71,9 @@ struct Element<F, Family::laplace> {
     // The sign of r; 0 for 0, and NaN for NaN.
     const F sign = select(r > T(0), splat<F>(T(1)), select(r < T(0), splat<F>(T(-1)), r));
     d_x = inverse.times(sign);
-    d_log_scale = T(1) - size;
+    slope = T(1) - size;
   }
+  VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }
 };
 
 // softplus(v) = log(1 + e^v), and σ(v).
@@ -86,7 +91,7 @@ struct Softplus {
 
 template <class F>
 struct Element<F, Family::bernoulli> {
-  F value, d_x, d_log_scale{};
+  F value, d_x;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S&, const Model<typename Traits<F>::Scalar>&) {
     using T = typename Traits<F>::Scalar;
@@ -99,7 +104,7 @@ struct Element<F, Family::bernoulli> {
 
 template <class F>
 struct Element<F, Family::logistic> {
-  F value, d_x, d_log_scale;
+  F value, d_x, slope;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S& s,
                           const Model<typename Traits<F>::Scalar>& model) {
@@ -116,7 +121,7 @@ struct Element<F, Family::logistic> {
     // p·σ(−p) and q·σ(q) vanish where p and −q are beyond all bounds; a NaN stays one.
     const F p_bound = select(p > T(1e30), splat<F>(T(1e30)), p);
     const F q_bound = select(q < T(-1e30), splat<F>(T(-1e30)), q);
-    d_log_scale = p_bound * sigma_p - q_bound * sigma_q;
+    slope = p_bound * sigma_p - q_bound * sigma_q;
 
     // −log(1 − e^{−w}) of the levels between, and its derivative w/(e^w − 1).
     const F w_any = inverse.times(splat<F>(model.bin));
@@ -127,15 +132,16 @@ struct Element<F, Family::logistic> {
     const Negative<F> small(w - T(0.3));
     const F log_mass = log_normal(small.choose(safe, -e.value)) +
                        small.choose(model.log_bin - s.log_sigma, F{});
-    const F slope = (e.value + T(1)) / safe;
+    const F width_slope = (e.value + T(1)) / safe;
     value -= first.choose(F{}, last.choose(F{}, log_mass));
-    d_log_scale += first.choose(F{}, last.choose(F{}, slope));
+    slope += first.choose(F{}, last.choose(F{}, width_slope));
   }
+  VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }
 };
 
 template <class F>
 struct Element<F, Family::student_t> {
-  F value, d_x, d_log_scale;
+  F value, d_x, slope;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S& s,
                           const Model<typename Traits<F>::Scalar>& model) {
@@ -151,13 +157,14 @@ struct Element<F, Family::student_t> {
     const F log_far = log_u * T(2) - model.log_df;
     value = near.choose(log_near, log_far) * ((df + T(1)) * T(0.5)) + s.log_sigma;
     d_x = inverse.times((df + T(1)) / (df / r + r));  // (ν + 1)·r/(ν + r²), without the square
-    d_log_scale = T(1) - q / u * (df + T(1));
+    slope = T(1) - q / u * (df + T(1));
   }
+  VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }
 };
 
 template <class F>
 struct Element<F, Family::squared_error> {
-  F value, d_x, d_log_scale{};
+  F value, d_x;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S&, const Model<typename Traits<F>::Scalar>&) {
     using T = typename Traits<F>::Scalar;

@@ -46,7 +46,8 @@ struct Likelihood {
   bool scalar, need_x = false;  // scalar: one value of the scale for a row, if any
   Event event;
   Operand x, mean, scale, mask, g_x, g_mean, g_scale;
-  std::vector<T> row_scale{T(0)}, row_slope{T(1)};  // of a scalar scale, prepared; and the derivative
+  T shared = T(0), shared_slope = T(1);  // the one scale of all rows, prepared; and its derivative
+  std::vector<T> row_scale, row_slope;   // or one for each
   Family family;
   Param param;
   Model<T> model;
@@ -140,7 +141,7 @@ struct Likelihood {
       if (value) value[n] = total(&LikelihoodTerms<T>::value);
       if (g_shared) {
         g_shared[n] = total(&LikelihoodTerms<T>::g_scale);
-        scale_by(&row_slope[sharing == Sharing::row ? n : 0], 1, &g_shared[n]);
+        scale_by(sharing == Sharing::row ? &row_slope[n] : &shared_slope, 1, &g_shared[n]);
       }
     }
     if (g_event) store_event(event_sums, blocks, *g_event);
@@ -170,19 +171,20 @@ struct Likelihood {
   }
 
   void load_row_scales(const View& scale_) {
-    const Operand o = operand(scale_, scale_.dim > 0 ? 1 : 0);
-    const int64_t count = sharing == Sharing::row ? rows : 1;
-    row_scale.resize(count);
-    row_slope.assign(count, T(1));
-    gather(o, 0, o.row_stride, count, row_scale.data());
-    if (prepared) {
-      tiles.prepare_scale(count, clamp, family != Family::gaussian, row_scale.data(),
-                          row_scale.data(), row_slope.data());
+    const bool each = sharing == Sharing::row;
+    if (each) {
+      row_scale.resize(rows);
+      row_slope.assign(rows, T(1));
     }
+    const int64_t count = each ? rows : 1;
+    T* const to = each ? row_scale.data() : &shared;
+    T* const slope = each ? row_slope.data() : &shared_slope;
+    const Operand o = operand(scale_, each ? 1 : 0);
+    gather(o, 0, o.row_stride, count, to);
+    if (prepared) tiles.prepare_scale(count, clamp, family != Family::gaussian, to, to, slope);
   }
   Rows<const T> row_scales(int64_t n) const {
-    return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1}
-                                   : Rows<const T>{row_scale.data(), 0};
+    return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1} : Rows<const T>{&shared, 0};
   }
 
   // Whether a kernel can read and write the operands' own memory, row by row.

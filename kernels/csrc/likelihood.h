@@ -35,7 +35,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
         if constexpr (kGradient) {
           store(at, g_mean[row] + begin, e.d_x * -w);
           if constexpr (has_scale(family)) {
-            const F g = e.d_log_scale * (s.slope * w);
+            const F g = e.d_log_scale(s.slope * w);
             if constexpr (kScalar) {
               g_scalar += at.keep(g);
             } else {
