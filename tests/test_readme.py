@@ -14,10 +14,10 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(4))
 def test_snippet_runs(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
@@ -28,6 +28,8 @@ def test_snippet_runs(index, tmp_path, monkeypatch):
     elif index == 1:
         assert scope["z"].shape == (5, 8, 4)
         assert scope["nll"].shape == (5, 8)
+    elif index == 2:
+        assert scope["out"].bits_per_dim.shape == (64,)
     else:
         assert isinstance(scope["vae"], vae_fast.VAE)
         assert (tmp_path / "model.safetensors").exists()
