@@ -151,6 +151,19 @@ MODULE = [
     (dict(estimator="pathwise"), ValueError, "estimator must be one of standard, stl, dreg"),
     (dict(estimator="dreg"), ValueError, 'estimator="dreg" is for objective="iwae"'),
     (dict(estimator="stl", objective="iwae"), ValueError, 'estimator="stl" is biased'),
+    (dict(estimator="stl", capacity=1.0), ValueError, 'estimator="stl" is biased with capacity'),
+    (dict(capacity="1"), TypeError, "capacity must be a number, got str"),
+    (dict(capacity=True), TypeError, "capacity must be a number, got bool"),
+    (dict(capacity=t(2)), ValueError, "capacity must be a float or a 0-dim tensor"),
+    (dict(beta=torch.nn.Parameter(t())), TypeError, "beta must be .* got a Parameter"),
+    (dict(capacity=torch.nn.Parameter(t())), TypeError, "capacity must be .* got a Parameter"),
+    (dict(likelihood_scale=[1.0]), TypeError, "likelihood_scale must be a number, got list"),
+    (dict(likelihood_scale=float("nan")), ValueError, "likelihood_scale must be finite, got nan"),
+    (
+        dict(likelihood_scale=0.0, likelihood_param="std"),
+        ValueError,
+        "likelihood_scale must be finite and positive",
+    ),
     (dict(estimator="stl", kl="analytic"), ValueError, 'estimator="stl" needs kl="monte_carlo"'),
     (dict(prior=3), TypeError, "prior must be a pair of tensors"),
     (dict(prior=(t(3), 1.0)), TypeError, "prior's scale must be a torch.Tensor"),
@@ -172,6 +185,9 @@ CALL = [
     (dict(prior=(t(3),)), TypeError, "prior must be a pair of tensors"),
     (dict(prior=lambda z: z), ValueError, r"prior must return log p\(z\) of shape \(4,\)"),
     (dict(prior=(t(2), t(3))), ValueError, "prior's mu of shape .* does not broadcast"),
+    (dict(prior=(t(3), t(2))), ValueError, "prior's scale of shape .* does not broadcast"),
+    (dict(prior=(t(3), 0.0)), TypeError, "prior's scale must be a torch.Tensor, got float"),
+    (dict(prior=(t(3), t(3).double())), TypeError, "prior's scale is float64"),
 ]
 
 
@@ -231,7 +247,8 @@ def test_optimal_gaussian_nll(backend):
 def test_module_call(change, error, message, backend):
     mu = t(4, 3).to(backend)
     if isinstance(change.get("prior"), tuple):
-        change = {"prior": tuple(p.to(backend) for p in change["prior"])}
+        pair = moved(dict(enumerate(change["prior"])), backend)
+        change = {"prior": tuple(pair.values())}
     with pytest.raises(error, match=message):
         vae_fast.FusedELBO()(
             t(4, 6).to(backend),
@@ -240,6 +257,20 @@ def test_module_call(change, error, message, backend):
             lambda z: (z.repeat(1, 2), z.repeat(1, 2)),
             **moved(change, backend),
         )
+
+
+def test_options_set_later_are_checked_and_undone():
+    elbo = vae_fast.FusedELBO(objective="iwae", num_samples=2)
+    for name, value in (("kl", "analytic"), ("kl", "analytc"), ("estimator", "stl")):
+        before = getattr(elbo, name)
+        with pytest.raises(ValueError, match=r"excludes kl|kl must be one of|is biased"):
+            setattr(elbo, name, value)
+        assert getattr(elbo, name) == before
+    with pytest.raises(TypeError, match="beta must be"):
+        elbo.beta = torch.nn.Parameter(t())
+    assert not list(elbo.parameters())
+    elbo.estimator = "dreg"
+    assert elbo.estimator == "dreg"
 
 
 def test_beta_must_be_one_number(backend):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from accuracy import HALF_LOG_2PI, SIGMA, assert_accurate
 from test_passes import DTYPES, latent_views, raw_scale, results_and_gradients
 
@@ -364,6 +365,40 @@ def test_a_fresh_key_is_drawn_for_every_call(backend):
     assert torch.all(first != second)
 
 
+# ---- the latent pass's options -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("param", ops.PARAMS)
+def test_path_gradient_and_soft_clamp(param, dtype, fused, key):
+    shape, key, clamp = (5, 3, 7), key.to(fused), (0.3, 1.2)
+    inputs = [torch.randn(shape).to(fused, dtype), raw_scale(param, shape, dtype, fused)]
+    eps = noise.normal(key, 5, 2, shape[1:], dtype=dtype)
+    upstream = [torch.randn(2, *shape), torch.randn(2, 5), torch.randn(2, 5)]
+    upstream = [u.to(fused, dtype).double() for u in upstream]
+
+    def eager(mu, s):
+        middle, reach = 0.75, 0.45
+        sigma = SIGMA[param](middle + reach * torch.tanh((s - middle) / reach))
+        z = mu + sigma * eps.to(mu.dtype)
+        r = (z - mu.detach()) / sigma.detach()
+        log_q = -(0.5 * r.square() + torch.log(sigma.detach()) + HALF_LOG_2PI).sum((2, 3))
+        return z, log_q, -(0.5 * z.square() + HALF_LOG_2PI).sum((2, 3))
+
+    def ours(mu, s):
+        return vae_fast.reparameterize(
+            mu, s, param, 2, key, clamp=clamp, clamp_mode="soft", path_gradient=True
+        )
+
+    assert_accurate(
+        results_and_gradients(ours, inputs, upstream),
+        results_and_gradients(eager, inputs, upstream),
+        results_and_gradients(eager, [t.double() for t in inputs], upstream),
+        dtype,
+        backends.backend_for("cpu") == "triton" and dtype == torch.bfloat16,
+    )
+
+
 # ---- KL ------------------------------------------------------------------------------------
 
 
@@ -541,3 +576,96 @@ def test_options_compile_without_a_graph_break(options, key):
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b)
+
+
+# ---- checkpointing -----------------------------------------------------------------------------
+
+
+def test_every_function_can_be_checkpointed(backend, key):
+    """The backward pass computes what was saved anew, so that must happen above the ops."""
+    key = key.to(backend)
+    y = torch.randn(3, 4, 6, device=backend)
+    rows = torch.randn(3, 4, device=backend)
+    functions = {
+        "reparameterize": lambda a: sum(
+            r.sum() for r in vae_fast.reparameterize(a[0], a[1], key=key)
+        ),
+        "with a generator": lambda a: sum(
+            r.sum()
+            for r in vae_fast.reparameterize(
+                a[0], a[1], generator=torch.Generator(backend).manual_seed(3)
+            )
+        ),
+        "gaussian_nll": lambda a: vae_fast.gaussian_nll(y[0], a[0], a[1]).sum(),
+        "shared": lambda a: vae_fast.likelihood_nll(y[0], a[0], a[1, 0], "laplace").sum(),
+        "optimal": lambda a: vae_fast.optimal_gaussian_nll(y[0], a[0]).sum(),
+        "gaussian_kl": lambda a: vae_fast.gaussian_kl(a[0], a[1], (a[2], a[1])).sum(),
+        "importance_bound": lambda a: vae_fast.importance_bound(a.sum(2), rows).sum(),
+        "fused_elbo": lambda a: vae_fast.fused_elbo(y[0], a[0], a[1], rows[0], rows[1])[0],
+        "none": lambda a: vae_fast.fused_elbo(y[0], a[0], a[1], rows[0], rows[1], reduction="none")[
+            0
+        ].sum(),
+    }
+    for name, fn in functions.items():
+        results = []
+        for reentrant in (None, False, True):
+            # Computed from a leaf inside, so that what is saved has to be made anew.
+            leaf = y.clone().requires_grad_()
+            inner = lambda t, f=fn: f(torch.tanh(t))  # noqa: E731
+            if reentrant is None:
+                out = inner(leaf)
+            else:
+                out = torch.utils.checkpoint.checkpoint(inner, leaf, use_reentrant=reentrant)
+            results.append(torch.autograd.grad(out, leaf)[0] if reentrant is not True else None)
+            if reentrant is True:
+                out.backward()
+                results[-1] = leaf.grad
+        for got in results[1:]:
+            torch.testing.assert_close(got, results[0], msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- a batch, an event or a latent of one or none ----------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_inplace_with_a_shared_scale(batch, fused):
+    """One row gives a shared scale the mean's shape; it is still not the decoder's to give."""
+    x = torch.rand(batch, 3, 2, device=fused)
+    w = torch.randn(4, 6, device=fused)
+    rows = torch.zeros(batch, device=fused)
+    gradients = []
+    for inplace in (False, True):
+        z = torch.ones(batch, 4, device=fused, requires_grad=True)
+        s = torch.zeros(3, 1, device=fused, requires_grad=True)
+        mean = torch.tanh(z @ w).view(-1, 3, 2) + 0.0
+        loss, _ = vae_fast.fused_elbo(x, mean, s, rows, rows, reduction="sum", inplace=inplace)
+        gradients.append(torch.autograd.grad(loss, (z, s)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_scalar_events_and_latents(backend):
+    x, mu = torch.rand(5, device=backend), torch.randn(5, device=backend, requires_grad=True)
+    elbo = vae_fast.FusedELBO(kl="analytic", free_bits=0.2)
+    mask = torch.tensor([True, False, True, True, True], device=backend)
+    out = elbo(x, mu, mu, lambda z: (z, z), mask=mask)
+    assert torch.isfinite(out.loss)
+    assert torch.isfinite(out.bits_per_dim[mask]).all()
+    assert torch.autograd.grad(out.loss, mu)[0].shape == (5,)
+
+
+def test_dreg_leaves_what_it_hands_out_alone(backend, key):
+    """Only the loss has the weighted gradients; z, log q and log p have their own."""
+    mu = torch.randn(3, 2, device=backend, requires_grad=True)
+    x = torch.randn(3, 4, device=backend)
+    w = torch.randn(2, 4, device=backend)
+    found = {}
+    for estimator in ("standard", "dreg"):
+        elbo = vae_fast.FusedELBO(num_samples=4, objective="iwae", estimator=estimator)
+        out = elbo(x, mu, mu, lambda z: (z @ w, z @ w), key=key.to(backend))
+        alone, both = (
+            torch.autograd.grad(t, mu, retain_graph=True)[0]
+            for t in (out.loss, out.loss + out.z.sum() + out.log_p.sum())
+        )
+        found[estimator] = both - alone
+    torch.testing.assert_close(found["dreg"], found["standard"])

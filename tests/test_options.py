@@ -61,8 +61,7 @@ def excluded(o):
         or (o["likelihood"] == "bernoulli" and o["scale"] != "full")
         or (o["likelihood"] in ("bernoulli", "logistic") and o["x"] == "dequantized")
         or (importance and o["kl"] != "monte_carlo")
-        or (o["objective"].startswith("stl") and "analytic" in o["kl"])
-        or (o["objective"].startswith("stl") and o["kl"] == "free_bits")
+        or (o["objective"].startswith("stl") and o["kl"] != "monte_carlo")
         or (o["prior"] == "callable" and o["kl"] in ("analytic", "free_bits", "analytic capacity"))
     )
 
@@ -277,7 +276,8 @@ def independent(o, leaves, decode, x, mask, weight, beta, samples, key):
     if objective in ("iwae", "dreg"):
         weights = torch.softmax(-terms, 0).detach()
         if objective == "dreg":
-            z.register_hook(lambda g: weights[..., None] * g)
+            factor = (1.0 - float(beta)) + float(beta) * weights
+            z.register_hook(lambda g: factor[..., None] * g)
         rows = math.log(samples) - torch.logsumexp(-terms, 0)
         bound = math.log(samples) - torch.logsumexp(-bound, 0)
     else:

@@ -3,7 +3,8 @@
 The autograd registered with the ops (:mod:`vae_fast.ops`) serves torch.compile, functorch and
 direct calls. What stands here is its twin for plain eager calls, where the generic Python wrappers
 cost more than a small batch's arithmetic: the same set-up and backward as
-``torch.autograd.Function``. The ops run below autograd, and a second differentiation is refused.
+``torch.autograd.Function``. The ops run below autograd, but saved tensors are read above it, where
+checkpointing may have to compute them anew; a second differentiation is refused.
 
 On the CPU even that is too much: there ``eager.cpp`` does the same in C++, for the plain cases,
 where it can be built.
@@ -78,10 +79,9 @@ class Latent(torch.autograd.Function):
     def backward(ctx, g_z, g_log_q, g_log_p):
         if g_z is None and g_log_q is None and g_log_p is None:
             return None, None, None, None
+        saved = ctx.saved_tensors
         with _below_autograd():
-            g_mu, g_scale = ops.latent_backward(
-                g_z, g_log_q, g_log_p, *ctx.saved_tensors, *ctx.options
-            )
+            g_mu, g_scale = ops.latent_backward(g_z, g_log_q, g_log_p, *saved, *ctx.options)
         return g_mu, g_scale, None, None
 
 
@@ -99,8 +99,9 @@ class Likelihood(torch.autograd.Function):
     @staticmethod
     @_first_order
     def backward(ctx, *grads):
+        saved = ctx.saved_tensors
         with _below_autograd():
-            return (*ops._differentiate_likelihood(ctx, *grads)[:6], None)
+            return (*ops._differentiate_likelihood(ctx, *grads, saved)[:6], None)
 
 
 class LikelihoodGrad(torch.autograd.Function):
@@ -168,8 +169,9 @@ class GaussianKL(torch.autograd.Function):
     @staticmethod
     @_first_order
     def backward(ctx, g_kl):
+        saved = ctx.saved_tensors
         with _below_autograd():
-            return (*ops._differentiate_kl(ctx, g_kl)[:4], None)
+            return (*ops._differentiate_kl(ctx, g_kl, saved)[:4], None)
 
 
 class Importance(torch.autograd.Function):
@@ -185,8 +187,9 @@ class Importance(torch.autograd.Function):
     @staticmethod
     @_first_order
     def backward(ctx, *grads):
+        saved = ctx.saved_tensors
         with _below_autograd():
-            return ops._differentiate_importance(ctx, *grads)
+            return ops._differentiate_importance(ctx, *grads, saved)
 
 
 # The engine's own apply: torch.autograd.Function.apply first looks for functorch transforms, which

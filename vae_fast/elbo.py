@@ -21,6 +21,17 @@ ESTIMATORS = ("standard", "stl", "dreg")
 # likelihood_scale names for what shares a variance.
 OPTIMAL = {"optimal": "batch", "optimal_sample": "sample", "optimal_channel": "channel"}
 
+_CHOICES = {
+    "posterior_param": ops.PARAMS,
+    "likelihood_param": ops.PARAMS,
+    "prior_param": ops.PARAMS,
+    "reduction": ops.REDUCTIONS,
+    "kl": KL_ESTIMATORS,
+    "likelihood": LIKELIHOODS,
+    "objective": OBJECTIVES,
+    "estimator": ESTIMATORS,
+}
+
 Prior = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 
 
@@ -74,7 +85,8 @@ class ELBOOutput(NamedTuple):
         if self.mask is None:
             size: Tensor | int = math.prod(self.data_shape[1:])
         else:
-            size = self.mask.expand(self.data_shape).flatten(1).sum(1)
+            kept = self.mask.expand(self.data_shape)
+            size = kept.sum(tuple(range(1, kept.dim()))) if kept.dim() > 1 else kept
         return rows / size / math.log(2.0) - math.log2(self.bin_width)
 
 
@@ -87,7 +99,8 @@ class FusedELBO(nn.Module):
     use which option.
 
     Args:
-        beta: weight of the KL term, a float or a 0-dim tensor; may be set anew at any step.
+        beta: weight of the KL term, a float or a 0-dim tensor; may be set anew at any step, as any
+            option but the prior, which is then checked again.
         num_samples: K, latent samples per row.
         posterior_param: what the posterior's raw scale means: ``"logvar"``, ``"logstd"``,
             ``"std"``, ``"var"`` or ``"softplus"`` (:func:`vae_fast.reparameterize`).
@@ -113,7 +126,8 @@ class FusedELBO(nn.Module):
             al. 2016, eq. 8).
         estimator: of the posterior's gradient: ``"standard"``; ``"stl"``, for the ELBO, without the
             score function (Roeder et al. 2017, eq. 8); ``"dreg"``, for the IWAE, doubly
-            reparameterized (Tucker et al. 2019, eq. 8).
+            reparameterized (Tucker et al. 2019, eq. 8). The last is an estimate for ``loss`` alone:
+            nll, or a prior of one's own, differentiated beside it gets its weights as well.
         prior: p(z): ``None`` for N(0, 1); (mu, scale) tensors, broadcastable to (B, *latent), for a
             Gaussian, Parameters if it is to be learned; or a callable that maps z (N, *latent) to
             log p(z) (N,).
@@ -158,23 +172,6 @@ class FusedELBO(nn.Module):
         dequantize: bool = False,
     ) -> None:
         super().__init__()
-        functional._check_count("num_samples", num_samples)
-        for name, value, choices in (
-            ("posterior_param", posterior_param, ops.PARAMS),
-            ("likelihood_param", likelihood_param, ops.PARAMS),
-            ("prior_param", prior_param, ops.PARAMS),
-            ("reduction", reduction, ops.REDUCTIONS),
-            ("kl", kl, KL_ESTIMATORS),
-            ("likelihood", likelihood, LIKELIHOODS),
-            ("objective", objective, OBJECTIVES),
-            ("estimator", estimator, ESTIMATORS),
-        ):
-            functional._check_choice(name, value, dict.fromkeys(choices, 0))
-        functional._clamp_options(posterior_clamp, posterior_clamp_mode, "posterior_clamp")
-        functional._clamp_options(likelihood_clamp, likelihood_clamp_mode, "likelihood_clamp")
-        functional._check_df(df)
-        if x_scale is not None:
-            functional._check_x_scale(x_scale)
         self.beta = beta
         self.num_samples = num_samples
         self.posterior_param = posterior_param
@@ -197,7 +194,24 @@ class FusedELBO(nn.Module):
         self.x_scale = x_scale
         self.dequantize = dequantize
         self._register_prior(prior)
-        self._check_combination()
+        self._check_options()
+        self._checked = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an option anew, checked as at construction; β is only looked at when it is used."""
+        if name in ("beta", "capacity") and isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
+            )
+        checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
+        before = getattr(self, name) if checked else None
+        super().__setattr__(name, value)
+        if checked:
+            try:
+                self._check_options()
+            except (TypeError, ValueError):
+                super().__setattr__(name, before)
+                raise
 
     def _register_prior(self, prior: Prior | None) -> None:
         """A Gaussian's tensors become parameters or buffers, a module a submodule."""
@@ -213,20 +227,27 @@ class FusedELBO(nn.Module):
                 self.register_buffer(name, tensor)
         self.prior = "gaussian"
 
-    def _check_combination(self) -> None:
-        """Options that exclude each other, and why."""
-        scale, optimal = self.likelihood_scale, self.likelihood_scale in OPTIMAL
-        if isinstance(scale, str) and not optimal:
+    def _check_options(self) -> None:
+        """Every option by itself, then those that exclude each other, and why."""
+        functional._check_count("num_samples", self.num_samples)
+        for name, choices in _CHOICES.items():
+            functional._check_choice(name, getattr(self, name), dict.fromkeys(choices, 0))
+        for name in ("posterior_clamp", "likelihood_clamp"):
+            functional._clamp_options(getattr(self, name), getattr(self, f"{name}_mode"), name)
+        functional._check_df(self.df)
+        if self.x_scale is not None:
+            functional._check_x_scale(self.x_scale)
+        self._check_likelihood_scale()
+        _check_number("free_bits", self.free_bits)
+        if self.free_bits is not None and not 0.0 <= self.free_bits < math.inf:
+            raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
+        if not isinstance(self.capacity, Tensor):
+            _check_number("capacity", self.capacity)
+        elif self.capacity.dim() > 0:
             raise ValueError(
-                f"likelihood_scale must be a number, None or one of {', '.join(OPTIMAL)}; "
-                f"got {scale!r}"
+                f"capacity must be a float or a 0-dim tensor, got {tuple(self.capacity.shape)}"
             )
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, str, type(None))):
-            raise TypeError(f"likelihood_scale must be a number, got {type(scale).__name__}")
-        if optimal and self.likelihood != "gaussian":
-            raise ValueError(f'likelihood_scale={scale!r} needs likelihood="gaussian"')
-        if scale is not None and self.likelihood == "bernoulli":
-            raise ValueError('likelihood_scale must be None, for "bernoulli" has no scale')
+
         if self.dequantize and self.likelihood in functional._DISCRETE:
             raise ValueError(
                 f"dequantize=True needs a density, but likelihood={self.likelihood!r} is a mass of "
@@ -246,17 +267,37 @@ class FusedELBO(nn.Module):
             )
         if self.estimator == "stl" and self.kl == "analytic":
             raise ValueError('estimator="stl" needs kl="monte_carlo": it differentiates log q')
-        if self.free_bits is not None:
-            if self.capacity is not None:
-                raise ValueError("free_bits and capacity exclude each other")
-            if self.kl != "analytic":
-                raise ValueError('free_bits needs kl="analytic": it bounds the KL of each element')
-            if isinstance(self.free_bits, bool) or not isinstance(self.free_bits, (int, float)):
-                raise TypeError(f"free_bits must be a number, got {type(self.free_bits).__name__}")
-            if not 0.0 <= self.free_bits < math.inf:
-                raise ValueError(f"free_bits must be at least 0, got {self.free_bits}")
+        if self.estimator == "stl" and self.capacity is not None:
+            raise ValueError(
+                'estimator="stl" is biased with capacity, whose sign depends on the sample too; '
+                'kl="analytic" has no need of it'
+            )
+        if self.free_bits is not None and self.capacity is not None:
+            raise ValueError("free_bits and capacity exclude each other")
+        if self.free_bits is not None and self.kl != "analytic":
+            raise ValueError('free_bits needs kl="analytic": it bounds the KL of each element')
         if self.kl == "analytic" and callable(self.prior):
             raise ValueError('kl="analytic" needs a Gaussian prior, not a callable')
+
+    def _check_likelihood_scale(self) -> None:
+        scale = self.likelihood_scale
+        if not isinstance(scale, str):
+            _check_number("likelihood_scale", scale)
+        elif scale not in OPTIMAL:
+            raise ValueError(
+                f"likelihood_scale must be a number, None or one of {', '.join(OPTIMAL)}; "
+                f"got {scale!r}"
+            )
+        elif self.likelihood != "gaussian":
+            raise ValueError(f'likelihood_scale={scale!r} needs likelihood="gaussian"')
+        if scale is None or isinstance(scale, str):
+            return
+        if self.likelihood == "bernoulli":
+            raise ValueError('likelihood_scale must be None, for "bernoulli" has no scale')
+        positive = self.likelihood_param in ("std", "var")
+        if not math.isfinite(scale) or (positive and scale <= 0.0):
+            what = "finite and positive" if positive else "finite"
+            raise ValueError(f"likelihood_scale must be {what}, got {scale}")
 
     def forward(
         self,
@@ -312,7 +353,8 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
-            z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(z, log_q, log_p)
+            sample = z, log_q, log_p, self.beta
+            z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(*sample)
         decoded = z if samples is None else z.flatten(0, 1)
         analytic_kl = None
         if prior is not None:
@@ -340,6 +382,9 @@ class FusedELBO(nn.Module):
             loss, nll = self._fused(
                 x, mean, likelihood_scale, term, minus, beta, self.reduction, key, first_row, mask
             )
+        if weights_tag is not None:  # hand out what has the plain gradient
+            z, log_q = sample[:2]
+            log_p = log_p if prior is not None else sample[2]
         plain = self.x_scale is None and x.dtype is not torch.uint8
         return ELBOOutput(
             loss,
@@ -442,22 +487,28 @@ class FusedELBO(nn.Module):
             return log_p.to(ops.accumulation_dtype(z)).view(rows)
         prior_mu, prior_scale = functional._check_pair("prior", prior)
         functional._check_tensor("prior's mu", prior_mu, like=z)
+        functional._check_tensor("prior's scale", prior_scale, like=z)
         # The density is symmetric in x and mean, and K samples may share a row of x.
         event = z.shape[len(rows) - 1 :]
-        prior_mu = functional._broadcast("prior's mu", prior_mu, z[0] if len(rows) == 2 else z)
+        one = z[0] if len(rows) == 2 else z
+        prior_mu = functional._broadcast("prior's mu", prior_mu, one)
+        functional._broadcast("prior's scale", prior_scale, one)
         nll = functional.gaussian_nll(prior_mu.expand(event), z, prior_scale, self.prior_param)
         return -nll
 
     def _gaussian_kl(self, mu, scale, prior, transposed: bool = False) -> Tensor:
         """KL(q‖p) per row (B,), or ``transposed``, summed over the batch, per latent element."""
+        if callable(prior):
+            raise ValueError('kl="analytic" needs a Gaussian prior, not a callable')
         pair = None if prior is None else functional._check_pair("prior", prior)
         if transposed:
             scale, pair = (
                 scale.expand(mu.shape),
                 None if pair is None else tuple(t.expand(mu.shape) for t in pair),
             )
-            mu, scale = (t.flatten(1).t() for t in (mu, scale))
-            pair = None if pair is None else tuple(t.flatten(1).t() for t in pair)
+            shape = mu.shape[0], math.prod(mu.shape[1:])
+            mu, scale = (t.reshape(shape).t() for t in (mu, scale))
+            pair = None if pair is None else tuple(t.reshape(shape).t() for t in pair)
         return functional.gaussian_kl(
             mu,
             scale,
@@ -511,17 +562,19 @@ _DEFAULTS = {
 
 
 class _DoublyReparameterized(torch.autograd.Function):
-    """z, log q and log p, whose gradients are each multiplied by the sample's normalised weight.
+    """z, log q and log p, whose gradients are each multiplied by (1 − β) + β·w̃.
 
-    Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives",
-    eq. 8: the posterior's gradient has the weights squared, the decoder's has them once. The
-    weights are known after the decoder, so they come back as the gradient of a tensor of zeros that
-    the objective adds to the rows' terms.
+    w̃ is the sample's normalised weight. Tucker et al. 2019, "Doubly Reparameterized Gradient
+    Estimators for Monte Carlo Objectives", eq. 8: the posterior's gradient has the weights squared,
+    the decoder's has them once. For β ≠ 1 the score that they replace has the factor β, so that
+    w̃·∂log w/∂z − β·w̃(1 − w̃)·∂log w/∂z remains. The weights are known after the decoder, so they
+    come back as the gradient of a tensor of zeros that the objective adds to the rows' terms.
     """
 
     @staticmethod
-    def forward(ctx, z, log_q, log_p):
+    def forward(ctx, z, log_q, log_p, beta):
         ctx.set_materialize_grads(False)
+        ctx.beta = beta.clone() if isinstance(beta, Tensor) else beta  # it may be refilled
         return z.view_as(z), log_q.view_as(log_q), log_p.view_as(log_p), torch.zeros_like(log_q)
 
     @staticmethod
@@ -531,16 +584,23 @@ class _DoublyReparameterized(torch.autograd.Function):
                 'vae_fast: double backward (create_graph=True) is not supported by estimator="dreg"'
             )
         if g_tag is None:
-            return g_z, g_log_q, g_log_p
+            return g_z, g_log_q, g_log_p, None
         total = g_tag.sum(0)
         weights = torch.where(total == 0.0, 0.0, g_tag / total)
+        weights = (1.0 - ctx.beta) + ctx.beta * weights
         if g_z is not None:
             g_z = g_z * weights.view(*weights.shape, *(1,) * (g_z.dim() - 2)).to(g_z.dtype)
         return (
             g_z,
             None if g_log_q is None else g_log_q * weights,
             None if g_log_p is None else g_log_p * weights,
+            None,
         )
+
+
+def _check_number(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _bound(rows: Tensor) -> Tensor:

@@ -614,7 +614,10 @@ def fused_elbo(
                 f"log_p must have the shape of log_q, {tuple(log_q.shape)}; "
                 f"got {tuple(log_p.shape)}"
             )
-    scale = _fit_scale(scale, mean, 1)
+    fitted = _fit_scale(scale, mean, 1)
+    # A scale that was expanded is not the decoder's, though one row may give it mean's shape.
+    inplace = inplace and (fitted is scale or fitted.dim() == 0)
+    scale = fitted
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
 

@@ -226,10 +226,10 @@ def _setup_likelihood(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_likelihood(ctx, g_nll, g_loss):
+def _differentiate_likelihood(ctx, g_nll, g_loss, saved=None):
     if g_nll is None and g_loss is None:
         return (None,) * 18
-    x, mean, scale, mask, key = ctx.saved_tensors
+    x, mean, scale, mask, key = ctx.saved_tensors if saved is None else saved
     head, first_row = ctx.options
     g_x, g_mean, g_scale, g_log_q, g_log_p = likelihood_backward(
         g_nll, g_loss, x, mean, scale, mask, *head, key, first_row, ctx.needs_input_grad[0]
@@ -250,8 +250,8 @@ def _setup_kl(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate_kl(ctx, g_kl):
-    tensors = ctx.saved_tensors
+def _differentiate_kl(ctx, g_kl, saved=None):
+    tensors = ctx.saved_tensors if saved is None else saved
     options = ctx.param, ctx.prior_param, ctx.lo, ctx.hi, ctx.soft
     gradients = gaussian_kl_backward(g_kl, *tensors, *options)
     given = (None if t is None else g for t, g in zip(tensors, gradients, strict=True))
@@ -264,8 +264,8 @@ def _setup_importance(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate_importance(ctx, g_bound, _):
-    (weights,) = ctx.saved_tensors
+def _differentiate_importance(ctx, g_bound, _, saved=None):
+    (weights,) = ctx.saved_tensors if saved is None else saved
     g_nll, g_log_q, g_log_p = importance_backward(g_bound, weights, ctx.beta)
     return g_nll, g_log_q, g_log_p if ctx.has_log_p else None, None
 

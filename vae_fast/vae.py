@@ -483,7 +483,7 @@ class VAE(nn.Module):
             "architecture": self._architecture,
             "latent_shape": list(self.latent_shape),
             "options": {
-                name: float(value) if isinstance(value, Tensor) else value
+                name: float(value.detach()) if isinstance(value, Tensor) else value
                 for name, value in self.elbo.options().items()
             },
             "prior": self._prior_config(),
