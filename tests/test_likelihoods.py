@@ -99,6 +99,22 @@ def test_families_sizes(family, size, fused):
     check_family(fused, family, 2, (size,), torch.float32, masked=size == 63)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clamp": (-0.5, 0.7)},
+        {"clamp": (-0.5, 0.7), "mode": "soft", "masked": True},
+        {"scale_shape": (2064,)},
+        {"scale_shape": (260, 1)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["gaussian", "laplace", "logistic"])
+def test_gradients_larger_than_the_caches(family, options):
+    """Which the C++ kernels write past them, from a tile where the scale was prepared."""
+    check_family(torch.device("cpu"), family, 260, (2064,), torch.float32, **options)
+
+
 SHARED = {
     "one": (1,),
     "channel": (3, 1, 1),

@@ -23,6 +23,8 @@ struct TileKernels {
   void (*prepare_scale)(int64_t n, const Clamp& clamp, bool log, const T* from, T* to, T* slope);
   // (level + u)·mul + add of stored levels; without u, no noise is added.
   void (*levels)(int64_t n, const uint8_t* from, const float* u, T mul, T add, T* to);
+  // Writes a gradient past the caches, times the slope of a prepared scale if there is one.
+  void (*stream)(int64_t n, const T* from, const T* slope, T* to);
 };
 template <class T>
 TileKernels<T> tile_kernels(Param param);

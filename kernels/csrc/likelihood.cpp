@@ -104,7 +104,7 @@ struct Likelihood {
     const int64_t work =
         std::max<int64_t>(1, std::min(size, kPiece)) * (need_x ? samples : 1) * block;
     const bool direct = !g_event && reads_in_place(gradient);
-    const bool stream = direct && gradient && streams();
+    const bool stream = gradient && streams();
     torch::stable::parallel_for(
         0, blocks * pieces, std::max<int64_t>(1, kGrain / work), [&](int64_t first, int64_t last) {
           if (direct && pieces == 1) {
@@ -125,8 +125,8 @@ struct Likelihood {
             for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
               std::fill(x_sum.begin(), x_sum.end(), T(0));
               for (int64_t n = row; n < rows; n += first_rows) {
-                terms[n * pieces + piece] = run_piece(kernel, gradient, n, begin, end, weight[n],
-                                                      x_sum.data(), scale_sum);
+                terms[n * pieces + piece] = run_piece(kernel, gradient, stream, n, begin, end,
+                                                      weight[n], x_sum.data(), scale_sum);
               }
               if (need_x) {
                 event.store(g_x, row, begin, end - begin, static_cast<const T*>(x_sum.data()));
@@ -197,11 +197,12 @@ struct Likelihood {
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
   bool streams() const {
     const auto suits = [&](const Operand& g, const Operand& of) {
-      return g.data != of.data && reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
+      return event.direct<T>(g) && g.data != of.data &&
+             reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
              g.row_stride * sizeof(T) % kVector == 0;
     };
     return rows * size * static_cast<int64_t>(sizeof(T)) >= kStreamed && suits(g_mean, mean) &&
-           (scalar || suits(g_scale, scale));
+           (scalar || sharing == Sharing::event || suits(g_scale, scale));
   }
 
   // Rows [first, last) of a batch and its samples, or a piece of each, in place.
@@ -252,8 +253,9 @@ struct Likelihood {
   }
 
   // One piece of one row, tile by tile.
-  LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, int64_t n, int64_t begin,
-                               int64_t end, const T* weight, T* x_sum, T* scale_sum) const {
+  LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
+                               int64_t begin, int64_t end, const T* weight, T* x_sum,
+                               T* scale_sum) const {
     T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile], slope[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
     LikelihoodTerms<T> sum{T(0), T(0)};
@@ -270,14 +272,18 @@ struct Likelihood {
       }
       LikelihoodTerms<T> terms;
       if (mask) {
-        terms = masked_tile(kernel, gradient, n, b, begin, count, tile, weight, x_sum, scale_sum);
+        terms = masked_tile(kernel, gradient, stream, n, b, begin, count, tile, weight, x_sum,
+                            scale_sum);
       } else {
-        T* const gm = gradient ? event.target(g_mean, n, begin, gm_tile) : nullptr;
-        T* const gs = !gradient || scalar || scale_sum ? gs_tile
-                                                       : event.target(g_scale, n, begin, gs_tile);
+        const bool buffered = !gradient || stream;
+        T* const gm = buffered ? gm_tile : event.target(g_mean, n, begin, gm_tile);
+        T* const gs = buffered || scalar || scale_sum ? gs_tile
+                                                      : event.target(g_scale, n, begin, gs_tile);
         kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, {weight, 0}, {gm, 0},
                {gs, 0}, false, &terms);
-        if (gradient) store_gradients(n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
+        if (gradient) {
+          store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
+        }
       }
       sum.value += terms.value;
       sum.g_scale += terms.g_scale;
@@ -293,9 +299,9 @@ struct Likelihood {
   };
 
   // The selected elements are packed together, and only they are ever computed on.
-  LikelihoodTerms<T> masked_tile(LikelihoodKernel<T> kernel, bool gradient, int64_t n, int64_t b,
-                                 int64_t begin, int64_t count, const Tile& tile, const T* weight,
-                                 T* x_sum, T* scale_sum) const {
+  LikelihoodTerms<T> masked_tile(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
+                                 int64_t b, int64_t begin, int64_t count, const Tile& tile,
+                                 const T* weight, T* x_sum, T* scale_sum) const {
     T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
     int64_t index[kTile + 1], kept = 0;
     event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
@@ -322,27 +328,36 @@ struct Likelihood {
         if (!scalar) gs_tile[index[i]] = gs_kept[i];
       }
       const Tile selected{tile.x, m_tile, tile.scale, tile.slope};
-      store_gradients(n, begin, count, selected, weight, gm_tile, gs_tile, x_sum, scale_sum);
+      store_gradients(stream, n, begin, count, selected, weight, gm_tile, gs_tile, x_sum,
+                      scale_sum);
     }
     return terms;
   }
 
-  void store_gradients(int64_t n, int64_t begin, int64_t count, const Tile& tile, const T* weight,
-                       const T* gm, T* gs, T* x_sum, T* scale_sum) const {
+  void store_gradients(bool stream, int64_t n, int64_t begin, int64_t count, const Tile& tile,
+                       const T* weight, const T* gm, T* gs, T* x_sum, T* scale_sum) const {
     if (need_x && family == Family::bernoulli) {
       for (int64_t i = 0; i < count; ++i) x_sum[i] -= *weight * tile.mean[i];
     } else if (need_x) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) x_sum[i] -= gm[i];  // ∂x = −∂m
     }
-    event.store(g_mean, n, begin, count, gm);
+    const auto put = [&](const Operand& to, const T* from, const T* slope) {
+      if (stream) {
+        T* const at = reinterpret_cast<T*>(to.at(n * to.row_stride + begin));
+        tiles.stream(count, from, slope, at);
+      } else {
+        event.store(to, n, begin, count, from);
+      }
+    };
+    put(g_mean, gm, nullptr);
     if (scalar) return;
-    if (tile.slope) scale_by(tile.slope, count, gs);
+    if (tile.slope && (scale_sum || !stream)) scale_by(tile.slope, count, gs);
     if (scale_sum) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) scale_sum[i] += gs[i];
     } else {
-      event.store(g_scale, n, begin, count, static_cast<const T*>(gs));
+      put(g_scale, gs, tile.slope);
     }
   }
 

@@ -57,11 +57,25 @@ VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u,
 }
 
 template <class F>
+VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
+                                 ScalarOf<F>* to) {
+  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+    F v = at.load(from);
+    if (slope != nullptr) {
+      const F s = at.load(slope);
+      v = select(s == ScalarOf<F>(0), F{}, v * s);  // as scale_by does
+    }
+    at.stream(to, v);
+  });
+  finish_stream();
+}
+
+template <class F>
 TileKernels<ScalarOf<F>> tile_kernels(Param param) {
   switch (param) {
 #define VAE_FAST_CASE(P) \
   case Param::P:         \
-    return {prepare_scale_as<F, Param::P>, levels_tile<F>};
+    return {prepare_scale_as<F, Param::P>, levels_tile<F>, stream_tile<F>};
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
