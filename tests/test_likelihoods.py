@@ -287,6 +287,58 @@ def test_mask_hides_nan(family, shape, fused):
     assert all(torch.all(torch.isfinite(g)) for g in gradients)
 
 
+@pytest.mark.parametrize("family", ["gaussian", "laplace", "logistic", "student_t"])
+@pytest.mark.parametrize(("param", "bad"), [("std", 0.0), ("var", 0.0), ("softplus", math.nan)])
+@pytest.mark.parametrize("size", [11, 70_001])
+def test_mask_hides_scales_of_no_meaning(size, param, bad, family, fused):
+    """A padded scale of zero, say, whose logarithm has an infinite slope."""
+    if size > 11 and backends.backend_for("cpu") == "triton":
+        size = 300
+    for clamp, mode in ((None, "hard"), ((0.1, 2.0), "soft")):
+        mask = torch.rand(6, size, device=fused) > 0.5
+        mask[2], mask[:, 3] = False, False
+        x, mean = torch.rand(2, 6, size, device=fused).unbind()
+        full = (torch.rand(6, size, device=fused) + 0.5).masked_fill(~mask, bad)
+        row = torch.rand(6, 1, device=fused) + 0.5
+        row[2] = bad
+        event = torch.rand(size, device=fused) + 0.5
+        event[3] = bad
+        for s in (full, row, event):
+            s.requires_grad_()
+            nll = vae_fast.likelihood_nll(x, mean, s, family, param, clamp, mode, mask)
+            (g,) = torch.autograd.grad(nll.sum(), s)
+            assert torch.isfinite(nll).all()
+            assert torch.isfinite(g).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_nan_of_either_sign_shows(family, fused):
+    """A NaN that arithmetic makes has its sign bit set on x86."""
+    for bits in (0x7FC00000, 0xFFC00000 - 2**32):
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(fused)
+        for target in (0, 1):
+            inputs = [torch.rand(3, 20, device=fused) for _ in range(3)]
+            inputs[target][1, 4] = nan
+            leaves = [t.requires_grad_() for t in inputs[: 2 if family == "bernoulli" else 3]]
+            nll = vae_fast.likelihood_nll(*leaves, likelihood=family)
+            assert torch.isnan(nll).tolist() == [False, True, False]
+            gradients = torch.autograd.grad(nll.sum(), leaves)
+            for g in gradients[1:] if family != "bernoulli" else gradients[1:2]:
+                assert torch.isnan(g).nonzero().tolist() == [[1, 4]]
+
+
+def test_student_t_of_few_degrees_of_freedom(fused):
+    x = torch.tensor([[1e-3], [1.0], [1e10], [1e20]], device=fused)
+    for df in (1e-8, 1e-3, 1e6):
+        s = torch.zeros(4, 1, device=fused, requires_grad=True)
+        nll = vae_fast.likelihood_nll(x, torch.zeros_like(x), s, "student_t", df=df)
+        t = s.detach().double().requires_grad_()
+        truth = reference.likelihood_nll(x.double(), torch.zeros_like(t), t, "student_t", df=df)
+        torch.testing.assert_close(nll.double(), truth, rtol=2e-5, atol=1e-5)
+        (g,), (w,) = torch.autograd.grad(nll.sum(), s), torch.autograd.grad(truth.sum(), t)
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
 def test_optimal_variance_of_a_perfect_reconstruction(backend):
     x = torch.rand(4, 6, device=backend)
     mean = x.clone().requires_grad_()

@@ -853,6 +853,8 @@ def _check_likelihood(
             + (" packed mean and scale" if packed else "")
             + (", or a leading sample dimension" if not packed else "")
         )
+    if sampled and mean.shape[0] == 0:
+        raise ValueError(f"mean must hold at least one sample, got shape {tuple(mean.shape)}")
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
@@ -890,7 +892,8 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
         )
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, but the other tensors are on {x.device}")
-    if t.dim() not in (1, 2) or t.shape[-1:] != x.shape[:1] or t.numel() != mean.shape[0]:
+    rows = t.dim() == 1 or (t.dim() == 2 and t.shape[0] > 0)
+    if not rows or t.shape[-1:] != x.shape[:1] or t.numel() != mean.shape[0]:
         raise ValueError(
             f"{name} must have shape (B,) or (K, B) with B = {x.shape[0]} rows of x and K·B = "
             f"{mean.shape[0]} rows of mean; got {tuple(t.shape)}"

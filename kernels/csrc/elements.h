@@ -1,6 +1,8 @@
 // One element of each likelihood: −log p(x|m, τ) and its derivatives, as in vae_fast/reference.py.
 #pragma once
 
+#include <algorithm>
+
 #include "math.h"
 
 namespace vae_fast {
@@ -15,7 +17,7 @@ constexpr bool has_scale(Family family) {
 // What an element needs besides x, m and its scale.
 template <class T>
 struct Model {
-  T df = 1, log_df = 0;
+  T df = 1, log_df = 0, far = 1;  // Student's ν, and the r beyond which 1 + r²/ν is r²/ν
   T bin = 1, log_bin = 0, first_edge = 0, last_edge = 0;  // of the levels that x lies on
   T constant = 0;                                         // of every element's value
 
@@ -26,6 +28,7 @@ struct Model {
     if (family == Family::student_t) {
       df = static_cast<T>(df_);
       log_df = static_cast<T>(std::log(df_));
+      far = static_cast<T>((sizeof(T) == 4 ? 1e15 : 1e150) * std::sqrt(std::min(df_, 1.0)));
       constant = static_cast<T>(std::lgamma(0.5 * df_) - std::lgamma(0.5 * (df_ + 1.0)) +
                                 0.5 * std::log(3.14159265358979323846 * df_));
     }
@@ -112,7 +115,10 @@ struct Element<F, Family::logistic> {
     const auto inverse = s.inverse();
     const T half = model.bin * T(0.5);
     const F p = inverse.times(x - m + half), q = inverse.times(x - m - half);
-    const Negative<F> first(x - model.first_edge), last(model.last_edge - x);
+    // By comparison, since the sign of a difference that is NaN says nothing.
+    const F one = splat<F>(T(1));
+    const Negative<F> first(select(x < model.first_edge, -one, one));
+    const Negative<F> last(select(x > model.last_edge, -one, one));
     const Softplus<F> below(-p), above(q);
     // The first level has nothing below it, the last nothing above.
     const F sigma_p = last.choose(F{}, below.slope), sigma_q = first.choose(F{}, above.slope);
@@ -146,11 +152,12 @@ struct Element<F, Family::student_t> {
   VAE_FAST_INLINE Element(F x, F m, const S& s,
                           const Model<typename Traits<F>::Scalar>& model) {
     using T = typename Traits<F>::Scalar;
-    const T df = model.df, far = sizeof(T) == 4 ? T(1e15) : T(1e150);
+    const T df = model.df, far = model.far;
     const auto inverse = s.inverse();
     const F r = inverse.times(x - m), size = absolute(r);
     // log(1 + q), q = r²/ν, which for the largest r is a logarithm of r.
-    const Negative<F> near(size - far);
+    const F one = splat<F>(T(1));
+    const Negative<F> near(select(size > far, one, -one));  // a NaN is near, and stays one
     const F bound = near.choose(size, splat<F>(far)), q = bound * bound / df, u = q + T(1);
     const F log_u = log_any(near.choose(u, size));
     const F log_near = select(u == T(1), q, log_u * (q / (u - T(1))));

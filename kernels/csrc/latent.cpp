@@ -183,7 +183,7 @@ void latent_backward_as(const View& g_z, const View& g_log_q, const View& g_log_
 
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
     alignas(64) T mu_tile[kTile], scale_tile[kTile], z_tile[kTile], gm_tile[kTile], gs_tile[kTile];
-    T slope[kTile];
+    alignas(64) T slope[kTile];
     const Rows<const T> mus = latent.load_mu(b, group, begin, n, mu_tile);
     const Rows<const T> scales = latent.load_scale(b, group, begin, n, scale_tile, slope);
     const int64_t at = b * latent.size + begin;

@@ -102,7 +102,8 @@ struct Likelihood {
     std::vector<LikelihoodTerms<T>> terms(rows * pieces);
     std::vector<T> event_sums(g_event ? blocks * size : 0, T(0));
     const int64_t work =
-        std::max<int64_t>(1, std::min(size, kPiece)) * (need_x ? samples : 1) * block;
+        std::max<int64_t>(1, std::min(size, kPiece)) *
+        (need_x ? std::max<int64_t>(1, samples) : 1) * block;
     const bool direct = !g_event && reads_in_place(gradient);
     const bool stream = gradient && streams();
     torch::stable::parallel_for(
@@ -121,7 +122,8 @@ struct Likelihood {
                        &terms[unit]);
               continue;
             }
-            T* const scale_sum = g_event ? &event_sums[unit / pieces * size + begin] : nullptr;
+            T* const scale_sum =
+                g_event ? event_sums.data() + unit / pieces * size + begin : nullptr;
             for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
               std::fill(x_sum.begin(), x_sum.end(), T(0));
               for (int64_t n = row; n < rows; n += first_rows) {
@@ -256,7 +258,8 @@ struct Likelihood {
   LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
                                int64_t begin, int64_t end, const T* weight, T* x_sum,
                                T* scale_sum) const {
-    T x_tile[kTile], m_tile[kTile], s_tile[kTile], gm_tile[kTile], gs_tile[kTile], slope[kTile];
+    alignas(64) T x_tile[kTile], m_tile[kTile], s_tile[kTile];
+    alignas(64) T gm_tile[kTile], gs_tile[kTile], slope[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
     LikelihoodTerms<T> sum{T(0), T(0)};
     for (; begin < end; begin += kTile) {
@@ -302,7 +305,7 @@ struct Likelihood {
   LikelihoodTerms<T> masked_tile(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
                                  int64_t b, int64_t begin, int64_t count, const Tile& tile,
                                  const T* weight, T* x_sum, T* scale_sum) const {
-    T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
+    alignas(64) T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
     int64_t index[kTile + 1], kept = 0;
     event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
       const char* keep = mask.at(offset);
@@ -321,7 +324,7 @@ struct Likelihood {
     kernel(1, kept, model, {x_kept, 0}, {m_kept, 0}, {s_kept, 0}, {weight, 0}, {gm_kept, 0},
            {gs_kept, 0}, false, &terms);
     if (gradient) {
-      T gm_tile[kTile] = {}, gs_tile[kTile] = {}, m_tile[kTile] = {};
+      alignas(64) T gm_tile[kTile] = {}, gs_tile[kTile] = {}, m_tile[kTile] = {};
       for (int64_t i = 0; i < kept; ++i) {
         gm_tile[index[i]] = gm_kept[i];
         m_tile[index[i]] = m_kept[i];

@@ -67,7 +67,7 @@ struct Kl {
   // The operands of n elements of a row, and the derivatives of the two log σ by the raw scales.
   struct Tile {
     alignas(64) T mu_buffer[kTile], log_scale[kTile], slope[kTile];
-    T prior_mu_buffer[kTile], prior_log_scale[kTile], prior_slope[kTile];
+    alignas(64) T prior_mu_buffer[kTile], prior_log_scale[kTile], prior_slope[kTile];
     const T *mu, *prior_mu;
   };
 
@@ -129,7 +129,7 @@ void kl_backward_as(const View& g_kl, const View& mu, const View& scale, const V
   pass.fuse();
   const RowValues<T> weight(g_kl, pass.rows);
   pass.for_rows([&](const typename Kl<T>::Tile& tile, int64_t row, int64_t begin, int64_t n) {
-    T mu_tile[kTile], scale_tile[kTile], prior_tile[kTile];
+    alignas(64) T mu_tile[kTile], scale_tile[kTile], prior_tile[kTile];
     pass.kernels.backward(n, weight[row], tile.mu, tile.log_scale, tile.prior_mu,
                           tile.prior_log_scale, mu_tile, scale_tile, prior_tile);
     const auto store = [&](const Operand& to, const T* from) {

@@ -253,11 +253,14 @@ Event event_of(const View& t, int64_t event_from = 1) {
   return event;
 }
 
-// g·slope, and 0 for a slope of 0 whatever g is: outside its bounds a scale's gradient may be infinite.
+// g·slope, and 0 where either is 0, whatever the other: outside its bounds a scale's gradient may be
+// infinite, and the slope of a masked scale may be anything.
 template <class T>
 void scale_by(const T* slope, int64_t n, T* g) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] = slope[i] == T(0) ? T(0) : g[i] * slope[i];
+  for (int64_t i = 0; i < n; ++i) {
+    g[i] = (slope[i] == T(0)) | (g[i] == T(0)) ? T(0) : g[i] * slope[i];
+  }
 }
 
 // ---- outputs and per-row values ----------------------------------------------------------------

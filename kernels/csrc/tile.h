@@ -48,8 +48,10 @@ VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u,
                                  ScalarOf<F> add, ScalarOf<F>* to) {
   using T = ScalarOf<F>;
   if (u == nullptr) {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]) * mul + add;
   } else {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       to[i] = (static_cast<T>(from[i]) + static_cast<T>(u[i])) * mul + add;
     }
@@ -63,7 +65,7 @@ VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const Scala
     F v = at.load(from);
     if (slope != nullptr) {
       const F s = at.load(slope);
-      v = select(s == ScalarOf<F>(0), F{}, v * s);  // as scale_by does
+      v = select(s == ScalarOf<F>(0), F{}, select(v == ScalarOf<F>(0), F{}, v * s));  // as scale_by
     }
     at.stream(to, v);
   });

@@ -34,6 +34,7 @@ from .scale import (
     log_scale_slope,
     log_variance_and_divisor,
     through_bound,
+    times_slope,
 )
 
 # Codes of ``SCALE``: one for each element (or packed), for all, for each row, for each element of
@@ -210,7 +211,7 @@ def likelihood_kernel(
         if GRAD and SCALE == ROW:
             row_slope = log_scale_slope(s, PARAM, APPROX)
             row_slope = through_bound(row_slope, raw, lo, hi, CLAMP, APPROX)
-            g_tau *= row_slope
+            g_tau = times_slope(g_tau, row_slope)
         row = row0 + tl.arange(0, ROWS)
         ok = row < N
         n = row.to(tl.int64)
@@ -225,7 +226,7 @@ def likelihood_kernel(
         if GRAD and SCALE == ROW:
             tl.store(g_scale_ptr + n * SPLIT + part, _row_sum(g_tau, ROWS), ok)
         if GRAD and SCALE == SCALAR:
-            row_g_tau = _row_sum(g_tau, ROWS) * slope
+            row_g_tau = times_slope(_row_sum(g_tau, ROWS), slope)
             if FORWARD and SPLIT == 1:
                 tl.store(g_scale_ptr + n, row_g_tau, ok)
             elif FORWARD:
@@ -234,7 +235,7 @@ def likelihood_kernel(
                 g_tau_sum += tl.where(ok, row_g_tau, 0.0)
 
     if SCALE == EVENT:
-        sums = tl.sum(tl.reshape(g_tau * slope, (TILES, ROWS, COLS)), 1)
+        sums = tl.sum(tl.reshape(times_slope(g_tau, slope), (TILES, ROWS, COLS)), 1)
         cols = (part * TILES + tl.arange(0, TILES)[:, None]) * COLS + tl.arange(0, COLS)[None, :]
         tl.store(g_scale_ptr + (pid // SPLIT).to(tl.int64) * D + cols, sums, cols < D)
     if FORWARD and SPLIT > 1:

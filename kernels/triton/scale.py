@@ -79,6 +79,12 @@ def through_bound(g, raw, lo, hi, CLAMP: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
+def times_slope(g, slope):
+    """g·slope, and 0 where g is 0: the slope of a scale that is masked may be anything."""
+    return tl.where(g == 0.0, 0.0, g * slope)
+
+
+@triton.jit
 def log_variance_and_scale(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     """Log σ² = 2 log σ, and σ."""
     if PARAM == LOGVAR:
