@@ -125,8 +125,8 @@ class FusedELBO(nn.Module):
         objective: ``"elbo"``, or ``"iwae"``, the importance-weighted bound of K samples (Burda et
             al. 2016, eq. 8).
         estimator: of the posterior's gradient: ``"standard"``; ``"stl"``, for the ELBO, without the
-            score function (Roeder et al. 2017, eq. 8); ``"dreg"``, for the IWAE, doubly
-            reparameterized (Tucker et al. 2019, eq. 8). The last is an estimate for ``loss`` alone:
+            score function (Roeder et al. 2017); ``"dreg"``, for the IWAE, doubly
+            reparameterized (Tucker et al. 2019). The last is an estimate for ``loss`` alone:
             nll, or a prior of one's own, differentiated beside it gets its weights as well.
         prior: p(z): ``None`` for N(0, 1); (mu, scale) tensors, broadcastable to (B, *latent), for a
             Gaussian, Parameters if it is to be learned; or a callable that maps z (N, *latent) to
@@ -565,7 +565,7 @@ class _DoublyReparameterized(torch.autograd.Function):
     """z, log q and log p, whose gradients are each multiplied by (1 − β) + β·w̃.
 
     w̃ is the sample's normalised weight. Tucker et al. 2019, "Doubly Reparameterized Gradient
-    Estimators for Monte Carlo Objectives", eq. 8: the posterior's gradient has the weights squared,
+    Estimators for Monte Carlo Objectives": the posterior's gradient has the weights squared,
     the decoder's has them once. For β ≠ 1 the score that they replace has the factor β, so that
     w̃·∂log w/∂z − β·w̃(1 − w̃)·∂log w/∂z remains. The weights are known after the decoder, so they
     come back as the gradient of a tensor of zeros that the objective adds to the rows' terms.

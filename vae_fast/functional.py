@@ -80,7 +80,7 @@ def reparameterize(
             gradient everywhere.
         path_gradient: let log q depend on ``mu`` and ``scale`` through z alone in the backward
             pass, so that the score function, whose expectation is zero, is left out (Roeder et al.
-            2017, "Sticking the Landing", eq. 8).
+            2017, "Sticking the Landing").
 
     Returns:
         ``z`` of shape (B, *latent) or (K, B, *latent) in ``mu``'s dtype, and ``log_q`` and
@@ -307,7 +307,7 @@ def optimal_gaussian_nll(
     """Gaussian negative log-likelihood under the variance that makes it smallest.
 
     τ² is the mean of (x − m)² over what shares it, the maximum-likelihood estimate (Rybkin et al.
-    2021, "Simple and Effective VAE Training with Calibrated Decoders", section 3.2), and a function
+    2021, "Simple and Effective VAE Training with Calibrated Decoders"), and a function
     of ``x`` and ``mean`` like any other: gradients flow through it.
 
     Args:

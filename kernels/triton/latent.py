@@ -119,7 +119,7 @@ def latent_backward_kernel(
     """A program owns one step of ∂μ and ∂s, and sums it over the K samples.
 
     With h = g_z - g_p·z: ∂μ = Σ_k h and ∂s = dσ/ds·Σ_k ε·h - d(log σ)/ds·Σ_k g_q. With PATH, log q
-    depends on the parameters through z alone (Roeder et al. 2017, "Sticking the Landing", eq. 5):
+    depends on the parameters through z alone (Roeder et al. 2017, "Sticking the Landing"):
     ∂μ = Σ_k (h - g_q·ε/σ) and g_q·ε² takes the place of g_q in ∂s.
     """
     FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
