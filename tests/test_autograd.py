@@ -1,0 +1,291 @@
+"""The ordinary life of a graph: walked twice, accumulated, hooked, watched, frozen in parts."""
+
+import pytest
+import torch
+from test_compile import FUNCTIONS, KEY, leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vae_fast
+from vae_fast import eager
+
+pytestmark = pytest.mark.works_with("autograd (retain_graph, accumulation, hooks, anomaly mode)")
+
+
+def scalar(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum(o.float().square().sum() for o in outputs if o.requires_grad)
+
+
+@pytest.fixture(params=[True, False], ids=["C++", "Python"])
+def shortcut(request):
+    """Eager CPU calls with the autograd of eager.cpp, and without it."""
+    vae_fast.backends.backend_for("cpu")
+    module = eager.shortcut()
+    eager.use_shortcut(module if request.param else None)
+    yield
+    eager.use_shortcut(module)
+
+
+def networks(size=9, latent=3, **options):
+    torch.manual_seed(1)
+    return vae_fast.VAE.mlp(size, latent, hidden=(8,), **options)
+
+
+# ---- a graph walked more than once -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_retained_graph_gives_the_same_again(name, backend):
+    fn, shapes = FUNCTIONS[name]
+    inputs = leaves(*shapes, device=backend)
+    loss = scalar(fn(*inputs))
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for _ in range(2):
+        for a, b in zip(torch.autograd.grad(loss, inputs, retain_graph=True), kept):
+            assert torch.equal(a, b)
+    for a, b in zip(first, kept):
+        assert torch.equal(a, b)  # what was handed out stays as it was
+    torch.autograd.grad(loss, inputs)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_accumulate(shortcut, inplace, factor):
+    vae, x = networks(inplace=inplace), torch.rand(5, 9)
+    loss = factor * vae(x, KEY).loss
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in vae.parameters()]
+    loss.backward()
+    for p, g in zip(vae.parameters(), once):
+        torch.testing.assert_close(p.grad, 2 * g, rtol=1e-6, atol=0)
+
+
+def test_micro_batches_add_up_to_the_batch(backend):
+    """With one key and each part's first row."""
+    vae, x = networks(reduction="sum").to(backend), torch.rand(7, 9, device=backend)
+    key = KEY.to(backend)
+    vae(x, key).loss.backward()
+    whole = [p.grad for p in vae.parameters()]
+    vae.zero_grad()
+    z = []
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        out = vae(x[start:stop], key, first_row=start)
+        out.loss.backward()
+        z.append(out.z)
+    for p, g in zip(vae.parameters(), whole):
+        torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(z), vae(x, key).z, rtol=1e-6, atol=1e-6)
+
+
+# ---- hooks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_see_and_change_gradients(shortcut, inplace):
+    encoder, decoder = torch.nn.Linear(9, 6), torch.nn.Linear(3, 18)
+    elbo = vae_fast.FusedELBO(inplace=inplace)
+    x = torch.rand(5, 9)
+    seen = {}
+
+    def record(name, factor=None):
+        def hook(g):
+            seen[name] = g.clone()
+            return None if factor is None else factor * g
+
+        return hook
+
+    def step(factor):
+        mu, s = encoder(x).chunk(2, 1)
+        out = elbo(x, mu, s, lambda z: note(decoder(z)), key=KEY)
+        for name, t in (("mu", mu), ("loss", out.loss), ("z", out.z)):
+            t.register_hook(record(name, factor if name == "loss" else None))
+        return torch.autograd.grad(out.loss, [*encoder.parameters(), *decoder.parameters()])
+
+    def note(output):
+        output.register_hook(record("output"))
+        return output
+
+    plain = step(None)
+    before = dict(seen)
+    assert {"mu", "loss", "z", "output"} <= set(seen)
+    assert before["loss"] == 1.0
+    for a, b in zip(step(2.0), plain):
+        torch.testing.assert_close(a, 2 * b)
+    torch.testing.assert_close(seen["output"], 2 * before["output"])
+
+
+def test_module_and_accumulation_hooks(shortcut):
+    vae, x = networks(), torch.rand(5, 9)
+    called = []
+    vae.elbo.register_forward_hook(lambda *_: called.append("forward"))
+    vae.encoder.register_full_backward_hook(lambda *_: called.append("encoder"))
+    for p in vae.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: called.append("accumulated"))
+    vae(x, KEY).loss.backward()
+    assert called[0] == "forward"
+    assert called.count("encoder") == 1
+    assert called.count("accumulated") == len(list(vae.parameters()))
+
+
+# ---- modes -----------------------------------------------------------------------------------
+
+
+def test_anomaly_mode_names_the_pass(shortcut):
+    vae, x = networks(), torch.rand(5, 9)
+    with torch.autograd.set_detect_anomaly(True):
+        vae(x, KEY).loss.backward()
+        expected = [p.grad.clone() for p in vae.parameters()]
+        mu = torch.zeros(2, 3, requires_grad=True)
+        z, _, _ = vae_fast.reparameterize(mu, mu, key=KEY)
+        with (
+            pytest.warns(UserWarning, match="Traceback of forward call"),
+            pytest.raises(RuntimeError, match=r"Latent.*returned nan values"),
+        ):
+            z.backward(torch.full_like(z, torch.nan))
+    vae.zero_grad()
+    vae(x, KEY).loss.backward()
+    for p, g in zip(vae.parameters(), expected):
+        assert torch.equal(p.grad, g)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_inference_mode(name, backend):
+    fn, shapes = FUNCTIONS[name]
+    inputs = leaves(*shapes, device=backend)
+    expected = fn(*inputs)
+    with torch.inference_mode():
+        outputs = fn(*inputs)
+        again = fn(*(t.clone() for t in inputs))
+    expected, outputs, again = (
+        o if isinstance(o, tuple) else (o,) for o in (expected, outputs, again)
+    )
+    for e, a, b in zip(expected, outputs, again):
+        assert torch.equal(e, a)
+        assert torch.equal(e, b)
+        assert a.is_inference()
+        assert not a.requires_grad
+
+
+# ---- only what is required -------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """The calls of the package's ops, with the sizes of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func.namespace == "vae_fast":
+            tensors = result if isinstance(result, (tuple, list)) else (result,)
+            self.results[func._opname] = [t.numel() for t in tensors]
+        return result
+
+
+def test_a_frozen_encoder_costs_nothing(fused):
+    vae, x = networks().to(fused), torch.rand(5, 9, device=fused)
+    vae.encoder.requires_grad_(False)
+    with Calls() as calls:
+        vae(x, KEY.to(fused)).loss.backward()
+    assert "latent_forward" in calls.results
+    assert "latent_backward" not in calls.results
+    assert all(p.grad is not None for p in vae.decoder.parameters())
+
+
+def test_a_frozen_decoder_still_hands_gradients_on(fused):
+    vae, x, key = networks().to(fused), torch.rand(5, 9, device=fused), KEY.to(fused)
+    vae(x, key).loss.backward()
+    expected = [p.grad for p in vae.encoder.parameters()]
+    vae.zero_grad()
+    vae.decoder.requires_grad_(False)
+    vae(x, key).loss.backward()
+    for p, g in zip(vae.encoder.parameters(), expected):
+        torch.testing.assert_close(p.grad, g)
+    assert all(p.grad is None for p in vae.decoder.parameters())
+
+
+SHAPES = {"full": (6, 7), "event": (1, 7), "row": (6, 1), "scalar": ()}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 0, 0)], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_only_where_they_are_required(reduction, shape, wanted, masked, fused):
+    """Of x, mean and scale: the same bits as if all were required, and nothing more is written."""
+    tensors = leaves((3, 7), (6, 7), SHAPES[shape], device=fused)
+    rows = leaves((2, 3), (2, 3), device=fused)
+    mask = (torch.arange(21, device=fused).reshape(3, 7) % 3 > 0) if masked else None
+
+    def gradients(wanted):
+        own = [t.detach().clone().requires_grad_(bool(w)) for t, w in zip(tensors, wanted)]
+        with Calls() as calls:
+            loss, _ = vae_fast.fused_elbo(*own, *rows, 0.5, reduction, mask=mask)
+            inputs = [t for t in (*own, *rows) if t.requires_grad]
+            found = torch.autograd.grad(loss.sum(), inputs)
+        return dict(zip(map(id, inputs), found)), own, calls.results
+
+    everything, all_own, _ = gradients((1, 1, 1))
+    some, own, results = gradients(wanted)
+    for a, b in zip(all_own, own):
+        if b.requires_grad:
+            torch.testing.assert_close(some[id(b)], everything[id(a)], rtol=1e-6, atol=1e-7)
+    for r in rows:
+        torch.testing.assert_close(some[id(r)], everything[id(r)])
+    if "likelihood_backward" in results:
+        sizes = [t.numel() if w else 0 for t, w in zip(tensors, wanted)]
+        assert results["likelihood_backward"][:3] == sizes
+    else:
+        assert wanted[0] == 0
+        assert wanted[1] == 1
+
+
+def test_a_constant_scale_has_no_gradient_to_keep(shortcut):
+    """Of the two gradients that the forward pass may write, only one."""
+    x, mean, s, q, p = leaves((16, 512), (16, 512), (16, 512), (16,), (16,))
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss, _ = vae_fast.fused_elbo(x.detach(), mean, s.detach(), q, p)
+    assert sum(saved.values()) == x.nbytes
+    expected, _ = vae_fast.fused_elbo(x.detach(), mean, s, q, p)
+    for a, b in zip(torch.autograd.grad(loss, mean), torch.autograd.grad(expected, mean)):
+        assert torch.equal(a, b)
+
+
+def test_inplace_leaves_a_constant_scale_alone(shortcut):
+    x, mean, s, q, p = leaves((4, 6), (4, 6), (4, 6), (4,), (4,))
+    constant, before = s.detach(), s.detach().clone()
+    output = mean * 1.0
+    loss, _ = vae_fast.fused_elbo(x.detach(), output, constant, q, p, inplace=True)
+    loss.backward()
+    expected, _ = vae_fast.fused_elbo(x.detach(), mean, before, q, p)
+    torch.testing.assert_close(mean.grad, torch.autograd.grad(expected, mean)[0])
+    assert torch.equal(constant, before)
+    assert constant._version == 0
+
+
+def test_only_a_scale_that_learns(shortcut):
+    """The mean is given; in place there is nothing to overwrite then."""
+    x, mean, s, q, p = (t.detach() for t in leaves((4, 6), (4, 6), (), (4,), (4,)))
+    s.requires_grad_()
+    found = []
+    for inplace in (False, True):
+        loss, _ = vae_fast.fused_elbo(x, mean, s, q, p, inplace=inplace)
+        found.append(torch.autograd.grad(loss, s)[0])
+    with vae_fast.use_backend("reference"):
+        loss, _ = vae_fast.fused_elbo(x, mean, s, q, p)
+        expected = torch.autograd.grad(loss, s)[0]
+    for g in found:
+        torch.testing.assert_close(g, expected)
