@@ -300,7 +300,7 @@ def _call(case: Case) -> None:
     else:
         g_scale = torch.empty_like(scale) if case.scale == "full" else None
         gradients = (torch.empty_like(mean), g_scale)
-        ops.likelihood_forward_grad(x, mean, scale, mask, rows, rows, *options, *gradients)
+        ops.likelihood_forward_grad_(x, mean, scale, mask, rows, rows, *options, *gradients)
 
 
 # ---- compiling it ------------------------------------------------------------------------------

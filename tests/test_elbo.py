@@ -224,8 +224,9 @@ def leaf(z, x):
     return torch.zeros(5, 9, device=z.device, requires_grad=True), z.new_zeros(())
 
 
-def constant_scale(z, x):
-    return z.repeat(1, 3), torch.zeros(5, 9, device=z.device)
+def constant_alias(z, x):
+    h = z.repeat(1, 4)
+    return h[:, :9], h.detach()[:, 1:10]
 
 
 def leaf_view(z, x):
@@ -252,7 +253,7 @@ def overlapping(z, x):
     [
         (leaf, "overwrite mean, which is a leaf"),
         (leaf_view, "overwrite mean, which is a leaf"),
-        (constant_scale, "overwrite scale, which is a leaf"),
+        (constant_alias, "overwrite scale, whose memory mean shares"),
         (expanded, "memory of its own"),
         (same_twice, "memory of their own"),
         (overlapping, "memory of their own"),

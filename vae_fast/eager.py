@@ -12,15 +12,17 @@ where it can be built.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from vae_fast import buffers, ops
 
 _shortcut: ModuleType | None = None  # eager.cpp, while the C++ kernels serve the CPU
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -42,6 +44,24 @@ def suffices() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )
+
+
+def _run(op: Callable[..., Any], *args: object) -> Any:
+    """Call an op below autograd; or as it is, where a compiler traces a backward pass."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _watched() -> bool:
+    """Whether somebody sees, and may change, what PyTorch's dispatcher does."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _batched(g: Tensor | None) -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` made this gradient."""
+    return g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 # ---- autograd ------------------------------------------------------------------------------
@@ -71,17 +91,15 @@ class Latent(torch.autograd.Function):
         ctx.save_for_backward(mu, scale, key)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        with _below_autograd():
-            return ops.latent_forward(mu, scale, key, *options)
+        return _run(ops.latent_forward, mu, scale, key, *options)
 
     @staticmethod
     @_first_order
     def backward(ctx, g_z, g_log_q, g_log_p):
         if g_z is None and g_log_q is None and g_log_p is None:
             return None, None, None, None
-        saved = ctx.saved_tensors
-        with _below_autograd():
-            g_mu, g_scale = ops.latent_backward(g_z, g_log_q, g_log_p, *saved, *ctx.options)
+        grads = g_z, g_log_q, g_log_p
+        g_mu, g_scale = _run(ops.latent_backward, *grads, *ctx.saved_tensors, *ctx.options)
         return g_mu, g_scale, None, None
 
 
@@ -91,8 +109,7 @@ class Likelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean, scale, mask, log_q, log_p, options):
         args = (x, mean, scale, mask, log_q, log_p, *options)
-        with _below_autograd():
-            output = ops.likelihood_forward(*args)
+        output = _run(ops.likelihood_forward, *args)
         ops._setup_likelihood(ctx, args, output)
         return output
 
@@ -100,12 +117,11 @@ class Likelihood(torch.autograd.Function):
     @_first_order
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        with _below_autograd():
-            return (*ops._differentiate_likelihood(ctx, *grads, saved)[:6], None)
+        return *_run(ops._differentiate_likelihood, ctx, *grads, saved)[:6], None
 
 
 class LikelihoodGrad(torch.autograd.Function):
-    """``likelihood_forward_grad``: the gradients are written by the forward pass.
+    """``likelihood_forward_grad_``: the gradients are written by the forward pass.
 
     Five data-sized streams instead of eight, and the two gradients are all that is saved. Only for
     losses with one row weight known in advance: reduction mean or sum.
@@ -113,23 +129,25 @@ class LikelihoodGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean, scale, mask, log_q, log_p, options, inplace):
-        full = scale is not None and scale.dim() > 0
-        if inplace:
+        full = scale is not None and scale.dim() > 0 and scale.requires_grad
+        args = x, mean, scale, mask, log_q, log_p, *options
+        watched = _watched()
+        if watched:
+            nll, loss, g_shared, g_mean, g_scale = _run(ops.likelihood_forward_grad, *args, full)
+            g_scale = g_scale if full else None
+        elif inplace:
             # Detached: autograd refuses to hand back a chunk that was written to.
-            with _below_autograd():
+            with torch._C._AutoDispatchBelowAutograd():
                 g_mean, g_scale = mean.detach(), scale.detach() if full else None
             torch.autograd.graph.increment_version((mean, scale) if full else mean)
         else:
             g_mean, g_scale = buffers.empty_like(mean), buffers.empty_like(scale) if full else None
-        with _below_autograd():
-            nll, loss, g_shared = ops.likelihood_forward_grad(
-                x, mean, scale, mask, log_q, log_p, *options, g_mean, g_scale
-            )
-        if full or scale is None:
-            g_shared = None
-        ctx.save_for_backward(g_mean, g_scale, g_shared)
+        if not watched:
+            nll, loss, g_shared = _run(ops.likelihood_forward_grad_, *args, g_mean, g_scale)
+        scalar = scale is not None and scale.dim() == 0 and scale.requires_grad
+        ctx.save_for_backward(g_mean, g_scale, g_shared if scalar else None)
         ctx.set_materialize_grads(False)
-        scale_dtype = None if full or scale is None else scale.dtype
+        scale_dtype = scale.dtype if scalar else None
         ctx.state = options[:2], log_q.shape, x.shape[0], scale_dtype, log_p is not None
         return nll, loss
 
@@ -140,14 +158,20 @@ class LikelihoodGrad(torch.autograd.Function):
             return (None,) * 8
         g_mean, g_scale, g_shared = ctx.saved_tensors
         options, rows, batch, scale_dtype, has_log_p = ctx.state
-        if _keeps_graph():  # which may be walked again: leave what it saved as it is
-            g_mean = g_mean.clone()
-            g_scale = None if g_scale is None else g_scale.clone()
         samples = 1 if len(rows) == 1 else rows[0]
-        with _below_autograd():
-            g_log_q, g_log_p, g_scalar = ops.likelihood_rescale_(
-                g_mean, g_scale, g_shared, g_nll, g_loss, *options, samples, batch
+        how = g_nll, g_loss, *options, samples, batch
+        if not suffices() or _watched() or _batched(g_nll) or _batched(g_loss):
+            wanted = g_scale is not None
+            g_mean, g_scale, g_log_q, g_log_p, g_scalar = ops.likelihood_rescale(
+                g_mean, g_scale, g_shared, *how
             )
+            g_scale = g_scale if wanted else None
+        else:
+            if _keeps_graph():  # which may be walked again: leave what it saved as it is
+                g_mean = g_mean.clone()
+                g_scale = None if g_scale is None else g_scale.clone()
+            saved = g_mean, g_scale, g_shared
+            g_log_q, g_log_p, g_scalar = _run(ops.likelihood_rescale_, *saved, *how)
         if g_shared is not None:
             g_scale = g_scalar.to(scale_dtype)
         if len(rows) == 2:
@@ -161,8 +185,7 @@ class GaussianKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, scale, prior_mu, prior_scale, options):
         args = (mu, scale, prior_mu, prior_scale, *options)
-        with _below_autograd():
-            kl = ops.gaussian_kl_forward(*args)
+        kl = _run(ops.gaussian_kl_forward, *args)
         ops._setup_kl(ctx, args, kl)
         return kl
 
@@ -170,8 +193,7 @@ class GaussianKL(torch.autograd.Function):
     @_first_order
     def backward(ctx, g_kl):
         saved = ctx.saved_tensors
-        with _below_autograd():
-            return (*ops._differentiate_kl(ctx, g_kl, saved)[:4], None)
+        return *_run(ops._differentiate_kl, ctx, g_kl, saved)[:4], None
 
 
 class Importance(torch.autograd.Function):
@@ -179,8 +201,7 @@ class Importance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, nll, log_q, log_p, beta):
-        with _below_autograd():
-            output = ops.importance_forward(nll, log_q, log_p, beta)
+        output = _run(ops.importance_forward, nll, log_q, log_p, beta)
         ops._setup_importance(ctx, (nll, log_q, log_p, beta), output)
         return output
 
@@ -188,8 +209,7 @@ class Importance(torch.autograd.Function):
     @_first_order
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        with _below_autograd():
-            return ops._differentiate_importance(ctx, *grads, saved)
+        return _run(ops._differentiate_importance, ctx, *grads, saved)
 
 
 # The engine's own apply: torch.autograd.Function.apply first looks for functorch transforms, which

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from vae_fast import functional, noise, ops, reference
+from vae_fast import eager, functional, noise, ops, reference
 
 __all__ = ["ELBOOutput", "FusedELBO"]
 
@@ -195,7 +196,8 @@ class FusedELBO(nn.Module):
         self.dequantize = dequantize
         self._register_prior(prior)
         self._check_options()
-        self._checked = True
+        # Numbers that were set anew, as tensors.
+        self._scheduled: dict[str, Tensor | None] = {}
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an option anew, checked as at construction; β is only looked at when it is used."""
@@ -203,7 +205,8 @@ class FusedELBO(nn.Module):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
-        checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
+        anew = "_scheduled" in self.__dict__
+        checked = anew and name in _DEFAULTS and name != "beta"
         before = getattr(self, name) if checked else None
         super().__setattr__(name, value)
         if checked:
@@ -212,6 +215,9 @@ class FusedELBO(nn.Module):
             except (TypeError, ValueError):
                 super().__setattr__(name, before)
                 raise
+        if anew and name in ("beta", "capacity"):
+            number = isinstance(value, (int, float))
+            self._scheduled[name] = torch.tensor(value, dtype=torch.float64) if number else None
 
     def _register_prior(self, prior: Prior | None) -> None:
         """A Gaussian's tensors become parameters or buffers, a module a submodule."""
@@ -335,6 +341,7 @@ class FusedELBO(nn.Module):
         """
         if prior is None and (prior := self.prior) == "gaussian":
             prior = self._gaussian_prior()
+        beta = self._now("beta")
         if self.dequantize and key is None:
             key = noise.make_key(mu.device, generator)
         samples = self.num_samples
@@ -353,7 +360,7 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
-            sample = z, log_q, log_p, self.beta
+            sample = z, log_q, log_p, beta
             z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(*sample)
         decoded = z if samples is None else z.flatten(0, 1)
         analytic_kl = None
@@ -363,13 +370,14 @@ class FusedELBO(nn.Module):
             analytic_kl = self._gaussian_kl(mu, scale, prior)
 
         mean, likelihood_scale = self._decode(decoder(decoded))
-        if self.inplace and not torch.compiler.is_compiling():
+        if self.inplace and eager.suffices():
             _check_not_latent(z, mean, likelihood_scale)
 
-        term, minus, beta = log_q, log_p, self.beta  # the KL term is term − minus
+        term, minus = log_q, log_p  # the KL term is term − minus
         special = analytic_kl is not None or self.capacity is not None
         if special or (type(beta) is not float and isinstance(beta, Tensor)):
-            term, minus, beta = self._kl_terms(mu, scale, prior, log_q, log_p, analytic_kl)
+            terms = mu, scale, prior, log_q, log_p, analytic_kl
+            term, minus, beta = self._kl_terms(*terms, beta)
         iwae = samples is not None and self.objective == "iwae"
         if iwae or weight is not None or self.likelihood_scale in OPTIMAL:
             rows, nll = self._rows(
@@ -398,6 +406,15 @@ class FusedELBO(nn.Module):
             1.0 if plain else self._bin_width(),
             self.objective,
         )
+
+    def _now(self, name: str) -> float | Tensor:
+        """A weight that may follow a schedule.
+
+        torch.compile takes the numbers of a module for constants, and would compile anew for every
+        step of the schedule, but not for other values of a tensor.
+        """
+        scheduled = self._scheduled.get(name) if torch.compiler.is_compiling() else None
+        return getattr(self, name) if scheduled is None else scheduled
 
     def _bin_width(self) -> float:
         """Distance of the levels of x, where the likelihood is a density and no mass of them."""
@@ -520,7 +537,7 @@ class FusedELBO(nn.Module):
         )
 
     def _kl_terms(
-        self, mu, scale, prior, log_q, log_p, analytic_kl
+        self, mu, scale, prior, log_q, log_p, analytic_kl, beta
     ) -> tuple[Tensor, Tensor | None, float]:
         """The two row terms whose difference is the KL term, and its weight β."""
         terms = log_q, log_p
@@ -533,8 +550,7 @@ class FusedELBO(nn.Module):
             terms = per_element.clamp(min=self.free_bits).sum().expand(log_q.shape), None
         elif self.capacity is not None:
             kl = log_q - log_p if analytic_kl is None else analytic_kl
-            terms = (kl.mean() - self.capacity).abs().to(kl.dtype).expand(log_q.shape), None
-        beta = self.beta
+            terms = (kl.mean() - self._now("capacity")).abs().to(kl.dtype).expand(log_q.shape), None
         if isinstance(beta, Tensor):
             if beta.dim() > 0:
                 raise ValueError(f"beta must be a float or a 0-dim tensor, got {tuple(beta.shape)}")
@@ -571,18 +587,21 @@ class _DoublyReparameterized(torch.autograd.Function):
     come back as the gradient of a tensor of zeros that the objective adds to the rows' terms.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, z, log_q, log_p, beta):
-        ctx.set_materialize_grads(False)
-        ctx.beta = beta.clone() if isinstance(beta, Tensor) else beta  # it may be refilled
+    def forward(z, log_q, log_p, beta):
         return z.view_as(z), log_q.view_as(log_q), log_p.view_as(log_p), torch.zeros_like(log_q)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        beta = inputs[3]
+        ctx.beta = beta.clone() if isinstance(beta, Tensor) else beta  # it may be refilled
+
+    @staticmethod
+    @once_differentiable  # an estimate of a gradient is nobody's gradient
     def backward(ctx, g_z, g_log_q, g_log_p, g_tag):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                'vae_fast: double backward (create_graph=True) is not supported by estimator="dreg"'
-            )
         if g_tag is None:
             return g_z, g_log_q, g_log_p, None
         total = g_tag.sum(0)
@@ -641,7 +660,7 @@ def _packed(mean: object, scale: object) -> Tensor | None:
     Reading it packed gives it one packed gradient, where the split's own backward pass would
     concatenate two. Not if somebody watches the halves' gradients.
     """
-    if torch.compiler.is_compiling() or type(mean) is not Tensor or (base := mean._base) is None:
+    if not eager.suffices() or type(mean) is not Tensor or (base := mean._base) is None:
         return None
     if type(scale) is not Tensor or base is not scale._base:
         return None

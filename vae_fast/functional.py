@@ -547,7 +547,7 @@ def fused_elbo(
         param: what ``scale`` means, as in :func:`reparameterize`.
         clamp: (lo, hi), bounds of the raw ``scale``, as in :func:`reparameterize`.
         mask: bool, broadcastable to ``x``, as in :func:`likelihood_nll`.
-        inplace: overwrite the memory of ``mean`` and ``scale`` with their gradients when these are
+        inplace: overwrite the memory of ``mean`` and ``scale`` with their gradients, each if it is
             needed, so that nothing of the data's size is allocated. Both must be results of the
             decoder's computation that nothing else reads afterwards; autograd raises an error if
             the decoder's own backward pass still needs one. Has no effect for fp16 (a gradient
@@ -624,6 +624,8 @@ def fused_elbo(
     if backend_for(x.device.type) == "reference":
         nll = _reference_nll(x, mean, scale, mask, model, key).view(log_q.shape)
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
+    if torch.compiler.is_compiling():  # a β that changes is then data, not one more compilation
+        log_q, log_p, beta = (log_q if log_p is None else log_q - log_p) * beta, None, 1.0
     tensors = (x, mean, scale, mask, log_q, log_p)
     options = (float(beta), reduction_code, *model[:-1], key, model[-1])
     if not eager.suffices():
@@ -646,9 +648,7 @@ def _gradient_in_forward(
     saved ("none"), nor in fp16, where the unscaled gradient may underflow; nor where rows share the
     scale's gradient, which could not be taken apart again.
     """
-    if not torch.is_grad_enabled() or x.requires_grad:
-        return False
-    if not (mean.requires_grad or (scale is not None and scale.requires_grad)):
+    if not torch.is_grad_enabled() or x.requires_grad or not mean.requires_grad:
         return False
     if mean.dtype == torch.float16 or (scale is not None and scale.dtype == torch.float16):
         return False
@@ -793,12 +793,13 @@ def _broadcast(name: str, t: Tensor, to: Tensor) -> Tensor:
     """``t`` itself if 0-dim or of the right shape, else expanded to ``to``'s shape."""
     if t.dim() == 0 or t.shape == to.shape:
         return t
-    try:
-        return t.expand(to.shape)
-    except RuntimeError:
+    padded = (*(1,) * (to.dim() - t.dim()), *t.shape)
+    fits = len(padded) == to.dim()
+    if not fits or any(n not in (1, m) for n, m in zip(padded, to.shape, strict=True)):
         raise ValueError(
             f"{name} of shape {tuple(t.shape)} does not broadcast to {tuple(to.shape)}"
-        ) from None
+        )
+    return t.expand(to.shape)
 
 
 def _check_likelihood(
@@ -903,8 +904,10 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
 def _check_inplace(x: Tensor, mean: Tensor, scale: Tensor | None) -> None:
     """Refuse to overwrite anything that is not the decoder's own, freshly computed output."""
     full = [("mean", mean)]
-    if scale is not None and scale.shape == mean.shape:
+    if scale is not None and scale.requires_grad and scale.shape == mean.shape:
         full.append(("scale", scale))
+    elif scale is not None and _same_storage(mean, scale):
+        raise ValueError("inplace=True would overwrite scale, whose memory mean shares")
     for name, t in full:
         base = t._base if t._base is not None else t
         if t.grad_fn is None or (base.is_leaf and base.requires_grad):

@@ -695,7 +695,8 @@ class _SharedScale(nn.Module):
             self.register_buffer("scale", scale)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean(z), self.scale
+        # A copy: FSDP frees its parameters after the forward pass of the module that has them.
+        return self.mean(z), self.scale.clone()
 
 
 def _with_variance(

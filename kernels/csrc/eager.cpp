@@ -17,8 +17,11 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <optional>
+#include <type_traits>
+#include <vector>
 
 #include "passes.h"
 
@@ -82,16 +85,22 @@ bool is_row_term(const Tensor& t, const Tensor& x) {
 
 // ---- autograd ------------------------------------------------------------------------------------
 
-// What a node keeps besides tensors.
+// What a node keeps besides tensors, as a list of integers: compiled autograd has to compare it.
 template <class Options>
-struct Kept : torch::CustomClassHolder {
-  Options options;
-  explicit Kept(const Options& o) : options(o) {}
+struct Kept {
+  static_assert(std::is_trivially_copyable_v<Options> && sizeof(Options) % sizeof(int64_t) == 0);
+  static constexpr size_t kWords = sizeof(Options) / sizeof(int64_t);
+
   static void keep(AutogradContext* ctx, const Options& options) {
-    ctx->saved_data["options"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(options));
+    std::vector<int64_t> words(kWords);
+    std::memcpy(words.data(), &options, sizeof(Options));
+    ctx->saved_data["options"] = std::move(words);
   }
-  static const Options& of(AutogradContext* ctx) {
-    return static_cast<Kept*>(ctx->saved_data["options"].toCapsule().get())->options;
+  static Options of(AutogradContext* ctx) {
+    const std::vector<int64_t> words = ctx->saved_data["options"].toIntVector();
+    Options options;
+    std::memcpy(&options, words.data(), sizeof(Options));
+    return options;
   }
 };
 
@@ -118,6 +127,8 @@ torch::jit::Stack call(const char* op, torch::jit::Stack stack) {
 at::IValue optional(const Tensor& t) { return t.defined() ? at::IValue(t) : at::IValue(); }
 
 struct Latent : torch::autograd::Function<Latent> {
+  static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
+
   static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& scale,
                                const Tensor& key, const LatentOptions& options) {
     ctx->save_for_backward({mu, scale, key});
@@ -144,7 +155,7 @@ struct Latent : torch::autograd::Function<Latent> {
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     if (!g[0].defined() && !g[1].defined() && !g[2].defined()) return {{}, {}, {}, {}};
     refuse_graph();
-    const LatentOptions& o = Kept<LatentOptions>::of(ctx);
+    const LatentOptions o = Kept<LatentOptions>::of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &mu = saved[0], &scale = saved[1], &key = saved[2];
     const bool sampled = o.num_samples > 0;
@@ -154,7 +165,7 @@ struct Latent : torch::autograd::Function<Latent> {
       const torch::jit::Stack results =
           call("vae_fast::latent_backward",
                {optional(g[0]), optional(g[1]), optional(g[2]), mu, scale, key, o.num_samples,
-                o.first_row, o.param, o.lo, o.hi, o.soft, o.path});
+                o.first_row, o.param, o.lo, o.hi, o.soft != 0, o.path != 0});
       return {results[0].toTensor(), results[1].toTensor(), {}, {}};
     }
     const Tensor g_mu = at::empty(mu.sizes(), mu.options());
@@ -169,19 +180,26 @@ struct Latent : torch::autograd::Function<Latent> {
 
 // The loss with its gradients, which the forward pass writes into `targets`.
 struct ElboState {
-  LikelihoodOptions options;
-  int64_t batch;
-  bool has_log_p;
+  double beta;
+  Reduction reduction;
+  int64_t batch, has_log_p;
 };
 struct Targets {
   Tensor g_mean, g_scale;
+  bool inplace = false;
 };
 
 struct Elbo : torch::autograd::Function<Elbo> {
+  static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
+
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
                                const std::optional<Tensor>& scale, const Tensor& log_q,
                                const std::optional<Tensor>& log_p,
                                const LikelihoodOptions& options, const Targets& targets) {
+    // Here autograd knows the edges to them: after the bump, a view would make a new one of its own,
+    // without the hooks of the old.
+    if (targets.inplace) mean.unsafeGetTensorImpl()->bump_version();
+    if (targets.inplace && targets.g_scale.defined()) scale->unsafeGetTensorImpl()->bump_version();
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
     const Tensor loss = loss_like(nll, x, options);
     passes->likelihood_forward_grad(view(x), view(mean), scale ? view(*scale) : View{}, {},
@@ -189,7 +207,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
                                     view(targets.g_mean),
                                     view(targets.g_scale), view(nll), view(loss), {});
     ctx->save_for_backward({targets.g_mean, targets.g_scale});
-    Kept<ElboState>::keep(ctx, {options, x.size(0), log_p.has_value()});
+    Kept<ElboState>::keep(ctx, {options.beta, options.reduction, x.size(0), log_p.has_value()});
     ctx->set_materialize_grads(false);
     return {nll, loss};
   }
@@ -212,28 +230,27 @@ struct Elbo : torch::autograd::Function<Elbo> {
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     if (!g[0].defined() && !g[1].defined()) return {{}, {}, {}, {}, {}, {}, {}};
     refuse_graph();
-    const auto& [options, batch, has_log_p] = Kept<ElboState>::of(ctx);
+    const auto [beta, reduction, batch, has_log_p] = Kept<ElboState>::of(ctx);
     variable_list saved = ctx->get_saved_variables();
     Tensor &g_mean = saved[0], &g_scale = saved[1];
+    const int64_t rows = g_mean.size(0), samples = rows / std::max<int64_t>(batch, 1);
+    if (!is_plain(g) || !is_plain(saved)) {
+      const torch::jit::Stack results =
+          call("vae_fast::likelihood_rescale",
+               {g_mean, optional(g_scale), at::IValue(), optional(g[0]), optional(g[1]), beta,
+                static_cast<int64_t>(reduction), samples, batch});
+      return {{}, results[0].toTensor(), g_scale.defined() ? results[1].toTensor() : Tensor(),
+              results[2].toTensor(), has_log_p ? results[3].toTensor() : Tensor(), {}, {}};
+    }
     if (torch::autograd::get_current_graph_task_keep_graph()) {
       // Which may be walked again: leave what it saved as it is.
       g_mean = g_mean.clone();
       if (g_scale.defined()) g_scale = g_scale.clone();
     }
-    const int64_t rows = g_mean.size(0), samples = rows / std::max<int64_t>(batch, 1);
-    if (!is_plain(g) || !is_plain(saved)) {
-      const torch::jit::Stack results =
-          call("vae_fast::likelihood_rescale_",
-               {g_mean, optional(g_scale), at::IValue(), optional(g[0]), optional(g[1]),
-                options.beta, static_cast<int64_t>(options.reduction), samples, batch});
-      return {{}, g_mean, g_scale, results[0].toTensor(),
-              has_log_p ? results[1].toTensor() : Tensor(), {}, {}};
-    }
     const Tensor g_log_q = at::empty({rows}, row_options(g_mean));
     const Tensor g_log_p = at::empty({rows}, row_options(g_mean));
-    passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]),
-                               options.beta, options.reduction, samples, batch, view(g_log_q),
-                               view(g_log_p), {});
+    passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]), beta,
+                               reduction, samples, batch, view(g_log_q), view(g_log_p), {});
     return {{}, g_mean, g_scale, g_log_q, has_log_p ? g_log_p : Tensor(), {}, {}};
   }
 };
@@ -345,11 +362,11 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     return wrapped(results);
   }
   // Where the gradients are not written by the forward pass, for the reasons given in functional.py.
-  if (x.requires_grad() || !(mean.requires_grad() || differentiable(scale)) ||
-      mean.scalar_type() == at::kHalf || (options.reduction == Reduction::none && !inplace)) {
+  if (x.requires_grad() || !mean.requires_grad() || mean.scalar_type() == at::kHalf || (options.reduction == Reduction::none && !inplace)) {
     Py_RETURN_NONE;
   }
   Targets targets;
+  const bool learned = differentiable(scale);
   if (inplace) {
     PyObject* const checked =
         PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], nullptr);
@@ -357,11 +374,9 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     Py_DECREF(checked);
     // The same memory and version counter, but no view: autograd refuses to hand back a chunk that was
     // written to.
-    targets = {mean.tensor_data(), scale.defined() ? scale.tensor_data() : Tensor()};
-    mean.unsafeGetTensorImpl()->bump_version();
-    if (scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
+    targets = {mean.tensor_data(), learned ? scale.tensor_data() : Tensor(), /*inplace=*/true};
   } else {
-    targets = {gradient_like(mean), gradient_like(scale)};
+    targets = {gradient_like(mean), learned ? gradient_like(scale) : Tensor(), /*inplace=*/false};
   }
   variable_list results;
   {

@@ -43,6 +43,7 @@ template <class T>
 struct Likelihood {
   int64_t batch, rows, samples, size, pieces;
   Sharing sharing = Sharing::none;
+  bool packed;
   bool scalar, need_x = false;  // scalar: one value of the scale for a row, if any
   Event event;
   Operand x, mean, scale, mask, g_x, g_mean, g_scale;
@@ -73,14 +74,17 @@ struct Likelihood {
     size = event.numel();
     pieces = std::max<int64_t>(1, (size + kPiece - 1) / kPiece);
     sharing = sharing_of(scale_, mean_);
+    packed = !scale_ && has_scale(family);
     scalar = sharing == Sharing::all || sharing == Sharing::row || !has_scale(family);
     split(mean_, scale_, mean, scale);
     if (sharing == Sharing::all || sharing == Sharing::row) load_row_scales(scale_);
     if (mask_) mask = operand(mask_);
   }
 
+  // What is absent is not wanted; a packed mean has both.
   void gradients(const View& g_mean_, const View& g_scale_) {
-    split(g_mean_, g_scale_, g_mean, g_scale);
+    if (g_mean_) split(g_mean_, g_scale_, g_mean, g_scale);
+    if (!packed) g_scale = g_scale_ && !scalar ? operand(g_scale_) : Operand{};
   }
 
   // Call once all operands are known. The order of the elements is that of the noise, if there is some.
@@ -166,7 +170,7 @@ struct Likelihood {
     if (scale_) {
       s = operand(scale_);
       if (sharing == Sharing::event) s.row_stride = 0;
-    } else {
+    } else if (packed) {
       s = m;
       s.data = s.at(mean_.sizes[1] / 2 * mean_.strides[1]);
     }
@@ -192,16 +196,17 @@ struct Likelihood {
   // Whether a kernel can read and write the operands' own memory, row by row.
   bool reads_in_place(bool gradient) const {
     const auto fits = [&](const Operand& o) { return event.direct<T>(o); };
-    return !mask && !need_x && fits(x) && fits(mean) && (!gradient || fits(g_mean)) &&
-           (scalar || (!prepared && fits(scale) && (!gradient || fits(g_scale))));
+    const auto writes = [&](const Operand& g) { return !gradient || (g && fits(g)); };
+    return !mask && !need_x && fits(x) && fits(mean) && writes(g_mean) &&
+           (scalar || (!prepared && fits(scale) && writes(g_scale)));
   }
 
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
   bool streams() const {
     const auto suits = [&](const Operand& g, const Operand& of) {
-      return event.direct<T>(g) && g.data != of.data &&
-             reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
-             g.row_stride * sizeof(T) % kVector == 0;
+      return !g || (event.direct<T>(g) && g.data != of.data &&
+                    reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
+                    g.row_stride * sizeof(T) % kVector == 0);
     };
     return rows * size * static_cast<int64_t>(sizeof(T)) >= kStreamed && suits(g_mean, mean) &&
            (scalar || sharing == Sharing::event || suits(g_scale, scale));
@@ -279,9 +284,9 @@ struct Likelihood {
                             scale_sum);
       } else {
         const bool buffered = !gradient || stream;
-        T* const gm = buffered ? gm_tile : event.target(g_mean, n, begin, gm_tile);
-        T* const gs = buffered || scalar || scale_sum ? gs_tile
-                                                      : event.target(g_scale, n, begin, gs_tile);
+        T* const gm = buffered || !g_mean ? gm_tile : event.target(g_mean, n, begin, gm_tile);
+        T* const gs = buffered || !g_scale || scale_sum ? gs_tile
+                                                        : event.target(g_scale, n, begin, gs_tile);
         kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, {weight, 0}, {gm, 0},
                {gs, 0}, false, &terms);
         if (gradient) {
@@ -346,6 +351,7 @@ struct Likelihood {
       for (int64_t i = 0; i < count; ++i) x_sum[i] -= gm[i];  // ∂x = −∂m
     }
     const auto put = [&](const Operand& to, const T* from, const T* slope) {
+      if (!to) return;
       if (stream) {
         T* const at = reinterpret_cast<T*>(to.at(n * to.row_stride + begin));
         tiles.stream(count, from, slope, at);
@@ -354,7 +360,7 @@ struct Likelihood {
       }
     };
     put(g_mean, gm, nullptr);
-    if (scalar) return;
+    if (!g_scale) return;
     if (tile.slope && (scale_sum || !stream)) scale_by(tile.slope, count, gs);
     if (scale_sum) {
 #pragma omp simd
@@ -434,14 +440,17 @@ void likelihood_backward_as(const View& g_nll, const View& g_loss, const View& x
 
   const RowValues<T> nll(g_nll, pass.batch), loss(g_loss, pass.batch);
   const T share = row_share<T>(pass.rows, pass.samples, options.reduction);
-  const bool shared = pass.sharing == Sharing::all || pass.sharing == Sharing::row;
+  const bool shared = g_scale && (pass.sharing == Sharing::all || pass.sharing == Sharing::row);
   std::vector<T> weight(pass.rows), g_shared(shared ? pass.rows : 0);
   for (int64_t n = 0; n < pass.rows; ++n) weight[n] = nll[n] + share * loss[n % loss.batch];
-  pass.run(/*gradient=*/true, {weight.data(), 1}, nullptr, shared ? g_shared.data() : nullptr,
-           pass.sharing == Sharing::event ? &pass.g_scale : nullptr);
-  if (pass.sharing == Sharing::all) {
+  if (g_x || g_mean || g_scale) {
+    const bool of_event = pass.sharing == Sharing::event && g_scale;
+    pass.run(/*gradient=*/true, {weight.data(), 1}, nullptr, shared ? g_shared.data() : nullptr,
+             of_event ? &pass.g_scale : nullptr);
+  }
+  if (shared && pass.sharing == Sharing::all) {
     store_scalar(g_scale, tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }));
-  } else if (pass.sharing == Sharing::row) {
+  } else if (shared) {
     const Operand to = operand(g_scale);
     scatter(to, 0, to.row_stride, pass.rows, static_cast<const T*>(g_shared.data()));
   }

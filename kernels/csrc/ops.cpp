@@ -128,17 +128,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_op(
     OptionalTensor g_nll, OptionalTensor g_loss, Tensor x, Tensor mean, OptionalTensor scale,
     OptionalTensor mask, double beta, int64_t reduction, int64_t likelihood, int64_t param,
     double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
-    int64_t first_row, bool need_x) {
+    int64_t first_row, bool need_x, bool need_mean, bool need_scale) {
   const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
                                   hi,   soft, df, x_mul, x_add, view(key), first_row};
-  const Tensor g_mean = gradient_like(mean);
-  const Tensor g_scale = scale ? gradient_like(*scale) : none(mean.scalar_type());
-  const Tensor g_x = need_x ? gradient_like(x) : none(x.scalar_type());
+  const auto gradient = [](bool need, const Tensor& t) {
+    return need ? gradient_like(t) : none(t.scalar_type());
+  };
+  need_scale = need_scale && scale;
+  const Tensor g_x = gradient(need_x, x), g_mean = gradient(need_mean, mean);
+  const Tensor g_scale = gradient(need_scale, scale ? *scale : mean);
   const Tensor g_log_q = empty({mean.size(0)}, accumulation_type(mean));
   const Tensor g_log_p = empty({mean.size(0)}, accumulation_type(mean));
   likelihood_backward(view(g_nll), view(g_loss), view(x), view(mean), view(scale), view(mask),
-                      options, need_x ? view(g_x) : View{}, view(g_mean),
-                      scale ? view(g_scale) : View{}, view(g_log_q), view(g_log_p));
+                      options, need_x ? view(g_x) : View{}, need_mean ? view(g_mean) : View{},
+                      need_scale ? view(g_scale) : View{}, view(g_log_q), view(g_log_p));
   return {g_x, g_mean, g_scale, g_log_q, g_log_p};
 }
 
@@ -219,7 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(vae_fast, CPU, m) {
   m.impl("latent_backward", TORCH_BOX(&vae_fast::latent_backward_op));
   m.impl("likelihood_forward", TORCH_BOX(&vae_fast::likelihood_forward_op));
   m.impl("likelihood_backward", TORCH_BOX(&vae_fast::likelihood_backward_op));
-  m.impl("likelihood_forward_grad", TORCH_BOX(&vae_fast::likelihood_forward_grad_op));
+  m.impl("likelihood_forward_grad_", TORCH_BOX(&vae_fast::likelihood_forward_grad_op));
   m.impl("likelihood_rescale_", TORCH_BOX(&vae_fast::likelihood_rescale_op));
   m.impl("gaussian_kl_forward", TORCH_BOX(&vae_fast::gaussian_kl_forward_op));
   m.impl("gaussian_kl_backward", TORCH_BOX(&vae_fast::gaussian_kl_backward_op));

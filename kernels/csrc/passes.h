@@ -38,7 +38,7 @@ inline int64_t element_size(ScalarType type) {
 struct LatentOptions {
   int64_t num_samples, first_row, param;
   double lo, hi;
-  bool soft, path;
+  int64_t soft, path;  // flags; as wide as the rest, lest there be padding to compare
 };
 
 // The order is the op schema's integer code; vae_fast/ops.py holds the same list.

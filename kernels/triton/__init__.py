@@ -6,7 +6,7 @@ from .latent import latent_backward, latent_forward
 from .likelihood import (
     likelihood_backward,
     likelihood_forward,
-    likelihood_forward_grad,
+    likelihood_forward_grad_,
     likelihood_rescale_,
 )
 
@@ -18,6 +18,6 @@ __all__ = [
     "latent_forward",
     "likelihood_backward",
     "likelihood_forward",
-    "likelihood_forward_grad",
+    "likelihood_forward_grad_",
     "likelihood_rescale_",
 ]

@@ -195,8 +195,9 @@ def likelihood_kernel(
                     g_log_tau = tl.where(keep, g_log_tau, 0.0)
                 if g_x_ptr is not None:
                     tl.store(g_x_ptr + n * g_x_row + cols * g_x_col, g_x, mask)
-                tl.store(g_mean_ptr + n * g_mean_row + half * g_mean_col, -fall, mask)
-                if SCALE == FULL:
+                if g_mean_ptr is not None:
+                    tl.store(g_mean_ptr + n * g_mean_row + half * g_mean_col, -fall, mask)
+                if SCALE == FULL and g_scale_ptr is not None:
                     g_s = g_log_tau * log_scale_slope(s, PARAM, APPROX)
                     g_s = through_bound(g_s, raw, lo, hi, CLAMP, APPROX)
                     if mask_ptr is not None:
@@ -205,10 +206,10 @@ def likelihood_kernel(
                     tl.store(g_scale, g_s, mask)
                 elif SCALE == EVENT:
                     g_tau += tl.where(mask, g_log_tau, 0.0)
-                elif SCALE != ABSENT:
+                elif SCALE == SCALAR or SCALE == ROW:  # noqa: SIM109
                     g_tau += g_log_tau if EVEN else tl.where(mask, g_log_tau, 0.0)
 
-        if GRAD and SCALE == ROW:
+        if GRAD and SCALE == ROW and g_scale_ptr is not None:
             row_slope = log_scale_slope(s, PARAM, APPROX)
             row_slope = through_bound(row_slope, raw, lo, hi, CLAMP, APPROX)
             g_tau = times_slope(g_tau, row_slope)
@@ -223,7 +224,7 @@ def likelihood_kernel(
                 )
             else:
                 tl.store(partial_ptr + n * SPLIT + part, row_nll, ok)
-        if GRAD and SCALE == ROW:
+        if GRAD and SCALE == ROW and g_scale_ptr is not None:
             tl.store(g_scale_ptr + n * SPLIT + part, _row_sum(g_tau, ROWS), ok)
         if GRAD and SCALE == SCALAR:
             row_g_tau = times_slope(_row_sum(g_tau, ROWS), slope)
@@ -418,8 +419,8 @@ def _launch(
     log_q: Tensor | None, log_p: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
     beta: float, reduction: int, likelihood: int, param: int, lo: float, hi: float, soft: bool,
     df: float, x_mul: float, x_add: float, key: Tensor | None, first_row: int,
-    *, forward: bool, grad: bool, need_x: bool = False,
-    g_mean: Tensor | None = None, g_scale: Tensor | None = None,
+    *, forward: bool, grad: bool, need_x: bool = False, need_mean: bool = True,
+    need_scale: bool = True, g_mean: Tensor | None = None, g_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Run the kernel; returns nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p."""
     n, batch = mean.shape[0], x.shape[0]
@@ -428,6 +429,7 @@ def _launch(
     packed = scale is None and kind == FULL.value
     full, scalar = kind == FULL.value and not packed, kind == SCALAR.value
     row, event = kind == ROW.value, kind == EVENT.value
+    summed = event and grad and need_scale  # else an event is read as a full scale of equal rows
     acc = accumulation(mean)
     # With several samples and no reduction, the mean over k is taken from the finished rows.
     row_loss = forward and reduction == NONE and samples == 1
@@ -444,17 +446,16 @@ def _launch(
         g_log_q = torch.empty(n, dtype=acc, device=mean.device)
         g_log_p = torch.empty_like(g_log_q)
     if grad:
-        g_mean = torch.empty_like(mean) if g_mean is None else g_mean
+        if need_mean and g_mean is None:
+            g_mean = torch.empty_like(mean)
         g_x = torch.empty_like(x) if need_x else None
-        if scale is None:
-            g_scale = (nll if forward else mean).new_empty(0)
-        elif scalar and forward:
-            g_scale = torch.empty_like(nll)
-        else:
-            g_scale = torch.empty_like(scale) if g_scale is None else g_scale
+        if scalar:
+            g_scale = torch.empty_like(nll if forward else scale)
+        elif scale is not None and need_scale and g_scale is None:
+            g_scale = torch.empty_like(scale)
     if n == 0:
         loss = _loss(nll, log_q, log_p, beta, reduction, batch) if forward else None
-        if grad:
+        if g_scale is not None:
             g_scale.zero_()
         return nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p
 
@@ -482,23 +483,23 @@ def _launch(
     heavy = HEAVY.get(likelihood, 0) + (param == SOFTPLUS.value and kind != ABSENT.value)
     if key is not None and itemsize == 8:
         itemsize, heavy = 4, heavy + 1
-    columns = event and not forward
-    config = likelihood_config(n, size, itemsize, *machine(mean), heavy, columns)
+    config = likelihood_config(n, size, itemsize, *machine(mean), heavy, summed)
     split = config.split
 
     out_x = out_mean = out_scale = None
     g_x_row = g_x_col = g_mean_row = g_mean_col = g_scale_row = g_scale_col = 0
     if grad:
-        out_mean, g_mean_row, g_mean_col = walk.rows(g_mean, packed, read=False)
         out_scale = g_scale
-        if packed:
+        if g_mean is not None:
+            out_mean, g_mean_row, g_mean_col = walk.rows(g_mean, packed, read=False)
+        if packed and g_mean is not None:
             out_scale, g_scale_row, g_scale_col = out_mean, g_mean_row, g_mean_col
             g_offset = walk.half(out_mean, g_mean_col)
-        elif full:
+        elif full and g_scale is not None:
             out_scale, g_scale_row, g_scale_col = walk.rows(g_scale, read=False)
-        elif row and split > 1:
+        elif row and split > 1 and need_scale:
             out_scale = torch.empty((n, split), dtype=acc, device=mean.device)
-        elif event:
+        elif summed:
             out_scale = torch.empty((config.programs // split, size), dtype=acc, device=mean.device)
         if need_x and samples > 1:
             # Each sample's ∂x on its own; their sum follows below.
@@ -533,19 +534,20 @@ def _launch(
             beta, _row_weight(reduction, samples, batch), lo, hi, df, student_t_constant(df),
             x_mul, x_add,
             LIKELIHOOD=likelihood, PARAM=param, CLAMP=clamp_code(lo, hi, soft),
-            SCALE=FULL.value if event and forward else kind, GROUP=walk.group,
+            SCALE=FULL.value if event and not summed else kind, GROUP=walk.group,
             SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec, SPLIT=split,
             EVEN=config.even, num_warps=config.num_warps,
             **compile_options(backend_of(mean), mean.dtype, registers=128),
         )  # fmt: skip
     if grad:
-        walk.store(g_mean, out_mean)
-        if full:
+        if g_mean is not None:
+            walk.store(g_mean, out_mean)
+        if full and g_scale is not None:
             walk.store(g_scale, out_scale)
-        elif row and split > 1:
+        elif row and split > 1 and need_scale:
             g_scale.copy_(out_scale.sum(1).view(g_scale.shape))
-        elif event:
+        elif summed:
             sums = out_scale.sum(0).view(1, *(mean.shape[d] for d in walk.dims))
             walk.store(g_scale, sums)
         if need_x and samples > 1:
@@ -572,30 +574,34 @@ def likelihood_forward(
 def likelihood_backward(
     g_nll: Tensor | None, g_loss: Tensor | None,
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
-    beta: float, reduction: int, *model_and_need_x: object,
+    beta: float, reduction: int, *model_and_needs: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """∂x (empty unless needed), ∂mean, ∂scale (empty if None), ∂log q and ∂log p (N,)."""
-    *model, need_x = model_and_need_x
+    """∂x, ∂mean and ∂scale (each empty unless needed), ∂log q and ∂log p (N,)."""
+    *model, need_x, need_mean, need_scale = model_and_needs
     _, _, g_x, g_mean, g_scale, g_log_q, g_log_p = _launch(
         x, mean, scale, mask, None, None, g_nll, g_loss, beta, reduction, *model,
-        forward=False, grad=True, need_x=need_x,
+        forward=False, grad=True, need_x=need_x, need_mean=need_mean, need_scale=need_scale,
     )  # fmt: skip
+    g_mean = mean.new_empty(0) if g_mean is None else g_mean
+    if g_scale is None or not need_scale:
+        g_scale = (mean if scale is None else scale).new_empty(0)
     return x.new_empty(0) if g_x is None else g_x, g_mean, g_scale, g_log_q, g_log_p
 
 
-def likelihood_forward_grad(
+def likelihood_forward_grad_(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
     log_q: Tensor | None, log_p: Tensor | None, beta: float, reduction: int,
     *model_and_gradients: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Give nll and loss, and write ∂mean and ∂scale, perhaps over ``mean`` and ``scale``.
 
-    Of a scalar scale, each row's part of the gradient is returned (else empty).
+    Without ``g_scale``, ∂scale is not wanted; but of a scalar scale, each row's part of it is
+    returned (else empty).
     """
     *model, g_mean, g_scale = model_and_gradients
     nll, loss, _, _, g_scale, _, _ = _launch(
         x, mean, scale, mask, log_q, log_p, None, None, beta, reduction, *model,
-        forward=True, grad=True, g_mean=g_mean, g_scale=g_scale,
+        forward=True, grad=True, need_scale=g_scale is not None, g_mean=g_mean, g_scale=g_scale,
     )  # fmt: skip
     scalar = scale is not None and scale.dim() == 0
     return nll, loss, g_scale if scalar else nll.new_empty(0)
