@@ -5,7 +5,7 @@
     accelerate launch --num_processes 2 vae_accelerate.py                   # or under torchrun
     python vae_accelerate.py --resume                                       # from the saved state
 
-Needs ``pip install vae_fast accelerate scikit-learn``.
+Needs vae_fast, accelerate and scikit-learn.
 """
 
 import argparse

@@ -4,9 +4,8 @@
     python vae_lightning.py --precision bf16-mixed
     python vae_lightning.py --accelerator cpu --devices 2 --strategy ddp    # or under torchrun
 
-Needs ``pip install vae_fast lightning scikit-learn``.
+Needs vae_fast, lightning and scikit-learn.
 """
-
 
 import argparse
 from pathlib import Path
