@@ -97,6 +97,7 @@ def digits_run(tmp_path_factory):
 
 def test_train_writes_model_metrics_and_pictures(digits_run):
     expected = PICTURES | {"manifold.png", "encoded.png", "model.safetensors", "metrics.csv"}
+    expected |= {"checkpoint.safetensors"}
     assert files(digits_run.out) == expected
     for name in expected:
         if name.endswith(".png"):

@@ -1,6 +1,8 @@
 """The README's Python runs as it stands, and its commands exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,13 @@ def test_tables_are_filled_in():
     for marker in ("training", "benchmark"):
         table = re.search(rf"<!-- {marker} -->(.*?)<!-- /{marker} -->", README, flags=re.S)[1]
         assert table.count("\n|") >= 4, f"run benchmarks/readme.py: {marker}"
+
+
+def test_the_table_of_what_it_works_with_is_the_tests_own():
+    """In a process of its own, since it collects all the tests."""
+    script = ROOT / "tests" / "works_with.py"
+    run = subprocess.run(
+        [sys.executable, script, "--print"], capture_output=True, text=True, check=True
+    )
+    table = re.search(r"<!-- works with -->\n(.*?)<!-- /works with -->", README, flags=re.S)[1]
+    assert run.stdout == table, "run tests/works_with.py"

@@ -11,15 +11,13 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vae_fast import functional, noise, ops, reference
+from vae_fast import _files, functional, noise, ops, reference
 from vae_fast.elbo import OPTIMAL, ELBOOutput, FusedELBO, Prior
 
 __all__ = ["VAE"]
@@ -477,7 +475,6 @@ class VAE(nn.Module):
         """
         import safetensors.torch
 
-        path = Path(path)
         config = {
             "format": _FORMATS[-1],
             "architecture": self._architecture,
@@ -493,21 +490,8 @@ class VAE(nn.Module):
             name: value.detach().to("cpu", copy=True).contiguous()
             for name, value in self.state_dict().items()
         }
-        data = safetensors.torch.save(
-            weights, metadata={"format": "pt", _METADATA_KEY: json.dumps(config)}
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        header = {"format": "pt", _METADATA_KEY: json.dumps(config)}
+        _files.write_atomic(path, safetensors.torch.save(weights, metadata=header))
 
     @classmethod
     def load(
@@ -885,9 +869,3 @@ def _positive(value: int, name: str) -> int:
 
 def _joined(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from vae_fast import schedules
-from vae_fast.cli.errors import CommandError
+from vae_fast.cli.errors import CommandError, Terminated
 from vae_fast.elbo import ESTIMATORS, KL_ESTIMATORS, LIKELIHOODS, OBJECTIVES, OPTIMAL
 
 __all__ = ["main"]
@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; ``sys.argv[1:]`` if ``None``.
 
     Returns:
-        0. Wrong input ends in ``SystemExit`` with code 2 and a message on stderr.
+        0. Wrong input ends in ``SystemExit`` with code 2 and a message on stderr, Ctrl-C with 130,
+        SIGTERM in training with 143.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             doctor()
     except CommandError as error:
         parser.exit(2, f"vae-fast {args.command}: error: {error}\n")
+    except Terminated as error:
+        parser.exit(143, f"\nvae-fast {args.command}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nvae-fast: interrupted\n")
     return 0
@@ -64,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a VAE and draw what it learned",
-        description="Train a VAE. Writes model.safetensors, metrics.csv and pictures to --out.",
+        description="Train a VAE. Writes model.safetensors, metrics.csv and pictures to --out, and "
+        "checkpoint.safetensors, from which --resume continues the run.",
+        epilog="On several CPUs or GPUs: torchrun --nproc-per-node N -m vae_fast.cli train ... "
+        "computes what one process would, up to rounding. --batch-size is then of all processes "
+        "together, --out must be the same folder for all, and Ctrl-C and SIGTERM end the job as it "
+        "is, to be resumed from its last checkpoint.",
         formatter_class=_Formatter,
     )
     train.add_argument(
@@ -186,6 +194,23 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, cpp, triton or reference; see vae-fast doctor",
     )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the checkpoint in --out, of a run that was killed, say, or from the "
+        "start if there is none. On the CPU the weights become, to the bit, those of a run that "
+        "was never stopped. The other options must be the same, --epochs too: the learning rate "
+        "depends on them",
+    )
+    train.add_argument(
+        "--checkpoint-every",
+        type=_interval,
+        default="60s",
+        metavar="N|Ns",
+        help="optimizer steps (100) or seconds (60s) between checkpoints. Ctrl-C, SIGTERM and the "
+        "end of the run write one, too. Without --resume the checkpoint of a run that did not "
+        "finish is kept as checkpoint.1.safetensors, .2, ...",
+    )
 
     sample = commands.add_parser(
         "sample",
@@ -232,6 +257,18 @@ def _warmup(text: str) -> tuple[str, int]:
             f"must be SHAPE:STEPS with SHAPE one of {', '.join(WARMUPS)}, got {text}"
         )
     return shape, int(steps)
+
+
+def _interval(text: str) -> tuple[float, str]:
+    number = text.removesuffix("s")
+    try:
+        if number == text:
+            return _positive_int(text), "steps"
+        return _positive_float(number), "seconds"
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"must be a number of steps, like 100, or of seconds, like 60s; got {text}"
+        ) from None
 
 
 def _positive_int(text: str) -> int:

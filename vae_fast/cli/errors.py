@@ -1,4 +1,4 @@
-"""What a user of the command did wrong, and the checks the commands share."""
+"""How the command ends early, and the checks the commands share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 
 class CommandError(Exception):
     """Wrong input: the command prints the message, without a traceback, and exits with 2."""
+
+
+class Terminated(Exception):
+    """SIGTERM, after what had to be saved was saved: the command exits with 143."""
 
 
 def require(*modules: str) -> None:

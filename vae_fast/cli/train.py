@@ -6,20 +6,24 @@ import argparse
 import contextlib
 import copy
 import csv
+import hashlib
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vae_fast
-from vae_fast import reference, schedules
+from vae_fast import _files, noise, reference, schedules
+from vae_fast.cli import checkpoint, signals
 from vae_fast.cli import data as datasets
-from vae_fast.cli.errors import CommandError, pick_device, require
+from vae_fast.cli.errors import CommandError, Terminated, require
+from vae_fast.cli.job import Job, join
 from vae_fast.elbo import OPTIMAL
 from vae_fast.vae import VAE, _pair, _raw_scale
 
@@ -40,6 +44,10 @@ BITS = "val_bits_per_dim"
 # Adam moves a parameter by about its learning rate per step. The learned scale of
 # --variance scalar or channel has units to travel, not hundredths, so it gets a larger rate.
 _SCALAR_RATE = 20.0
+# What --likelihood-scale may name that all the rows of a batch share.
+_COUPLING = tuple(name for name, shared in OPTIMAL.items() if shared != "sample")
+# Widths of the networks, unless --hidden gives them.
+_HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
 # Points of a scatter plot that still can be told apart.
 _DRAWN = 10_000
 
@@ -49,7 +57,6 @@ def train(args: argparse.Namespace) -> None:
     require("matplotlib", "safetensors", "tqdm")
     started = time.perf_counter()
     data = datasets.load(args.data, args.image_size)
-    device = pick_device(args.device)
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -57,24 +64,16 @@ def train(args: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"--out {out}: {error.strerror}") from error
 
-    torch.manual_seed(args.seed)
-    vae = _build(args, data).to(device)
-    train_index, val_index = datasets.split(data, args.seed)
-    x_train, x_val = data.x[train_index].to(device), data.x[val_index].to(device)
-
     with _backend(args.backend):
-        _check(vae, x_train[:2], args.backend)
-        parameters = sum(p.numel() for p in vae.parameters())
-        print(
-            f"{data.name}: {len(x_train)} {data.unit}s to train, {len(x_val)} to validate, "
-            f"shape {'x'.join(map(str, data.event_shape))}; "
-            f"{args.model} with {parameters:,} parameters on {device}"
-        )
-        bits = _bounds_bits(vae, data)
-        rows = _fit(vae, x_train, x_val, args, out / METRICS, data.unit, bits)
-        vae.eval()
-        vae.save(out / CHECKPOINT)
-        pictures = _draw(vae, data, val_index, rows, out)
+        with join(args.device) as job:
+            vae, rows, saver = _train(args, data, out, job)
+        if not job.main:
+            return
+        train_index, val_index = datasets.split(data, args.seed)
+        with saver.writing(out / CHECKPOINT):
+            vae.save(out / CHECKPOINT)
+        with saver.writing(out):
+            pictures = _draw(vae, data, val_index, rows, out)
 
         last = rows[-1]
         per_element = last["val_elbo"] / math.prod(data.event_shape)
@@ -83,14 +82,107 @@ def train(args: argparse.Namespace) -> None:
             f"\nvalidation ELBO after epoch {last['epoch']}: {last['val_elbo']:.2f} nats per "
             f"{data.unit}, {per_element:.4f} per {element} "
             f"(NLL {last['val_nll']:.2f}, KL {last['val_kl']:.2f})"
-            + (f"; at most {last[BITS]:.3f} bits/dim" if bits else "")
+            + (f"; at most {last[BITS]:.3f} bits/dim" if BITS in last else "")
         )
-        if args.backend != "reference" and _comparable(vae):
+        if args.backend != "reference" and job.size == 1 and _comparable(vae):
             print()
-            _compare(vae, x_train[: args.batch_size])
+            _compare(vae, data.x[train_index[: args.batch_size]].to(job.device))
     print(f"\nmodel:    {out / CHECKPOINT}\nmetrics:  {out / METRICS}")
     print("pictures: " + "\n          ".join(str(p) for p in pictures))
     print(f"all done in {time.perf_counter() - started:.0f} s")
+
+
+def _train(
+    args: argparse.Namespace, data: datasets.Data, out: Path, job: Job
+) -> tuple[VAE, list[dict[str, float]], checkpoint.Saver]:
+    """Set up a run or resume one, and train; the model, its metrics and what keeps them."""
+    torch.manual_seed(args.seed)
+    vae = _build(args, data).to(job.device)
+    _check_parts(vae, job)
+    train_index, val_index = datasets.split(data, args.seed)
+    x_train, x_val = data.x[train_index].to(job.device), data.x[val_index].to(job.device)
+    _check(vae, x_train[:2], args.backend)
+    parameters = sum(p.numel() for p in vae.parameters())
+    together = f" in {job.size} processes" if job.size > 1 else ""
+    job.say(
+        f"{data.name}: {len(x_train)} {data.unit}s to train, {len(x_val)} to validate, "
+        f"shape {'x'.join(map(str, data.event_shape))}; "
+        f"{args.model} with {parameters:,} parameters on {job.device}{together}"
+    )
+    state = checkpoint.State(vae, _optimizer(vae, args.lr))
+    saver = _begin(state, args, _arguments(args, data, job.device), out / checkpoint.NAME, job)
+    names = (*COLUMNS, BITS) if _bounds_bits(vae, data) else COLUMNS
+    _fit(state, x_train, x_val, args, job, saver, _Metrics(out / METRICS, names, saver), data.unit)
+    return vae.eval(), state.rows, saver
+
+
+# ---------------------------------------------------------------- beginning and resuming
+
+
+def _arguments(
+    args: argparse.Namespace, data: datasets.Data, device: torch.device
+) -> dict[str, Any]:
+    """What the trained weights depend on, by the name of its option."""
+    x = data.x.contiguous()
+    digest = hashlib.sha256(x.numpy()).hexdigest()[:16]
+    shape = "x".join(map(str, x.shape))
+    names = ("model", "latent_dim", *_OPTIONS, "beta_warmup", "epochs", "batch_size", "lr", "seed")
+    return {
+        "data": f"of shape {shape}, {x.dtype}, levels {data.x_scale}, sha256 {digest}",
+        "hidden": list(_hidden(args)),
+        **{name.replace("_", "-"): getattr(args, name) for name in names},
+        "device": device.type,
+        "backend": args.backend,
+    }
+
+
+def _begin(
+    state: checkpoint.State,
+    args: argparse.Namespace,
+    arguments: dict[str, Any],
+    path: Path,
+    job: Job,
+) -> checkpoint.Saver:
+    """Put the run at its checkpoint, if it is to be resumed and there is one."""
+    resumed = False
+    if args.resume:
+        try:
+            changes = checkpoint.resume(path, state, arguments, job.size)
+            resumed = True
+            job.say(f"resuming {path}: {len(state.rows)} epochs, {state.step} steps")
+            if changes:
+                job.say(f"the last bits may differ from those of one run: {'; '.join(changes)}")
+        except FileNotFoundError:
+            job.say(f"nothing to resume: there is no {path}")
+    job.agree(f"{arguments} {state.step}")
+    if job.main:
+        try:
+            for name in (checkpoint.NAME, CHECKPOINT):
+                _files.remove_leftovers(path.with_name(name))
+            aside = None if resumed else checkpoint.make_room(path)
+        except OSError as error:
+            raise CommandError(f"--out {path.parent}: {error.strerror}") from error
+        if aside:
+            job.say(
+                f"the checkpoint of a run that did not finish is now {aside}; to continue that "
+                "run, move it back and pass --resume"
+            )
+    return checkpoint.Saver(path, state, arguments, args.checkpoint_every, job.size, job.main)
+
+
+def _check_parts(vae: VAE, job: Job) -> None:
+    """Fail if the loss of a batch is not the mean of its parts' losses, and there are parts."""
+    elbo = vae.elbo
+    for option, coupled in (
+        ("--free-bits", elbo.free_bits is not None),
+        ("--capacity", elbo.capacity is not None),
+        (f"--likelihood-scale {elbo.likelihood_scale}", elbo.likelihood_scale in _COUPLING),
+    ):
+        if coupled and job.size > 1:
+            raise CommandError(
+                f"{option} is of a batch as a whole, which torchrun splits over {job.size} "
+                "processes: train in one"
+            )
 
 
 # ---------------------------------------------------------------- training
@@ -121,11 +213,14 @@ def _build(args: argparse.Namespace, data: datasets.Data) -> VAE:
         raise CommandError(f"--model conv needs images, but one data point is of {event_shape}")
     _check_data(args, data)
     try:
-        if args.model == "mlp":
-            return VAE.mlp(event_shape, args.latent_dim, args.hidden or (512, 256), **options)
-        return VAE.conv(event_shape, args.latent_dim, args.hidden or (32, 64), **options)
+        build = VAE.mlp if args.model == "mlp" else VAE.conv
+        return build(event_shape, args.latent_dim, _hidden(args), **options)
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _hidden(args: argparse.Namespace) -> Sequence[int]:
+    return args.hidden or _HIDDEN[args.model]
 
 
 def _check_data(args: argparse.Namespace, data: datasets.Data) -> None:
@@ -192,54 +287,92 @@ def _optimizer(vae: VAE, lr: float) -> torch.optim.Optimizer:
     named = dict(vae.named_parameters())
     scale = named.pop("decoder.scale", None)
     groups = [
-        {"params": list(named.values())},
+        {"params": list(named.values()), "lr": lr},
         {"params": [] if scale is None else [scale], "lr": lr * _SCALAR_RATE},
     ]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
     return torch.optim.Adam([g for g in groups if g["params"]], lr=lr, fused=True)
 
 
+class _Metrics:
+    """The file of metrics, a row per epoch."""
+
+    def __init__(self, path: Path, names: Sequence[str], saver: checkpoint.Saver) -> None:
+        self._path, self.names, self._saver = path, names, saver
+
+    def start(self, rows: list[dict[str, float]]) -> None:
+        """Write the file anew, with the epochs so far."""
+        with self._saver.writing(self._path), self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.names)
+            writer.writeheader()
+            writer.writerows(map(self._shown, rows))
+
+    def add(self, row: dict[str, float]) -> None:
+        """Append an epoch."""
+        with self._saver.writing(self._path), self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self.names).writerow(self._shown(row))
+
+    @staticmethod
+    def _shown(row: dict[str, float]) -> dict[str, Any]:
+        return {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
+
+
 def _fit(
-    vae: VAE,
+    state: checkpoint.State,
     x_train: Tensor,
     x_val: Tensor,
     args: argparse.Namespace,
-    path: Path,
+    job: Job,
+    saver: checkpoint.Saver,
+    metrics: _Metrics,
     unit: str,
-    bits: bool,
-) -> list[dict[str, float]]:
-    """Train, writing a row of metrics per epoch. An interrupt ends it early, keeping the model."""
+) -> None:
+    """Train from wherever the run is. An interrupt ends it early, keeping the model."""
     from tqdm import tqdm
 
-    optimizer = _optimizer(vae, args.lr)
-    steps = args.epochs * math.ceil(len(x_train) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    beta = _beta(args)
+    vae, rows = state.vae, state.rows
+    model = job.wrap(vae)
     # One key for every validation, so that epochs differ by the model and not by the noise.
     key = torch.tensor([args.seed, 0], dtype=torch.uint64).to(x_val.device)
-    rows: list[dict[str, float]] = []
+    if job.main:
+        metrics.start(rows)
     with (
-        path.open("w", newline="") as file,
+        # Processes that note a signal at different steps would wait for one another.
+        signals.noted(job.size == 1) as noted,
         tqdm(
-            total=args.epochs * len(x_train), unit=unit, unit_scale=True, disable=None
+            total=args.epochs * len(x_train),
+            initial=len(rows) * len(x_train) + state.seen,
+            unit=unit,
+            unit_scale=True,
+            disable=None if job.main else True,
         ) as progress,
     ):
-        writer = csv.DictWriter(file, (*COLUMNS, BITS) if bits else COLUMNS)
-        writer.writeheader()
+
+        def step_done(count: int) -> None:
+            progress.update(count)
+            if noted.received is None:
+                saver.step_done()
+                return
+            saver.save()
+            heed_sigterm()
+            raise KeyboardInterrupt
+
+        def heed_sigterm() -> None:
+            if noted.received == signal.SIGTERM:
+                raise Terminated(f"terminated after step {state.step}; --resume continues there")
+
         try:
-            for epoch in range(1, args.epochs + 1):
-                began = time.perf_counter()
-                trained = _train_epoch(
-                    vae, x_train, args.batch_size, optimizer, schedule, beta, progress
-                )
-                rate = len(x_train) / (time.perf_counter() - began)
-                *validated, bits_per_dim = _evaluate(vae, x_val, args.batch_size, key)
+            for epoch in range(len(rows) + 1, args.epochs + 1):
+                began, seen = time.perf_counter(), state.seen
+                trained = _train_epoch(state, model, x_train, args, job, step_done)
+                rate = (len(x_train) - seen) / (time.perf_counter() - began)
+                *validated, bits_per_dim = _evaluate(vae, x_val, args.batch_size, key, job)
                 row = {"epoch": epoch, "samples_per_s": round(rate)}
                 for name, value in (("train", trained), ("val", validated)):
                     nll, kl = value
                     row |= {f"{name}_elbo": -nll - kl, f"{name}_nll": nll, f"{name}_kl": kl}
-                if bits:
+                if BITS in metrics.names:
                     row[BITS] = bits_per_dim
                 if not all(map(math.isfinite, row.values())):
                     raise CommandError(
@@ -247,10 +380,9 @@ def _fit(
                         "scaled to [0, 1]"
                     )
                 rows.append(row)
-                writer.writerow(
-                    {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-                )
-                file.flush()
+                state.seen = 0
+                if job.main:
+                    metrics.add(row)
                 shown = {
                     "ELBO": f"{row['val_elbo']:.2f}",
                     "NLL": f"{row['val_nll']:.2f}",
@@ -260,54 +392,83 @@ def _fit(
                 progress.set_postfix(shown)
                 if progress.disable and (epoch % max(1, args.epochs // 10) == 0 or epoch == 1):
                     text = ", ".join(f"{name} {value}" for name, value in shown.items())
-                    print(
+                    job.say(
                         f"epoch {epoch}/{args.epochs}: validation {text} nats per {unit}; "
                         f"{rate:,.0f} {unit}s/s",
                         flush=True,
                     )
+            saver.save()
+            heed_sigterm()
         except KeyboardInterrupt:
-            if not rows:
+            if not rows or job.size > 1:
                 raise
-            print(f"\ninterrupted: keeping the model as it is, {len(rows)} epochs in")
+            more = "; --resume continues the run" if noted.received else ""
+            print(f"\ninterrupted: keeping the model as it is, {len(rows)} epochs in{more}")
     vae.elbo.beta = args.beta
-    return rows
 
 
 def _train_epoch(
-    vae: VAE,
+    state: checkpoint.State,
+    model: nn.Module,
     x: Tensor,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    beta: Callable[[int], float],
-    progress,
+    args: argparse.Namespace,
+    job: Job,
+    step_done: Callable[[int], None],
 ) -> tuple[float, float]:
-    """One pass over the data; mean NLL and KL per data point, before each batch's step."""
+    """The rest of a pass over the data; mean NLL and KL per data point, before each batch's step.
+
+    ``model`` is ``state.vae``, wrapped if there are several processes.
+    """
+    vae, optimizer = state.vae, state.optimizer
+    beta = _beta(args)
+    steps = args.epochs * math.ceil(len(x) / args.batch_size)
     vae.train()
-    totals = torch.zeros(2, device=x.device)
-    for index in torch.randperm(len(x), device=x.device).split(batch_size):
-        vae.elbo.beta = beta(schedule.last_epoch)  # which counts steps
-        out = vae(x[index])
+    if state.seen == 0:
+        state.order = torch.randperm(len(x), device=x.device)
+        state.totals = torch.zeros(2, device=x.device)
+    while state.seen < len(x):
+        index = state.order[state.seen : state.seen + args.batch_size]
+        # The whole batch has one key, and each of its rows the noise of its place in it.
+        key = noise.make_key(x.device)
+        first, count = job.part(len(index))
+        # A process without rows takes part with one that weighs nothing: the rest await it.
+        part = index[first : first + max(count, 1)]
+        vae.elbo.beta = beta(state.step)
+        _set_rate(optimizer, 0.5 * (1 + math.cos(math.pi * state.step / steps)))
+        out = model(x[part], key=key, first_row=first)
         optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
+        if job.size == 1:
+            out.loss.backward()
+        else:  # the mean of what the processes add is the gradient of the batch's mean
+            (out.loss * (count * job.size / len(index))).backward()
         optimizer.step()
-        schedule.step()
-        totals += _totals(out.nll, out.kl, len(index))
-        progress.update(len(index))
-    nll, kl = (totals / len(x)).tolist()
+        state.totals += job.sum(_totals(out.nll, out.kl, count))
+        state.step += 1
+        state.seen += len(index)
+        step_done(len(index))
+    nll, kl = (state.totals / len(x)).tolist()
     return nll, kl
 
 
+def _set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
 @torch.no_grad()
-def _evaluate(vae: VAE, x: Tensor, batch_size: int, key: Tensor) -> tuple[float, float, float]:
+def _evaluate(
+    vae: VAE, x: Tensor, batch_size: int, key: Tensor, job: Job
+) -> tuple[float, float, float]:
     """Mean NLL, KL and bits/dim; the same key gives the same noise at any batch size."""
     vae.eval()
     totals = torch.zeros(3, device=x.device)
     for start in range(0, len(x), batch_size):
-        part = x[start : start + batch_size]
-        out = vae(part, key=key, first_row=start)
-        totals += _totals(out.nll, out.kl, len(part), out.bits_per_dim)
-    nll, kl, bits = (totals / len(x)).tolist()
+        first, count = job.part(min(batch_size, len(x) - start))
+        if count:
+            first += start
+            out = vae(x[first : first + count], key=key, first_row=first)
+            totals += _totals(out.nll, out.kl, count, out.bits_per_dim)
+    nll, kl, bits = (job.sum(totals) / len(x)).tolist()
     return nll, kl, bits
 
 

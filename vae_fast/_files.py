@@ -1,0 +1,68 @@
+"""Writing files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file in place of the one that is there, if any.
+
+    Whatever happens meanwhile, a kill or a power cut included, the path holds the old file or the
+    new one, each whole. Once this returns, the new one survives a power cut.
+
+    Args:
+        path: the file; missing folders are made.
+        data: its contents.
+
+    Raises:
+        OSError: the new file could not be written, and the old one is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because only there can it be renamed without a copy.
+    handle, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete what killed writers of this file left behind; nobody may be writing it now."""
+    path = Path(path)
+    for other in path.parent.iterdir():
+        if other.name.startswith(_prefix(path)):
+            other.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}."
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename within the folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
