@@ -196,8 +196,7 @@ class FusedELBO(nn.Module):
         self.dequantize = dequantize
         self._register_prior(prior)
         self._check_options()
-        # Numbers that were set anew, as tensors.
-        self._scheduled: dict[str, Tensor | None] = {}
+        self._checked = True
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an option anew, checked as at construction; β is only looked at when it is used."""
@@ -205,8 +204,7 @@ class FusedELBO(nn.Module):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
-        anew = "_scheduled" in self.__dict__
-        checked = anew and name in _DEFAULTS and name != "beta"
+        checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
         before = getattr(self, name) if checked else None
         super().__setattr__(name, value)
         if checked:
@@ -215,9 +213,6 @@ class FusedELBO(nn.Module):
             except (TypeError, ValueError):
                 super().__setattr__(name, before)
                 raise
-        if anew and name in ("beta", "capacity"):
-            number = isinstance(value, (int, float))
-            self._scheduled[name] = torch.tensor(value, dtype=torch.float64) if number else None
 
     def _register_prior(self, prior: Prior | None) -> None:
         """A Gaussian's tensors become parameters or buffers, a module a submodule."""
@@ -341,7 +336,6 @@ class FusedELBO(nn.Module):
         """
         if prior is None and (prior := self.prior) == "gaussian":
             prior = self._gaussian_prior()
-        beta = self._now("beta")
         if self.dequantize and key is None:
             key = noise.make_key(mu.device, generator)
         samples = self.num_samples
@@ -360,7 +354,7 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
-            sample = z, log_q, log_p, beta
+            sample = z, log_q, log_p, self.beta
             z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(*sample)
         decoded = z if samples is None else z.flatten(0, 1)
         analytic_kl = None
@@ -373,11 +367,10 @@ class FusedELBO(nn.Module):
         if self.inplace and eager.suffices():
             _check_not_latent(z, mean, likelihood_scale)
 
-        term, minus = log_q, log_p  # the KL term is term − minus
+        term, minus, beta = log_q, log_p, self.beta  # the KL term is term − minus
         special = analytic_kl is not None or self.capacity is not None
         if special or (type(beta) is not float and isinstance(beta, Tensor)):
-            terms = mu, scale, prior, log_q, log_p, analytic_kl
-            term, minus, beta = self._kl_terms(*terms, beta)
+            term, minus, beta = self._kl_terms(mu, scale, prior, log_q, log_p, analytic_kl)
         iwae = samples is not None and self.objective == "iwae"
         if iwae or weight is not None or self.likelihood_scale in OPTIMAL:
             rows, nll = self._rows(
@@ -406,15 +399,6 @@ class FusedELBO(nn.Module):
             1.0 if plain else self._bin_width(),
             self.objective,
         )
-
-    def _now(self, name: str) -> float | Tensor:
-        """A weight that may follow a schedule.
-
-        torch.compile takes the numbers of a module for constants, and would compile anew for every
-        step of the schedule, but not for other values of a tensor.
-        """
-        scheduled = self._scheduled.get(name) if torch.compiler.is_compiling() else None
-        return getattr(self, name) if scheduled is None else scheduled
 
     def _bin_width(self) -> float:
         """Distance of the levels of x, where the likelihood is a density and no mass of them."""
@@ -537,7 +521,7 @@ class FusedELBO(nn.Module):
         )
 
     def _kl_terms(
-        self, mu, scale, prior, log_q, log_p, analytic_kl, beta
+        self, mu, scale, prior, log_q, log_p, analytic_kl
     ) -> tuple[Tensor, Tensor | None, float]:
         """The two row terms whose difference is the KL term, and its weight β."""
         terms = log_q, log_p
@@ -550,7 +534,8 @@ class FusedELBO(nn.Module):
             terms = per_element.clamp(min=self.free_bits).sum().expand(log_q.shape), None
         elif self.capacity is not None:
             kl = log_q - log_p if analytic_kl is None else analytic_kl
-            terms = (kl.mean() - self._now("capacity")).abs().to(kl.dtype).expand(log_q.shape), None
+            terms = (kl.mean() - self.capacity).abs().to(kl.dtype).expand(log_q.shape), None
+        beta = self.beta
         if isinstance(beta, Tensor):
             if beta.dim() > 0:
                 raise ValueError(f"beta must be a float or a 0-dim tensor, got {tuple(beta.shape)}")
