@@ -7,14 +7,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More arguments for the command behind a target: make test ARGS="-k gaussian"
 ARGS ?=
+# Random calls of make fuzz
+FUZZ ?= 20000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test bench lint format clean
+.PHONY: help train test fuzz sanitize matrix bench lint format clean
 
 help:
 	@echo "make train    train a VAE on the digits data set; results go to runs/digits"
 	@echo "make test     run the tests"
+	@echo "make fuzz     20 000 random calls, new ones each time; some 10 minutes. FUZZ=3000: so many"
+	@echo "make sanitize the C++ kernels under AddressSanitizer and UBSan, for each instruction set;"
+	@echo "              some 10 minutes. ARGS=avx2: one of base, avx2 and avx512"
+	@echo "make matrix   the tests with other versions of torch and Triton, without Triton, without a"
+	@echo "              compiler; about an hour, and 20 GB in .matrix/. ARGS=torch-2.12.1: one of them"
 	@echo "make bench    time the kernels against plain PyTorch on this machine"
 	@echo "make lint     check style and formatting"
 	@echo "make format   fix style and formatting"
@@ -28,6 +35,15 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+fuzz: $(STAMP)
+	VAE_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py $(ARGS)
+
+matrix: $(STAMP)
+	$(BIN)/python tests/matrix.py $(ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
@@ -40,7 +56,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vae_fast/_lib .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .matrix build dist *.egg-info vae_fast/_lib .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml setup.py constraints.txt

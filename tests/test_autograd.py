@@ -289,3 +289,96 @@ def test_only_a_scale_that_learns(shortcut):
         expected = torch.autograd.grad(loss, s)[0]
     for g in found:
         torch.testing.assert_close(g, expected)
+
+
+# ---- who watches -----------------------------------------------------------------------------
+
+
+def test_tensors_of_another_class_are_not_written_to():
+    """Nor is what they allocate handed to the next call: they may have no memory."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x, mean, q = torch.rand(64, 8192), *leaves((64, 8192), (64,))
+    expected = torch.autograd.grad(vae_fast.fused_elbo(x, mean, mean, q)[0], mean)[0]
+    for inplace in (False, True):
+        two = TwoTensor(mean.detach(), mean.detach()).requires_grad_()
+        output = two * 1.0
+        loss, _ = vae_fast.fused_elbo(x, output, output, q, inplace=inplace)
+        loss.backward()
+        torch.testing.assert_close(two.grad.a, expected)
+        torch.testing.assert_close(two.grad.b, expected)
+        again = torch.autograd.grad(vae_fast.fused_elbo(x, mean, mean, q)[0], mean)[0]
+        assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fake_tensors(inplace):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        vae = networks(inplace=inplace)
+        out = vae(torch.rand(5, 9), torch.empty(2, dtype=torch.uint64))
+        out.loss.backward()
+        assert out.z.shape == (5, 3)
+        assert all(p.grad.shape == p.shape for p in vae.parameters())
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_traced_graph_holds_the_passes(pre_dispatch):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def gradients(x, mu, s, mean):
+        z, log_q, log_p = vae_fast.reparameterize(mu, s, key=KEY)
+        loss, _ = vae_fast.fused_elbo(x, mean * z.sum(), None, log_q, log_p)
+        return torch.autograd.grad(loss, (mu, s, mean))
+
+    inputs = leaves((5, 9), (5, 3), (5, 3), (5, 18))
+    inputs[0] = inputs[0].detach()
+    graph = make_fx(gradients, tracing_mode="real", pre_dispatch=pre_dispatch)(*inputs)
+    others = [inputs[0], *((0.5 * t).detach().requires_grad_() for t in inputs[1:])]
+    for a, b in zip(graph(*others), gradients(*others)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_half_that_was_cut_off_gets_no_gradient(half, backend):
+    """A view made under no_grad lies beside the other half, and yet has no part in the graph."""
+    (output,) = leaves((4, 6), device=backend)
+    h = output * 1.0
+    halves = [h[:, :3], h[:, 3:]]
+    with torch.no_grad():
+        halves[half] = h[:, 3:] if half else h[:, :3]
+    zeros = torch.zeros(4, 2, device=backend)
+    x = torch.rand(4, 3, device=backend)
+    out = vae_fast.FusedELBO()(x, zeros, zeros, lambda z: tuple(halves))
+    (g,) = torch.autograd.grad(out.loss, output)
+    kept, cut = g.chunk(2, 1) if half else reversed(g.chunk(2, 1))
+    assert cut.abs().max() == 0
+    assert kept.abs().min() > 0
+
+
+def test_inplace_refuses_the_memory_of_the_latent_terms(shortcut):
+    x, (w,) = torch.rand(4, 6), leaves((4, 6))
+    h = w * 1.0
+    with pytest.raises(ValueError, match="would overwrite log_q"):
+        vae_fast.fused_elbo(x, h, x, h[:, 0], inplace=True)
+
+
+def test_a_second_derivative_that_nobody_asks_for():
+    """Recorded, walked over, and given no gradient: nothing to refuse."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    (mu,) = leaves((3, 4))
+    options = 0, 0, -torch.inf, torch.inf, False
+    kl = vae_fast.ops.gaussian_kl_forward(mu, mu, None, None, *options).sum()
+    (g,) = torch.autograd.grad(kl, mu, create_graph=True)
+    (Nothing.apply(g).sum() + mu.sum()).backward()
+    assert torch.equal(mu.grad, torch.ones_like(mu))

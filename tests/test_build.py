@@ -4,6 +4,7 @@ Almost every test works on a copy of ``_build.py`` in a package of its own whose
 few lines of C++, so that a build takes a fraction of a second and the real kernels are left alone.
 """
 
+import errno
 import importlib.util
 import itertools
 import json
@@ -121,6 +122,7 @@ def test_key_is_the_same_wherever_the_sources_lie(project):
 def test_missing_sources(project):
     shutil.rmtree(project.csrc)
     module = project.process()
+    assert module.find() is None
     assert "cpu.cpp" in module.can_build()
     with pytest.raises(module.BuildError, match=r"no cpu\.cpp in"):
         module.load()
@@ -203,12 +205,104 @@ def test_unloadable_library_is_built_anew(project, cache, caplog):
     first = project.process()
     first._load_library = lambda info: None  # a loaded library would be found in this process
     built = first.load()
-    built.path.write_bytes(b"not a library")
+    built.path.write_bytes(b"x" * built.path.stat().st_size)
     with caplog.at_level(logging.WARNING, logger="vae_fast.build"):
         info = project.process().load()
     assert info.origin == "built now"
     assert info.path == built.path
     assert "cannot load" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("kept", [0, 1, 64, 4096, -1])
+def test_a_library_that_was_cut_short_is_never_loaded(kept, project, cache):
+    """Its header may be whole: then the loader would meet the missing part as a bus error."""
+    first = project.process()
+    first._load_library = lambda info: None
+    built = first.load()
+    whole = built.path.read_bytes()
+    built.path.write_bytes(whole[:kept])
+    assert project.process().find() is None
+    module = project.process()
+    loaded = []
+    module._load_library = lambda info: loaded.append(info.path.read_bytes())
+    assert module.load().origin == "built now"
+    assert [len(data) for data in loaded] == [len(whole)]
+
+
+@needs_compiler
+def test_what_was_built_and_cannot_be_loaded_is_not_kept(project, cache, tmp_path, monkeypatch):
+    compiler, _ = _build.find_compiler()
+    writes_rubbish = tmp_path / "rubbish-c++"
+    writes_rubbish.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -shared "*) echo rubbish > "{_build.LIB_NAME}";;\n'
+        f' *) exec {" ".join(compiler)} "$@";; esac\n'
+    )
+    writes_rubbish.chmod(0o755)
+    monkeypatch.setenv("CXX", str(writes_rubbish))
+    module = project.process()
+    with pytest.raises(module.BuildError, match="were compiled but cannot be loaded"):
+        module.load()
+    assert entries(cache) == []
+
+
+@needs_compiler
+def test_a_compiler_that_writes_nothing(project, cache, tmp_path, monkeypatch):
+    idle = tmp_path / "idle-c++"
+    idle.write_text("#!/bin/sh\necho idle 1.0\n")
+    idle.chmod(0o755)
+    monkeypatch.setenv("CXX", str(idle))
+    module = project.process()
+    with pytest.raises(module.BuildError, match="cannot write the compiled"):
+        module.load()
+    assert entries(cache) == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("full", ["copy2", "write_text", "mkdir"])
+def test_full_disk(full, project, cache, monkeypatch):
+    """Nothing half-written stays; the next process, with room again, builds."""
+    module = project.process()
+    module._find_ninja = lambda: None
+
+    def no_room(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil if full == "copy2" else Path, full, no_room)
+        with pytest.raises(module.BuildError, match="No space left"):
+            module.load()
+    assert entries(cache) == []
+    assert project.process().load().origin == "built now"
+
+
+@needs_compiler
+def test_flags_from_the_environment(project, cache, monkeypatch):
+    """Part of the key, and of every command."""
+    (project.csrc / "cpu.cpp").write_text(SOURCE.replace("VALUE;", "VALUE + EXTRA;"))
+    plain = project.process()
+    with pytest.raises(plain.BuildError, match="EXTRA"):
+        plain.load()
+    monkeypatch.setenv("VAE_FAST_CXXFLAGS", "-DEXTRA='(1 + 1)' -g")
+    module = project.process()
+    info = module.load()
+    assert info.flags[: len(module.CXX_FLAGS) + 2][-2:] == ("-DEXTRA=(1 + 1)", "-g")
+    assert info.key != plain.source_key() or info.key == module.source_key()
+    commands = module._commands(("c++",), module.KERNELS)
+    assert all("-g" in command for _, _, command in commands)
+    monkeypatch.delenv("VAE_FAST_CXXFLAGS")
+    assert project.process().source_key() != info.key
+    assert project.process().find() is None
+
+
+def test_flags_that_cannot_be_read(project, cache, monkeypatch):
+    monkeypatch.setenv("VAE_FAST_CXXFLAGS", "-D'")
+    module = project.process()
+    assert module.find() is None
+    assert "VAE_FAST_CXXFLAGS" in module.can_build()
+    with pytest.raises(module.BuildError, match="VAE_FAST_CXXFLAGS"):
+        module.load()
 
 
 @needs_compiler
@@ -230,6 +324,30 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert _build.cache_dir() == Path.home() / ".cache" / "vae_fast"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert _build.cache_dir() == Path.home() / "Library" / "Caches" / "vae_fast"
+
+
+@pytest.mark.parametrize("wanted", ["", "~/cache", "~nobody-of-that-name/cache"])
+def test_cache_folder_of_a_user_without_a_home(wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE_FAST_CACHE", wanted)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is for one who has none
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert _build.cache_dir().parent == tmp_path
+
+
+def test_key_of_the_eager_shortcut_follows_torch_and_python(monkeypatch):
+    import torch
+
+    keys = [_build.source_key(_build.eager_target())]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99.0")
+        keys.append(_build.source_key(_build.eager_target()))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "version", "3.99.0")
+        keys.append(_build.source_key(_build.eager_target()))
+    kernels = _build.source_key()
+    assert len({*keys, kernels}) == 4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,6 +499,101 @@ def test_compile_error_shows_the_compilers_words_and_leaves_nothing(project, cac
     assert entries(cache) == []
     (project.csrc / "cpu.cpp").write_text(SOURCE)
     assert module.load().origin == "built now"
+
+
+# ------------------------------------------------------------------------------------------------
+# The package in bad surroundings: it falls back, with one warning
+# ------------------------------------------------------------------------------------------------
+
+CALL = """
+import json, logging, warnings
+records = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        records.append(record.getMessage())
+logging.getLogger("vae_fast").addHandler(Keep(logging.WARNING))
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch, vae_fast
+    for _ in range(2):
+        mu = torch.zeros(4, 3, requires_grad=True)
+        z, log_q, log_p = vae_fast.reparameterize(mu, torch.zeros(4, 3))
+        vae_fast.fused_elbo(z.detach(), mu * 1, torch.zeros(4, 3), log_q, log_p)[0].backward()
+        assert mu.grad.isfinite().all()
+ours = [str(w.message) for w in seen if "vae_fast" in str(w.message)]
+print(json.dumps([vae_fast.backends.backend_for("cpu"), ours + records]))
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Calls the real package, copied without compiled kernels, in a process of its own."""
+    ignored = shutil.ignore_patterns("__pycache__", _build.PREBUILT_DIR)
+    for folder in (_build.PACKAGE_DIR, _build.csrc_dir().parent):  # one, if it is installed
+        shutil.copytree(folder, tmp_path / "copy" / folder.name, ignore=ignored, dirs_exist_ok=True)
+
+    def call(**environment):
+        left_out = ("CXX", "VAE_FAST_BACKEND", "VAE_FAST_CXXFLAGS", "TRITON_INTERPRET")
+        inherited = {n: v for n, v in os.environ.items() if n not in left_out}
+        done = subprocess.run(
+            [sys.executable, "-c", CALL],
+            cwd=tmp_path,
+            env=inherited
+            | {"VAE_FAST_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "copy")}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        (None, "no C++ compiler"),
+        ("exit 3", "exited with status 3"),
+        ('case "$*" in *--version*) echo fake 1.0;; *) echo "x.cpp:1: error: no"; exit 1;; esac',
+         "error: no"),
+        ('case "$*" in *--version*) echo fake 1.0;; *) kill -SEGV $$;; esac', "exited with status"),
+        ("echo fake 1.0", "cannot write the compiled C++ kernels"),
+    ],
+    ids=["absent", "broken", "failing", "crashing", "idle"],
+)  # fmt: skip
+@pytest.mark.skipif(sys.platform == "win32", reason="the compilers here are shell scripts")
+def test_fallback_to_the_reference_warns_once(compiler, says, package, tmp_path):
+    if compiler is None:
+        surroundings = {"PATH": str(tmp_path / "nothing here")}
+    else:
+        script = tmp_path / "c++"
+        script.write_text(f"#!/bin/sh\n{compiler}\n")
+        script.chmod(0o755)
+        surroundings = {"CXX": str(script)}
+    backend, warned = package(**surroundings)
+    assert backend == "reference"
+    assert len(warned) == 1, warned
+    assert says in warned[0]
+    assert "runs on the slower reference backend" in warned[0]
+
+
+@needs_compiler
+def test_unwritable_cache_warns_once(package, tmp_path):
+    """The kernels in use now, where the package will look once it cannot use its cache folder."""
+    user = tmp_path / "tmp" / f"vae_fast-{os.getuid()}"
+    user.mkdir(parents=True, mode=0o700)
+    info, key = _build.load(), _build.source_key()
+    entry = user / f"{key}-{_build._toolchain_key(_build.find_compiler()[1])}"
+    shutil.copytree(info.path.parent, entry)
+    if eager := _build.build_eager():
+        shutil.copytree(eager.parent, user / eager.parent.name)
+    (tmp_path / "file").touch()
+    backend, warned = package(VAE_FAST_CACHE=str(tmp_path / "file" / "x"), TMPDIR=str(user.parent))
+    assert backend == "cpp"
+    assert len(warned) == 1, warned
+    assert "VAE_FAST_CACHE" in warned[0]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -221,3 +221,10 @@ def test_the_reference_has_them(how, key):
         else:
             second = grad(lambda m: grad(scalar)(m).square().sum())(mu)
             assert second.abs().min() > 0
+
+
+def test_a_batch_of_nothing():
+    t = torch.randn(0, 3, 2)
+    assert vmap(lambda m: vae_fast.gaussian_kl(m, m))(t).shape == (0, 3)
+    z, log_q, _ = vmap(lambda m: vae_fast.reparameterize(m, m), randomness="same")(t)
+    assert (z.shape, log_q.shape) == ((0, 3, 2), (0, 3))

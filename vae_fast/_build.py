@@ -9,6 +9,8 @@ a few seconds. It comes from one of three places, in this order:
 3. *built now*: compiled into the cache folder, once, at first use.
 
 A library is used only if it was made from the very sources and flags that this package has now.
+``$CXX`` chooses the compiler. ``$VAE_FAST_CXXFLAGS`` adds flags, quoted as in a shell, to every
+compilation and link, after the others and as part of the key: sanitizers, say (``make sanitize``).
 
 A second library, the shortcut for eager calls, holds no kernels but needs torch's unstable C++
 interface. It is never prebuilt, always for the torch and Python at hand, and can be done without.
@@ -157,9 +159,21 @@ def _source_files(target: Target) -> list[Path]:
     return [*(folder / name for name in target.sources), *headers]
 
 
+def _extra_flags() -> tuple[str, ...]:
+    """The flags in ``$VAE_FAST_CXXFLAGS``."""
+    try:
+        return tuple(shlex.split(os.environ.get("VAE_FAST_CXXFLAGS", "")))
+    except ValueError as error:
+        raise BuildError(f"cannot read VAE_FAST_CXXFLAGS: {error}") from error
+
+
+def _compile_flags(target: Target) -> tuple[str, ...]:
+    return (*(CXX_FLAGS if target.cxx_flags is None else target.cxx_flags), *_extra_flags())
+
+
 def flags(target: Target = KERNELS) -> tuple[str, ...]:
     """Compiler and linker flags, without include and library folders."""
-    return (*(CXX_FLAGS if target.cxx_flags is None else target.cxx_flags), *LINK_FLAGS)
+    return (*_compile_flags(target), *LINK_FLAGS)
 
 
 def source_key(target: Target = KERNELS) -> str:
@@ -243,7 +257,7 @@ def _torch_dir() -> Path:
 def can_build() -> str | None:
     """None if sources, torch's headers and a compiler are all here, else the reason why not."""
     try:
-        csrc_dir()
+        source_key()
         _torch_dir()
         find_compiler()
     except BuildError as error:
@@ -265,7 +279,7 @@ def _commands(compiler: tuple[str, ...], target: Target) -> list[tuple[str, list
         f"-I{sysconfig.get_path('include')}",
     ]
     steps, objects = [], []
-    compile_flags = CXX_FLAGS if target.cxx_flags is None else target.cxx_flags
+    compile_flags = _compile_flags(target)
     for name in target.sources:
         source, output = str(csrc / name), f"{Path(name).stem}.o"
         steps.append(
@@ -276,7 +290,8 @@ def _commands(compiler: tuple[str, ...], target: Target) -> list[tuple[str, list
     # torch is in the process before the library is: only macOS's loader needs an rpath.
     rpath = [f"-Wl,-rpath,{lib}"] if sys.platform == "darwin" else []
     libraries = [f"-L{lib}", *(f"-l{name}" for name in target.libraries)]
-    link = [*compiler, *LINK_FLAGS, *objects, "-o", target.lib_name, *libraries, *rpath]
+    link = [*compiler, *LINK_FLAGS, *_extra_flags(), *objects, "-o", target.lib_name]
+    link += [*libraries, *rpath]
     steps.append((target.lib_name, objects, link))
     return steps
 
@@ -361,7 +376,7 @@ def compile_into(folder: Path, target: Target = KERNELS) -> BuildInfo:
             flags=flags(target),
             seconds=round(time.perf_counter() - started, 3),
         )
-        record = asdict(info) | {"path": target.lib_name}
+        record = asdict(info) | {"path": target.lib_name, "bytes": info.path.stat().st_size}
         (folder / INFO_NAME).write_text(json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise BuildError(f"cannot write the compiled C++ kernels: {error}") from error
@@ -374,7 +389,7 @@ def compile_into(folder: Path, target: Target = KERNELS) -> BuildInfo:
 
 
 def _read(folder: Path, origin: str, key: str, target: Target = KERNELS) -> BuildInfo | None:
-    """The library in ``folder``, or None where there is none or it was made from other sources."""
+    """The library in ``folder``; None if it is not there, not whole, or of another key."""
     try:
         record = json.loads((folder / INFO_NAME).read_text())
         info = BuildInfo(
@@ -385,18 +400,22 @@ def _read(folder: Path, origin: str, key: str, target: Target = KERNELS) -> Buil
             flags=tuple(record["flags"]),
             seconds=float(record["seconds"]),
         )
+        # Loading a file that was cut short can end the process, with a bus error.
+        whole = info.path.stat().st_size == int(record["bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if info.key != key:
         logger.info("ignoring %s: it was built from other sources or flags", info.path)
         return None
-    return info if info.path.is_file() else None
+    return info if whole else None
 
 
 def cache_dir() -> Path:
     """``$VAE_FAST_CACHE``, else ``vae_fast`` in the user's cache folder; it need not exist."""
     if wanted := os.environ.get("VAE_FAST_CACHE", "").strip():
-        return Path(wanted).expanduser().absolute()
+        with contextlib.suppress(RuntimeError):  # ~ of a user without a home folder
+            return Path(wanted).expanduser().absolute()
+        return _temporary_cache_dir()
     if sys.platform != "darwin" and (xdg := os.environ.get("XDG_CACHE_HOME", "").strip()):
         return Path(xdg).absolute() / "vae_fast"
     try:
@@ -536,7 +555,10 @@ def _usable_root() -> Path:
 
 def find() -> BuildInfo | None:
     """The library that :func:`load` would use without building one, or None; changes nothing."""
-    key = source_key()
+    try:
+        key = source_key()
+    except BuildError:  # can_build() says why
+        return None
     return _read(PACKAGE_DIR / PREBUILT_DIR, "prebuilt", key) or _find_cached(cache_dir(), key)
 
 
@@ -625,6 +647,7 @@ def load() -> BuildInfo:
         try:
             _load_library(info)
         except OSError as error:
+            shutil.rmtree(info.path.parent, ignore_errors=True)
             raise BuildError(
                 f"the C++ kernels were compiled but cannot be loaded: {error}"
             ) from error

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from vae_fast import buffers, ops
 
 _shortcut: ModuleType | None = None  # eager.cpp, while the C++ kernels serve the CPU
 
+_PLAIN = Tensor, torch.nn.Parameter
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -54,9 +56,15 @@ def _run(op: Callable[..., Any], *args: object) -> Any:
         return op(*args)
 
 
-def _watched() -> bool:
-    """Whether somebody sees, and may change, what PyTorch's dispatcher does."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def writes(*tensors: object) -> bool:
+    """Whether a pass may write to these tensors' own memory: nobody else would make sense of it.
+
+    Not for a compiler or a transform, nor where somebody sees, and may change, what PyTorch's
+    dispatcher does: a mode, or a tensor of another class.
+    """
+    watched = torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
+    others = (t for t in tensors if isinstance(t, Tensor) and type(t) not in _PLAIN)
+    return suffices() and not watched and next(others, None) is None
 
 
 def _batched(g: Tensor | None) -> bool:
@@ -131,8 +139,8 @@ class LikelihoodGrad(torch.autograd.Function):
     def forward(ctx, x, mean, scale, mask, log_q, log_p, options, inplace):
         full = scale is not None and scale.dim() > 0 and scale.requires_grad
         args = x, mean, scale, mask, log_q, log_p, *options
-        watched = _watched()
-        if watched:
+        own = writes(x, mean, scale, mask, log_q, log_p)
+        if not own:
             nll, loss, g_shared, g_mean, g_scale = _run(ops.likelihood_forward_grad, *args, full)
             g_scale = g_scale if full else None
         elif inplace:
@@ -142,7 +150,7 @@ class LikelihoodGrad(torch.autograd.Function):
             torch.autograd.graph.increment_version((mean, scale) if full else mean)
         else:
             g_mean, g_scale = buffers.empty_like(mean), buffers.empty_like(scale) if full else None
-        if not watched:
+        if own:
             nll, loss, g_shared = _run(ops.likelihood_forward_grad_, *args, g_mean, g_scale)
         scalar = scale is not None and scale.dim() == 0 and scale.requires_grad
         ctx.save_for_backward(g_mean, g_scale, g_shared if scalar else None)
@@ -160,7 +168,7 @@ class LikelihoodGrad(torch.autograd.Function):
         options, rows, batch, scale_dtype, has_log_p = ctx.state
         samples = 1 if len(rows) == 1 else rows[0]
         how = g_nll, g_loss, *options, samples, batch
-        if not suffices() or _watched() or _batched(g_nll) or _batched(g_loss):
+        if not writes(g_mean, g_scale, g_nll, g_loss) or _batched(g_nll) or _batched(g_loss):
             wanted = g_scale is not None
             g_mean, g_scale, g_log_q, g_log_p, g_scalar = ops.likelihood_rescale(
                 g_mean, g_scale, g_shared, *how

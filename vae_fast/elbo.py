@@ -364,7 +364,7 @@ class FusedELBO(nn.Module):
             analytic_kl = self._gaussian_kl(mu, scale, prior)
 
         mean, likelihood_scale = self._decode(decoder(decoded))
-        if self.inplace and eager.suffices():
+        if self.inplace and eager.writes(z, mean, likelihood_scale):
             _check_not_latent(z, mean, likelihood_scale)
 
         term, minus, beta = log_q, log_p, self.beta  # the KL term is term − minus
@@ -652,6 +652,8 @@ def _packed(mean: object, scale: object) -> Tensor | None:
     if base.dim() != mean.dim() or mean.dim() < 2:
         return None
     watched = any(t._backward_hooks or t.retains_grad for t in (mean, scale))
+    # A half made under no_grad is cut off from the base, and has no gradient to give it.
+    watched = watched or (base.requires_grad and None in (mean.grad_fn, scale.grad_fn))
     half = mean.shape[1]
     fits = (
         mean.shape == scale.shape

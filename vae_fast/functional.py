@@ -109,6 +109,8 @@ def reparameterize(
     lo, hi, soft = _clamp_options(clamp, clamp_mode)
     if num_samples is not None:
         _check_count("num_samples", num_samples)
+    _check_row("first_row", first_row)
+    _check_flag("path_gradient", path_gradient)
     options = (num_samples or 0, first_row, code, lo, hi, soft, path_gradient)
     if generator is None and not _validate and (shortcut := eager.shortcut()):
         results = shortcut.latent(mu, scale, key, *options)
@@ -341,6 +343,9 @@ def optimal_gaussian_nll(
             first_row=first_row,
         )
     _check_choice("over", over, dict.fromkeys(_OPTIMAL_OVER, 0))
+    _check_row("first_row", first_row)
+    if x_scale is not None:
+        _check_x_scale(x_scale)
     _check_choice("param", param, _PARAM_CODE)
     bounds = _clamp_options(clamp, clamp_mode)[:2]
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -348,7 +353,7 @@ def optimal_gaussian_nll(
     likelihood_check = (x, mean, None, mask, "squared_error", dequantize, key, sampled)
     mask, key = _check_likelihood(*likelihood_check)
     rows = mean.shape[:2] if sampled else mean.shape[:1]
-    channels = 1
+    batch, channels = x.shape[0], 1
     if over == "channel":
         if x.dim() < 2:
             raise ValueError(f'over="channel" needs x (B, C, ...), got shape {tuple(x.shape)}')
@@ -361,12 +366,14 @@ def optimal_gaussian_nll(
         mask = None if mask is None else mask.flatten(0, 1)
     sse = 2.0 * likelihood_nll(
         x, mean, mask=mask, dequantize=key is not None, key=key, **options
-    ).reshape(-1, channels)
+    ).reshape(math.prod(rows), channels)
     if mask is None:
         count = torch.full_like(sse, math.prod(x.shape[1:]))
     else:
         count = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
-        count = count.to(sse.dtype).view(-1, channels).repeat(sse.numel() // max(len(x), 1), 1)
+        count = (
+            count.to(sse.dtype).view(batch, channels).repeat(math.prod(rows) // max(batch, 1), 1)
+        )
     if over == "sample":
         variance = sse / count
     else:
@@ -553,7 +560,9 @@ def fused_elbo(
             the decoder's own backward pass still needs one. Has no effect for fp16 (a gradient
             divided by the batch size would underflow before a loss scale reaches it), when x needs
             a gradient, when the rows share a scale of more than one value or each has one of its
-            own, on the reference backend, and under ``torch.compile``.
+            own, on the reference backend, under ``torch.compile`` and the transforms of
+            ``torch.func``, and where a dispatch mode or a tensor subclass watches. Hooks on the
+            overwritten tensors must be there before the loss is computed.
         likelihood, clamp_mode, df, x_scale, dequantize, key, first_row: as in
             :func:`likelihood_nll`.
 
@@ -590,8 +599,10 @@ def fused_elbo(
             first_row=first_row,
         )
     reduction_code = _check_choice("reduction", reduction, _REDUCTION_CODE)
+    _check_flag("inplace", inplace)
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+    _check_row("first_row", first_row)
     plain = likelihood == "gaussian" and clamp_mode == "hard" and mask is None and not dequantize
     if plain and not _validate and (shortcut := eager.shortcut()):
         code = _check_choice("param", param, _PARAM_CODE)
@@ -616,7 +627,7 @@ def fused_elbo(
             )
     fitted = _fit_scale(scale, mean, 1)
     # A scale that was expanded is not the decoder's, though one row may give it mean's shape.
-    inplace = inplace and (fitted is scale or fitted.dim() == 0)
+    inplace = inplace and (fitted is scale or fitted.dim() == 0) and eager.writes(x, mean, scale)
     scale = fitted
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
@@ -632,7 +643,7 @@ def fused_elbo(
         nll, loss = ops.likelihood_forward(*tensors, *options)
     elif _gradient_in_forward(x, mean, scale, reduction_code, inplace):
         if inplace:
-            _check_inplace(x, mean, scale)
+            _check_inplace(x, mean, scale, log_q, log_p)
         nll, loss = eager.likelihood_grad(*tensors, options, inplace)
     else:
         nll, loss = eager.likelihood(*tensors, options)
@@ -666,6 +677,8 @@ def _check_tensor(name: str, t: object, like: Tensor | None = None, also: str = 
     if t.dtype not in _DTYPES:
         accepted = f"float16, bfloat16, float32{', float64 or ' + also if also else ' or float64'}"
         raise TypeError(f"{name} must be {accepted}; got {t.dtype}".replace("torch.", ""))
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}")
     if like is None:
         return
     if t.device != like.device:
@@ -694,6 +707,20 @@ def _check_count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(value, int) and value >= 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+
+
+def _check_row(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def _check_clamp(name: str, clamp: object) -> tuple[float, float]:
@@ -744,6 +771,7 @@ def _model(
     param_code = _check_choice("param", param, _PARAM_CODE)
     mul, add = reference.X_SCALE if x_scale is None else _check_x_scale(x_scale)
     clamping = _clamp_options(clamp, clamp_mode)
+    _check_row("first_row", first_row)
     return code, param_code, *clamping, _check_df(df), mul, add, first_row
 
 
@@ -818,7 +846,8 @@ def _check_likelihood(
     ``sampled``: mean has a leading sample dimension. ``rows_of``: the rows of mean are a multiple
     of x's. Returns the mask in x's shape, and the key to dequantize with.
     """
-    stored = isinstance(x, Tensor) and x.dtype == torch.uint8
+    _check_flag("dequantize", dequantize)
+    stored = isinstance(x, Tensor) and x.dtype == torch.uint8 and x.layout == torch.strided
     if not stored:
         _check_tensor("x", x, also="uint8")
     _check_tensor("mean", mean, like=None if stored else x)
@@ -830,6 +859,8 @@ def _check_likelihood(
         scale is not None and not isinstance(scale, (Tensor, int, float))
     ):
         raise TypeError(f"scale must be a torch.Tensor or a number, got {type(scale).__name__}")
+    if isinstance(scale, int) and abs(scale) > 2**63:
+        raise ValueError(f"scale must fit a float, got {scale}")
     if isinstance(scale, Tensor):
         _check_tensor("scale", scale, like=mean)
     if scale is not None and not scaled:
@@ -901,7 +932,9 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_inplace(x: Tensor, mean: Tensor, scale: Tensor | None) -> None:
+def _check_inplace(
+    x: Tensor, mean: Tensor, scale: Tensor | None, log_q: Tensor, log_p: Tensor | None
+) -> None:
     """Refuse to overwrite anything that is not the decoder's own, freshly computed output."""
     full = [("mean", mean)]
     if scale is not None and scale.requires_grad and scale.shape == mean.shape:
@@ -920,8 +953,11 @@ def _check_inplace(x: Tensor, mean: Tensor, scale: Tensor | None) -> None:
                 f"inplace=True needs every element of {name} in memory of its own, but its strides "
                 f"{t.stride()} for shape {tuple(t.shape)} share some"
             )
-        if _same_storage(t, x):
-            raise ValueError(f"inplace=True would overwrite x, whose memory {name} shares")
+        for other, kept in (("x", x), ("log_q", log_q), ("log_p", log_p)):
+            if kept is not None and _same_storage(t, kept):
+                raise ValueError(
+                    f"inplace=True would overwrite {other}, whose memory {name} shares"
+                )
     if len(full) == 2 and _same_storage(mean, scale) and not _halves(mean, scale):
         raise ValueError("inplace=True needs mean and scale in memory of their own")
 
@@ -932,6 +968,8 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def _overlaps_itself(t: Tensor) -> bool:
+    if t.numel() == 0:
+        return False
     reach = 1
     for stride, size in sorted(
         (st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz > 1

@@ -116,7 +116,7 @@ SCHEMAS = {
         "(Tensor g_bound, Tensor weights, float beta) "
         "-> (Tensor g_nll, Tensor g_log_q, Tensor g_log_p)"
     ),
-    # Raises that this op has no derivative.
+    # Raises that this op has no derivative; a 0-dim tensor like ``like``, for who only traces.
     "no_derivative": "(Tensor like, str op) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
@@ -165,6 +165,11 @@ def _fake_rows(x, mean, reduction):
     return nll, mean.new_empty(shape, dtype=acc)
 
 
+def _fake_shares(mean, scale):
+    rows = mean.shape[0] if scale is not None and scale.dim() == 0 else 0
+    return (mean.new_empty((rows,), dtype=accumulation_dtype(mean)),)
+
+
 @torch.library.register_fake("vae_fast::likelihood_forward", lib=_LIBRARY)
 def _(x, mean, scale, mask, log_q, log_p, beta, reduction, *model):
     return _fake_rows(x, mean, reduction)
@@ -183,18 +188,14 @@ def _(g_nll, g_loss, x, mean, scale, mask, beta, reduction, *model_and_needs):
 
 @torch.library.register_fake("vae_fast::likelihood_forward_grad_", lib=_LIBRARY)
 def _(x, mean, scale, mask, log_q, log_p, beta, reduction, *model_and_gradients):
-    nll, loss = _fake_rows(x, mean, reduction)
-    scalar = scale is not None and scale.dim() == 0
-    return nll, loss, torch.empty_like(nll) if scalar else nll.new_empty((0,))
+    return _fake_rows(x, mean, reduction) + _fake_shares(mean, scale)
 
 
 @torch.library.register_fake("vae_fast::likelihood_forward_grad", lib=_LIBRARY)
 def _(x, mean, scale, mask, log_q, log_p, beta, reduction, *model_and_need):
-    nll, loss = _fake_rows(x, mean, reduction)
-    scalar = scale is not None and scale.dim() == 0
-    g_shared = torch.empty_like(nll) if scalar else nll.new_empty((0,))
     g_scale = torch.empty_like(scale) if model_and_need[-1] else mean.new_empty((0,))
-    return nll, loss, g_shared, torch.empty_like(mean), g_scale
+    rows = _fake_rows(x, mean, reduction) + _fake_shares(mean, scale)
+    return *rows, torch.empty_like(mean), g_scale
 
 
 @torch.library.register_fake("vae_fast::likelihood_rescale_", lib=_LIBRARY)
@@ -356,7 +357,7 @@ def _differentiate_importance(ctx, g_bound, _, saved=None):
     return g_nll, g_log_q, g_log_p if ctx.has_log_p else None, None
 
 
-def _register_autograd(name: str, setup: Callable | None, differentiate: Callable) -> None:
+def _register_autograd(name: str, setup: Callable, differentiate: Callable) -> None:
     """``torch.library.register_autograd``, for the transforms of ``torch.func`` as well.
 
     They call an op's autograd kernel once for each level, as they do a built-in op's. The public
@@ -370,8 +371,7 @@ def _register_autograd(name: str, setup: Callable | None, differentiate: Callabl
         # A Function's forward is without gradients, but the next level of a transform has its own.
         with below(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             output = op.redispatch(keyset & after, *args)
-        if setup is not None:
-            setup(ctx, args, output)
+        setup(ctx, args, output)
         return output
 
     def backward(ctx, *grads):
@@ -408,7 +408,10 @@ def _setup_refusal(ctx, inputs, output):
 
 
 def _refuse(name, ctx, *grads):
-    nothing = no_derivative(next(g for g in grads if g is not None), name)
+    given = [g for g in grads if g is not None]
+    if not given:
+        return (None,) * len(ctx.shapes)
+    nothing = no_derivative(given[0], name)
     return tuple(None if s is None else nothing.expand(s) for s in ctx.shapes)
 
 
@@ -440,14 +443,22 @@ def _register_vmap(name: str) -> None:
         def element(i):
             return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
 
-        outputs = [op(*element(i)) for i in range(info.batch_size)]
+        def batch(outputs):
+            return torch.stack(outputs)[: info.batch_size]
+
+        if info.batch_size == 0:  # one element of zeros, for the shapes
+            args = [
+                a if d is None else a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :]))
+                for a, d in zip(args, in_dims, strict=True)
+            ]
+        outputs = [op(*element(i)) for i in range(max(info.batch_size, 1))]
         if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+            return batch(outputs), 0
+        return tuple(map(batch, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
     torch.library.register_vmap(f"vae_fast::{name}", loop, lib=_LIBRARY)
 
 
 for _name in SCHEMAS:
-    if not _name.startswith(("likelihood_forward_grad", "likelihood_rescale", "no_derivative")):
+    if not _name.endswith("_"):
         _register_vmap(_name)

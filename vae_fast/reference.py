@@ -156,7 +156,7 @@ def likelihood_nll(
             levels = levels + noise.uniform(key, x.shape[0], x.shape[1:], first_row).to(acc)
         x = levels * mul + add
     x = x.to(acc)
-    s = torch.as_tensor(scale, device=mean.device).to(acc) if with_scale else None
+    s = torch.as_tensor(scale, dtype=acc, device=mean.device) if with_scale else None
     if mask is not None:
         # Select before any arithmetic as well as after: autograd of where() multiplies an
         # unselected NaN by zero.
@@ -199,7 +199,9 @@ def _logistic(x, m, s, param, df, mul, add):
     # log(1 − e^{−w}) for w = mul/τ, whose logarithm is exact however small w is; 0 for a large w.
     log_w = math.log(mul) - log_tau
     w = torch.exp(log_w.clamp(max=4.0))
-    log_width = log_w + torch.log(torch.where(w < 1e-4, 1.0 - 0.5 * w, -torch.expm1(-w) / w))
+    log_width = log_w + torch.log(
+        torch.where(w < 1e-4, 1.0 - w * (0.5 - w / 6.0), -torch.expm1(-w) / w)
+    )
     log_width = torch.where(log_w > 3.9, 0.0, log_width)
     value = -torch.where(last, 0.0, F.logsigmoid(p)) - torch.where(first, 0.0, F.logsigmoid(-q))
     return value - torch.where(first | last, 0.0, log_width)

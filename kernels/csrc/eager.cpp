@@ -54,6 +54,7 @@ at::TensorOptions row_options(const Tensor& t) {
 bool unwatched() {
   return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks() &&
          !torch::jit::tracer::isTracing() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch) &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -317,7 +318,7 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 
 // (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, check)
 // -> (nll, loss) or None.
-// With a check, a function of (x, mean, scale) that raises where it may not be, the gradients overwrite
+// With a check, a function of the five tensors that raises where it may not be, the gradients overwrite
 // mean and scale.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -362,14 +363,16 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     return wrapped(results);
   }
   // Where the gradients are not written by the forward pass, for the reasons given in functional.py.
-  if (x.requires_grad() || !mean.requires_grad() || mean.scalar_type() == at::kHalf || (options.reduction == Reduction::none && !inplace)) {
+  if (x.requires_grad() || !mean.requires_grad() || mean.scalar_type() == at::kHalf ||
+      (options.reduction == Reduction::none && !inplace)) {
     Py_RETURN_NONE;
   }
   Targets targets;
   const bool learned = differentiable(scale);
   if (inplace) {
     PyObject* const checked =
-        PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], nullptr);
+        PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], objects[3],
+                                     objects[4], nullptr);
     if (checked == nullptr) return nullptr;
     Py_DECREF(checked);
     // The same memory and version counter, but no view: autograd refuses to hand back a chunk that was

@@ -32,7 +32,7 @@ struct LatentOperand : Operand {
       : Operand(operand(t, event_from)) {
     Event event = event_of(t, event_from);
     event.fuse<1>({this}, /*reorder=*/false);
-    straight = event.sizes.size() == 1;
+    straight = event.sizes.size() == 1 || t.numel() == 0;
   }
 
   // n elements of each row as T: in place where they already are so, else gathered into `buffer`.

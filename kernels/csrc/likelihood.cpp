@@ -43,7 +43,6 @@ template <class T>
 struct Likelihood {
   int64_t batch, rows, samples, size, pieces;
   Sharing sharing = Sharing::none;
-  bool packed;
   bool scalar, need_x = false;  // scalar: one value of the scale for a row, if any
   Event event;
   Operand x, mean, scale, mask, g_x, g_mean, g_scale;
@@ -51,6 +50,7 @@ struct Likelihood {
   std::vector<T> row_scale, row_slope;   // or one for each
   Family family;
   Param param;
+  bool packed;  // the scale is the second half of the mean's tensor
   Model<T> model;
   Clamp clamp;
   bool prepared;  // whether the kernel reads something else than the raw scale
@@ -66,6 +66,7 @@ struct Likelihood {
         x(operand(x_)),
         family(static_cast<Family>(options_.likelihood)),
         param(static_cast<Param>(options_.param)),
+        packed(!scale_ && has_scale(family)),
         model(family, options_.df, options_.x_mul, options_.x_add),
         clamp{options_.lo, options_.hi, options_.soft},
         prepared(clamp.active() || family != Family::gaussian),
@@ -74,14 +75,13 @@ struct Likelihood {
     size = event.numel();
     pieces = std::max<int64_t>(1, (size + kPiece - 1) / kPiece);
     sharing = sharing_of(scale_, mean_);
-    packed = !scale_ && has_scale(family);
     scalar = sharing == Sharing::all || sharing == Sharing::row || !has_scale(family);
     split(mean_, scale_, mean, scale);
     if (sharing == Sharing::all || sharing == Sharing::row) load_row_scales(scale_);
     if (mask_) mask = operand(mask_);
   }
 
-  // What is absent is not wanted; a packed mean has both.
+  // What is absent is not wanted; of a packed mean there are both or none.
   void gradients(const View& g_mean_, const View& g_scale_) {
     if (g_mean_) split(g_mean_, g_scale_, g_mean, g_scale);
     if (!packed) g_scale = g_scale_ && !scalar ? operand(g_scale_) : Operand{};
@@ -119,7 +119,8 @@ struct Likelihood {
           }
           std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
           for (int64_t unit = first; unit < last; ++unit) {
-            const int64_t piece = unit % pieces, begin = piece * kPiece, first_row = unit / pieces * block;
+            const int64_t piece = unit % pieces, begin = piece * kPiece;
+            const int64_t first_row = unit / pieces * block;
             const int64_t end = std::min(size, begin + kPiece);
             if (direct) {
               run_rows(kernel, gradient, first_row, first_row + 1, begin, end, weight, stream,

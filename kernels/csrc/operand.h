@@ -112,7 +112,7 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
     if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
       if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const uint16_t*>(from), n, to);
     } else if constexpr (std::is_same_v<S, T>) {
-      if (stride == 1) return void(std::memcpy(to, from, n * sizeof(T)));
+      if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
   });
@@ -126,7 +126,7 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
     if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
       if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<uint16_t*>(to));
     } else if constexpr (std::is_same_v<S, T>) {
-      if (stride == 1) return void(std::memcpy(to, from, n * sizeof(T)));
+      if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
     for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
   });
@@ -238,7 +238,7 @@ struct Event {
   void store(const Operand& o, int64_t row, int64_t begin, int64_t n, const T* from) const {
     if (direct<T>(o)) {
       T* to = reinterpret_cast<T*>(o.at(row * o.row_stride + begin));
-      if (to != from) std::memcpy(to, from, n * sizeof(T));
+      if (n > 0 && to != from) std::memcpy(to, from, n * sizeof(T));
       return;
     }
     runs(o, row, begin, n, [&](int64_t offset, int64_t stride, int64_t first, int64_t count) {

@@ -376,9 +376,10 @@ class _Walk:
             return t, math.prod(t.shape[1:]), 1
         return t, t.stride(0), col
 
-    def half(self, t: Tensor, col: int) -> int:
-        """Offset of the second half of a packed tensor that ``rows`` gave."""
-        return (self.group or math.prod(t.shape[1:]) // 2) * col
+    def half(self, t: Tensor, given: Tensor) -> int:
+        """Offset of the second half of a packed tensor ``t`` that ``rows`` gave for ``given``."""
+        d = 1 if t is given else 1 + self.dims.index(1)
+        return t.shape[d] // 2 * t.stride(d)
 
     def store(self, t: Tensor, written: Tensor) -> None:
         """Copy what was written for ``t`` into it, if it was written elsewhere."""
@@ -467,7 +468,7 @@ def _launch(
     scale_in = scale
     if packed:
         scale_in, scale_row, scale_col = mean_in, mean_row, mean_col
-        offset = walk.half(mean_in, mean_col)
+        offset = walk.half(mean_in, mean)
     elif full:
         scale_in, scale_row, scale_col = walk.rows(scale)
     elif event:
@@ -494,7 +495,7 @@ def _launch(
             out_mean, g_mean_row, g_mean_col = walk.rows(g_mean, packed, read=False)
         if packed and g_mean is not None:
             out_scale, g_scale_row, g_scale_col = out_mean, g_mean_row, g_mean_col
-            g_offset = walk.half(out_mean, g_mean_col)
+            g_offset = walk.half(out_mean, g_mean)
         elif full and g_scale is not None:
             out_scale, g_scale_row, g_scale_col = walk.rows(g_scale, read=False)
         elif row and split > 1 and need_scale:
