@@ -49,9 +49,7 @@ _lock = threading.Lock()
 def empty_like(t: Tensor) -> Tensor:
     """``torch.empty_like``, in reused memory where that pays, unseen by autograd."""
     nbytes = t.numel() * t.element_size()
-    plain = type(t) in (Tensor, torch.nn.Parameter)  # others may have no memory, or more than one
-    fits = SMALLEST <= nbytes <= LARGEST_TOTAL // 2
-    reusable = plain and fits and t.is_cpu and _use_count is not None
+    reusable = t.is_cpu and SMALLEST <= nbytes <= LARGEST_TOTAL // 2 and _use_count is not None
     # Whoever finds the lock taken (another thread, or a process forked meanwhile) does without.
     if not reusable or not _lock.acquire(blocking=False):
         return torch.empty_like(t)
