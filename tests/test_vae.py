@@ -1074,3 +1074,11 @@ def test_a_learned_variance_beats_unit_variance_on_the_digits():
     # 64 pixels at σ = 1 cost 32·log 2π = 58.8 nats at best.
     assert nll["unit"] > 58.8
     assert nll["full"] < nll["unit"] - 60, nll
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    vae = vae_fast.VAE.mlp(9, 3, hidden=(8,))
+    files = [tmp_path / f"{n}.safetensors" for n in range(12)]
+    for file in files:
+        vae.save(file)
+    assert len({file.read_bytes() for file in files}) == 1

@@ -62,9 +62,11 @@ def writes(*tensors: object) -> bool:
     Not for a compiler or a transform, nor where somebody sees, and may change, what PyTorch's
     dispatcher does: a mode, or a tensor of another class.
     """
-    watched = torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
-    others = (t for t in tensors if isinstance(t, Tensor) and type(t) not in _PLAIN)
-    return suffices() and not watched and next(others, None) is None
+    if not suffices():
+        return False
+    if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
+        return False
+    return not any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in tensors)
 
 
 def _batched(g: Tensor | None) -> bool:

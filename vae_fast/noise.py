@@ -47,7 +47,7 @@ def make_key(
     bits = torch.randint(
         -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
     )
-    return bits.view(torch.uint64)
+    return bits.to(torch.uint64)  # the same bits; vmap takes no view as another dtype before 2.13
 
 
 def check_key(key: object) -> None:
@@ -135,7 +135,7 @@ def normal(
     size = math.prod(latent_shape)
     per_call = 2 if dtype == torch.float64 else 4
     calls = -(-size // per_call)
-    bits = key.view(torch.int64)
+    bits = key.to(torch.int64)
     seed, offset = bits[0], bits[1]
 
     # Row r = (first_row + b)·K + k starts at counter offset + r·calls, modulo 2^64.
@@ -174,7 +174,7 @@ def uniform(key: Tensor, batch: int, event_shape: Sequence[int], first_row: int 
     check_key(key)
     size = math.prod(event_shape)
     calls = -(-size // 4)
-    bits = key.view(torch.int64)
+    bits = key.to(torch.int64)
     row = torch.arange(batch, device=key.device, dtype=torch.int64) + first_row
     index = bits[1] + row[:, None] * calls + torch.arange(calls, device=key.device)
     words = torch.stack(philox(bits[0], index, stream=1), dim=-1)

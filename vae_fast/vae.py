@@ -490,7 +490,8 @@ class VAE(nn.Module):
             name: value.detach().to("cpu", copy=True).contiguous()
             for name, value in self.state_dict().items()
         }
-        header = {"format": "pt", _METADATA_KEY: json.dumps(config)}
+        # One entry: the format writes several in any order, and equal models should be equal files.
+        header = {_METADATA_KEY: json.dumps(config)}
         _files.write_atomic(path, safetensors.torch.save(weights, metadata=header))
 
     @classmethod
