@@ -529,6 +529,7 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
 )
 def test_wrong_options_are_explained(argv, message, tmp_path, capsys):
     assert message in fails(capsys, "train", "--out", str(tmp_path / "o"), *argv)
+    assert (tmp_path / "o").exists() == ("not finite" in message)
 
 
 def test_a_backend_that_cannot_run_says_why(tmp_path, capsys, monkeypatch):

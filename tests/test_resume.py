@@ -26,6 +26,7 @@ import vae_fast
 from vae_fast import VAE, _files, cli
 from vae_fast.cli import checkpoint, main, signals
 from vae_fast.cli import train as training
+from vae_fast.cli.errors import CommandError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -370,11 +371,16 @@ def test_a_signal_ends_the_run_after_its_step(train, folder, number, capsys):
         with pytest.raises(SystemExit) as end:
             train(at=7, stop=lambda: kick(number))
         assert end.value.code == 143
-        assert "terminated after step 8; --resume continues there" in capsys.readouterr().err
+        assert (
+            f"terminated after step 8; {train.path} is whole, and --resume"
+            in capsys.readouterr().err
+        )
         assert not (train.out / "model.safetensors").exists()
     else:
         assert train(at=7, stop=lambda: kick(number)) == 0
-        assert "keeping the model as it is, 1 epochs in; --resume" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"keeping the model as it is, 1 epochs in; {train.path} is whole, and" in text
+        assert "--resume continues from its step, 8" in text
         assert VAE.load(train.out / "model.safetensors").latent_shape == (2,)
     assert step_of(train.path) == 8
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
@@ -391,9 +397,39 @@ def test_a_signal_in_the_first_or_last_epoch(train, folder, capsys):
     with pytest.raises(SystemExit) as end:  # which is noted after the last step of all
         train("--resume", at=STEPS, stop=lambda: kick(signal.SIGTERM))
     assert end.value.code == 143
-    assert not (train.out / "model.safetensors").exists()
+    assert f"--resume continues from its step, {STEPS}" in capsys.readouterr().err
     train("--resume")
     assert results(train.out) == results(folder / "whole")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_of_the_first_save(train, first, capsys, monkeypatch):
+    """SIGTERM stays one, and nothing is promised that is not there."""
+    monkeypatch.setattr(checkpoint, "write", lambda *_: kick(signal.SIGINT))
+    try:
+        code = train(at=7, stop=lambda: kick(first))
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    if first == signal.SIGTERM:
+        assert code == 143
+        told = printed.err
+    else:
+        assert code == 0
+        told = printed.out
+    assert "; there is no checkpoint to continue from" in told
+    assert "--resume" not in told
+    assert not train.path.exists()
+    assert (train.out / "model.safetensors").exists() == (first == signal.SIGINT)
+
+
+def test_sigterm_while_an_interrupted_run_saves_its_model(train, monkeypatch):
+    save = VAE.save
+    monkeypatch.setattr(VAE, "save", lambda *args: (save(*args), kick(signal.SIGTERM)))
+    with pytest.raises(SystemExit) as end:
+        train(at=7, stop=lambda: kick(signal.SIGINT))
+    assert end.value.code == 143
+    assert VAE.load(train.out / "model.safetensors").latent_shape == (2,)
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -499,6 +535,11 @@ def test_a_checkpoint_is_never_destroyed_without_resume(train, folder, capsys):
     assert [a.read_bytes() for a in asides] == [*contents, b"no checkpoint at all"]
     train()
     assert not train.path.with_stem("checkpoint.4").exists()
+    # Without the model, the last checkpoint is the only copy of what was trained.
+    (train.out / "model.safetensors").unlink()
+    last = train.path.read_bytes()
+    train()
+    assert train.path.with_stem("checkpoint.4").read_bytes() == last
     # Moved back, it goes on.
     os.replace(asides[0], train.path)
     train("--resume")
@@ -512,15 +553,68 @@ def test_leftovers_of_killed_writers_are_removed(train):
     assert [name for name in os.listdir(train.out) if name.startswith(".")] == [".other.abc"]
 
 
+def test_only_one_run_writes_to_a_folder(train, folder, capsys):
+    """The second touches nothing; the end of the first, even a crash, lets others in."""
+    live = train.out / ".checkpoint.safetensors.live"
+    refused = []
+
+    def second():
+        live.write_text("half of it")
+        with torch.random.fork_rng():  # the other run is in this process
+            for more in ((), ("--resume",)):
+                refused.append(fails(capsys, main, [*command(folder, train.out), *more]))
+        assert live.exists()
+        live.unlink()
+
+    train("--checkpoint-every", "1", at=7, stop=second)
+    assert len(refused) == 2
+    for error in refused:
+        assert f"--out {train.out}: another run is writing there" in error
+    assert results(train.out) == results(folder / "whole")
+
+
+def test_a_lock_ends_though_a_fork_has_its_handle(tmp_path):
+    read, write = os.pipe()
+    with _files.locked(tmp_path):
+        if (pid := os.fork()) == 0:
+            os.close(write)
+            os.read(read, 1)  # until the other end is closed
+            os._exit(0)
+        with pytest.raises(BlockingIOError), _files.locked(tmp_path):
+            pass
+    try:
+        with _files.locked(tmp_path):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("lacking", ["system", "file system"])
+def test_locks_are_not_needed(train, folder, lacking, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if lacking == "system":
+        monkeypatch.setattr(_files, "fcntl", None)
+    else:
+        monkeypatch.setattr(_files.fcntl, "flock", flock)
+    train()
+    assert results(train.out) == results(folder / "whole")
+
+
 def test_another_environment_is_told(train, capsys, monkeypatch):
     crashed(train)
     monkeypatch.setattr(vae_fast, "__version__", "99.0")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9")
     train("--resume")
     told = capsys.readouterr().out
     assert "the last bits may differ" in told
     assert "99.0 here" in told
     assert "77 here" in told
+    assert "AVX9 here" in told
 
 
 # ---------------------------------------------------------------- another run's checkpoint
@@ -613,8 +707,15 @@ def test_damaged_and_foreign_checkpoints_are_refused(train, folder, capsys):
         assert str(train.path) in error
         assert "damaged" in error or "no checkpoint" in error or "has format" in error, error
         assert "Traceback" not in error
+        assert "; move it away, or start without --resume" in error
         assert train.path.read_bytes() == data
     assert "is no checkpoint of vae-fast train" in error
+    for place in range(header):  # all of which is read, and should be checked
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        train.path.write_bytes(flipped)
+        with pytest.raises(CommandError):
+            checkpoint._read(train.path)
     train.path.unlink()
     train.path.mkdir()
     assert f"{train.path} is damaged or no checkpoint" in fails(capsys, train, "--resume")
@@ -627,20 +728,35 @@ def test_damaged_and_foreign_checkpoints_are_refused(train, folder, capsys):
         (dict(format=None), "has format None"),
         (dict(step="7"), "its header has no step"),
         (dict(arguments=[]), "its header has no arguments"),
-        (dict(seen=3), "does not fit the run"),  # an order of the data goes with it
+        (dict(seen=11), "does not fit the run"),  # an order of the data goes with it
+        (dict(step=7), "step 7, with 1 epochs and 11 rows more, is not one of 3 epochs of 45 rows"),
+        (dict(step=5, seen=0, rows=[1]), "epoch 1 has not the metrics epoch, train_elbo, "),
+        (dict(rows=[{"epoch": 1}]), "epoch 1 has not the metrics"),
+        (lambda info: dict(rows=[info["rows"][0] | {"val_kl": "x"}]), "epoch 1 are not numbers"),
+        (lambda info: dict(rows=info["rows"] * 2, step=11), "epoch 2 has not the metrics"),
+        (
+            lambda info: dict(rows=[info["rows"][0] | {"epoch": n} for n in (1, 2, 3)], step=16),
+            "step 16, with 3 epochs and 11 rows more",
+        ),
+        (dict(step=4, seen=-11), "step 4, with 1 epochs and -11 rows more"),
+        (dict(step=6, seen=10), "step 6, with 1 epochs and 10 rows more"),
+        (dict(step=10, seen=55), "step 10, with 1 epochs and 55 rows more"),
+        ("[" * 100_000, "its header cannot be read"),
     ],
 )
 def test_headers_that_lie_are_refused(train, change, message, capsys):
     crashed(train, BATCHES + 1)
     info, tensors = checkpoint._read(train.path)
-    if "seen" in change:
+    change = change(info) if callable(change) else change
+    if change == {"seen": 11}:
         del tensors["order"]
-    text = json.dumps(info | change)
+    text = change if isinstance(change, str) else json.dumps(info | change)
     header = {"vae_fast_training": text, "sha256": checkpoint._digest(text, tensors)}
     train.path.write_bytes(safetensors.torch.save(tensors, metadata=header))
     error = fails(capsys, train, "--resume")
     assert str(train.path) in error
     assert message in error
+    assert error.endswith("; move it away, or start without --resume\n")
 
 
 # ---------------------------------------------------------------- files that cannot be written
@@ -706,6 +822,40 @@ def test_metrics_and_models_that_cannot_be_written(train, folder, capsys, monkey
     assert f"{train.out / 'model.safetensors'} cannot be written: No space left" in error
     assert f"--resume continues from its step, {STEPS}" in error
     train("--resume")
+    assert results(train.out) == results(folder / "whole")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Crash()])
+def test_the_model_is_there_before_the_last_checkpoint(train, folder, error, capsys, monkeypatch):
+    """It may fit on a disk where the checkpoint, three times its size, does not."""
+
+    def write(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", write)
+        with pytest.raises(Crash if isinstance(error, Crash) else SystemExit):
+            train()
+    assert not train.path.exists()
+    assert results(train.out) == results(folder / "whole")
+    train("--resume")
+    assert step_of(train.path) == STEPS
+    assert results(train.out) == results(folder / "whole")
+
+
+@pytest.mark.parametrize("to", ["full", "closed pipe"])
+def test_output_that_nobody_takes_does_not_end_the_run(train, folder, to, monkeypatch):
+    if to == "full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("there is no /dev/full")
+        write = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, write = os.pipe()
+        os.close(read)
+    with os.fdopen(write, "w") as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        assert train() == 0
+        file.flush()  # as at the end of the process
     assert results(train.out) == results(folder / "whole")
 
 

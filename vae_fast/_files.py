@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -24,8 +31,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because only there can it be renamed without a copy.
-    handle, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -33,9 +41,38 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep others that call this on the same folder out while the context is open.
+
+    The end of the process, whatever it is, opens the folder again. Where the system or the file
+    system has no locks, nobody is kept out.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        BlockingIOError: another one has it.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            try:
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Closing is not enough where a fork has the handle, too.
+                stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass
+        yield
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,8 @@
 
     python vae_accelerate.py --epochs 20
     python vae_accelerate.py --mixed-precision bf16
-    accelerate launch --num_processes 2 vae_accelerate.py                   # or under torchrun
+    accelerate launch --num_processes 2 vae_accelerate.py                   # on GPUs
+    torchrun --nproc-per-node 2 vae_accelerate.py --cpu                     # on CPUs
     python vae_accelerate.py --resume                                       # from the saved state
 
 Needs vae_fast, accelerate and scikit-learn.

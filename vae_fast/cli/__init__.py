@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; ``sys.argv[1:]`` if ``None``.
 
     Returns:
-        0. Wrong input ends in ``SystemExit`` with code 2 and a message on stderr, Ctrl-C with 130,
+        0, also after a Ctrl-C in training that came after the first epoch and left a model. Wrong
+        input ends in ``SystemExit`` with code 2 and a message on stderr, any other Ctrl-C with 130,
         SIGTERM in training with 143.
     """
     parser = _parser()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from vae_fast.cli.errors import CommandError
 from vae_fast.vae import VAE
 
 NAME = "checkpoint.safetensors"
+MODEL = "model.safetensors"  # what a run is for, beside it
 _FORMAT = 1
 _INFO, _DIGEST = "vae_fast_training", "sha256"  # keys of the file's header
+_WAY_OUT = "move it away, or start without --resume"
 _FIELDS = {"arguments": dict, "environment": dict, "step": int, "seen": int, "rows": list}
 
 
@@ -59,6 +62,7 @@ def environment(state: State, processes: int) -> dict[str, Any]:
         "vae_fast": vae_fast.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "processes": processes,
     }
 
@@ -67,7 +71,7 @@ def environment(state: State, processes: int) -> dict[str, Any]:
 
 
 class Saver:
-    """Writes a run's checkpoints.
+    """Writes a run's checkpoints, and its model.
 
     Args:
         path: the file.
@@ -109,17 +113,27 @@ class Saver:
             self._saved = self._state.step
         self._last = self._now()
 
+    def save_model(self) -> None:
+        """Write the model."""
+        if self._active:
+            path = self.path.with_name(MODEL)
+            with self.writing(path):
+                self._state.vae.save(path)
+
+    def outlook(self) -> str:
+        """What --resume would find, in words."""
+        if self._saved is None:
+            return "there is no checkpoint to continue from"
+        return f"{self.path} is whole, and --resume continues from its step, {self._saved}"
+
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[None]:
         """Say what becomes of the run if ``path`` cannot be written."""
         try:
             yield
         except OSError as error:
-            kept = "there is no checkpoint to continue from"
-            if self._saved is not None:
-                kept = f"{self.path} is whole, and --resume continues from its step, {self._saved}"
             raise CommandError(
-                f"{path} cannot be written: {error.strerror or error}; {kept}"
+                f"{path} cannot be written: {error.strerror or error}; {self.outlook()}"
             ) from error
 
     def _now(self) -> float:
@@ -148,7 +162,7 @@ def write(path: Path, state: State, arguments: dict[str, Any], processes: int) -
             "rows": state.rows,
         }
     )
-    header = {"format": "pt", _INFO: info, _DIGEST: _digest(info, tensors)}
+    header = {_INFO: info, _DIGEST: _digest(info, tensors)}  # all of it is checked
     _files.write_atomic(path, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -162,7 +176,9 @@ def make_room(path: Path) -> Path | None:
         return None
     with contextlib.suppress(CommandError, FileNotFoundError):  # a link may lead nowhere
         info, _ = _read(path, tensors=False)
-        if len(info["rows"]) == info["arguments"].get("epochs"):
+        finished = len(info["rows"]) == info["arguments"].get("epochs")
+        # Without the model beside it, it has the only copy of the weights.
+        if finished and path.with_name(MODEL).exists():
             path.unlink()
             return None
     number = 1
@@ -175,7 +191,14 @@ def make_room(path: Path) -> Path | None:
 # ---------------------------------------------------------------- reading
 
 
-def resume(path: Path, state: State, arguments: dict[str, Any], processes: int) -> list[str]:
+def resume(
+    path: Path,
+    state: State,
+    arguments: dict[str, Any],
+    processes: int,
+    names: Sequence[str],
+    count: int,
+) -> list[str]:
     """Put a run where a checkpoint left it.
 
     Args:
@@ -183,6 +206,8 @@ def resume(path: Path, state: State, arguments: dict[str, Any], processes: int) 
         state: a run that has just been set up; overwritten.
         arguments: what it depends on, which the checkpoint's run must share.
         processes: how many train the model.
+        names: of the metrics of an epoch.
+        count: rows of the data.
 
     Returns:
         What of the environment is not as it was, in words.
@@ -191,7 +216,10 @@ def resume(path: Path, state: State, arguments: dict[str, Any], processes: int) 
         FileNotFoundError: there is no such file.
         CommandError: it is of another run, damaged, or no checkpoint.
     """
-    info, tensors = _read(path)
+    try:
+        info, tensors = _read(path)
+    except CommandError as error:
+        raise CommandError(f"{error}; {_WAY_OUT}") from error
     was, now = info["arguments"], json.loads(json.dumps(arguments))
     changed = [
         f"--{name} {_shown(was.get(name))} there, {_shown(value)} here"
@@ -204,15 +232,38 @@ def resume(path: Path, state: State, arguments: dict[str, Any], processes: int) 
             "another --out"
         )
     try:
+        _check_progress(info, arguments, names, count)
         _restore(state, info, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CommandError(f"{path} does not fit the run that it says it is of: {error}") from error
+        raise CommandError(
+            f"{path} is damaged: it does not fit the run that it says it is of: {error}; {_WAY_OUT}"
+        ) from error
     here, there = environment(state, processes), info["environment"]
     return [
         f"{name} {there.get(name)} there, {value} here"
         for name, value in here.items()
         if there.get(name) != value
     ]
+
+
+def _check_progress(
+    info: dict[str, Any], arguments: dict[str, Any], names: Sequence[str], count: int
+) -> None:
+    """Raise ValueError if a run with these arguments never is where the header says it was."""
+    step, seen, rows = info["step"], info["seen"], info["rows"]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or row.keys() != set(names) or row["epoch"] != number:
+            raise ValueError(f"epoch {number} has not the metrics {', '.join(names)}")
+        if not all(isinstance(value, (int, float)) for value in row.values()):
+            raise ValueError(f"the metrics of epoch {number} are not numbers")
+    epochs, batch = arguments["epochs"], arguments["batch-size"]
+    whole = 0 <= seen <= count and (seen % batch == 0 or seen == count)
+    steps = len(rows) * math.ceil(count / batch) + math.ceil(seen / batch)
+    if not whole or step != steps or len(rows) + (seen > 0) > epochs:
+        raise ValueError(
+            f"step {step}, with {len(rows)} epochs and {seen} rows more, is not one of {epochs} "
+            f"epochs of {count} rows in batches of {batch}"
+        )
 
 
 def _restore(state: State, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -258,7 +309,7 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, T
     try:
         info = json.loads(header[_INFO])
         form = info["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CommandError(f"{path} is damaged: its header cannot be read ({error})") from error
     if form != _FORMAT:
         raise CommandError(f"{path} has format {form}, this version reads format {_FORMAT}")

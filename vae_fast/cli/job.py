@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,10 +35,16 @@ class Job:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
-    def say(self, *args: Any, **kwargs: Any) -> None:
-        """Print, once per job."""
-        if self.main:
-            print(*args, **kwargs)
+    def say(self, text: str = "") -> None:
+        """Print, once per job. A full disk or a reader that has gone does not end the run."""
+        if not self.main:
+            return
+        try:
+            print(text, flush=True)
+        except OSError:
+            # The rest goes nowhere, what is in the buffer too: Python flushes it at exit.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def part(self, rows: int) -> tuple[int, int]:
         """First row and number of rows of this process's part of a batch; it may have none."""

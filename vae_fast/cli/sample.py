@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vae_fast.cli.checkpoint import MODEL
 from vae_fast.cli.errors import CommandError, pick_device, require
-from vae_fast.cli.train import CHECKPOINT
 from vae_fast.vae import VAE
 
 
@@ -21,7 +21,7 @@ def sample(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     path = Path(args.checkpoint)
     if path.is_dir():
-        path = path / CHECKPOINT
+        path = path / MODEL
     try:
         vae = VAE.load(path, device=device).eval()
     except FileNotFoundError as error:

@@ -27,7 +27,6 @@ from vae_fast.cli.job import Job, join
 from vae_fast.elbo import OPTIMAL
 from vae_fast.vae import VAE, _pair, _raw_scale
 
-CHECKPOINT = "model.safetensors"
 METRICS = "metrics.csv"
 COLUMNS = (
     "epoch",
@@ -58,50 +57,67 @@ def train(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     data = datasets.load(args.data, args.image_size)
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / METRICS).touch()
-    except OSError as error:
-        raise CommandError(f"--out {out}: {error.strerror}") from error
 
-    with _backend(args.backend):
+    with _backend(args.backend), contextlib.ExitStack() as until_the_end:
         with join(args.device) as job:
-            vae, rows, saver = _train(args, data, out, job)
+            state = _set_up(args, data, job)
+            if job.main:
+                until_the_end.enter_context(_alone(out))
+            saver = _train(state, args, data, out, job)
         if not job.main:
             return
+        vae, rows = state.vae.eval(), state.rows
         train_index, val_index = datasets.split(data, args.seed)
-        with saver.writing(out / CHECKPOINT):
-            vae.save(out / CHECKPOINT)
         with saver.writing(out):
             pictures = _draw(vae, data, val_index, rows, out)
 
         last = rows[-1]
         per_element = last["val_elbo"] / math.prod(data.event_shape)
         element = "pixel" if data.unit == "image" else "element"
-        print(
+        job.say(
             f"\nvalidation ELBO after epoch {last['epoch']}: {last['val_elbo']:.2f} nats per "
             f"{data.unit}, {per_element:.4f} per {element} "
             f"(NLL {last['val_nll']:.2f}, KL {last['val_kl']:.2f})"
             + (f"; at most {last[BITS]:.3f} bits/dim" if BITS in last else "")
         )
         if args.backend != "reference" and job.size == 1 and _comparable(vae):
-            print()
-            _compare(vae, data.x[train_index[: args.batch_size]].to(job.device))
-    print(f"\nmodel:    {out / CHECKPOINT}\nmetrics:  {out / METRICS}")
-    print("pictures: " + "\n          ".join(str(p) for p in pictures))
-    print(f"all done in {time.perf_counter() - started:.0f} s")
+            job.say()
+            _compare(vae, data.x[train_index[: args.batch_size]].to(job.device), job)
+    job.say(f"\nmodel:    {out / checkpoint.MODEL}\nmetrics:  {out / METRICS}")
+    job.say("pictures: " + "\n          ".join(str(p) for p in pictures))
+    job.say(f"all done in {time.perf_counter() - started:.0f} s")
 
 
-def _train(
-    args: argparse.Namespace, data: datasets.Data, out: Path, job: Job
-) -> tuple[VAE, list[dict[str, float]], checkpoint.Saver]:
-    """Set up a run or resume one, and train; the model, its metrics and what keeps them."""
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Have the folder to write to, which no other run may write to meanwhile."""
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_files.locked(out))
+        except BlockingIOError as error:
+            raise CommandError(f"--out {out}: another run is writing there") from error
+        except OSError as error:
+            raise CommandError(f"--out {out}: {error.strerror}") from error
+        yield
+
+
+def _set_up(args: argparse.Namespace, data: datasets.Data, job: Job) -> checkpoint.State:
+    """A run before its first step, whose options are checked."""
     torch.manual_seed(args.seed)
     vae = _build(args, data).to(job.device)
     _check_parts(vae, job)
+    _check(vae, data.x[:2].to(job.device), args.backend)
+    return checkpoint.State(vae, _optimizer(vae, args.lr))
+
+
+def _train(
+    state: checkpoint.State, args: argparse.Namespace, data: datasets.Data, out: Path, job: Job
+) -> checkpoint.Saver:
+    """Resume the run, if it is to be, and train; returns what keeps it."""
+    vae = state.vae
     train_index, val_index = datasets.split(data, args.seed)
     x_train, x_val = data.x[train_index].to(job.device), data.x[val_index].to(job.device)
-    _check(vae, x_train[:2], args.backend)
     parameters = sum(p.numel() for p in vae.parameters())
     together = f" in {job.size} processes" if job.size > 1 else ""
     job.say(
@@ -109,11 +125,11 @@ def _train(
         f"shape {'x'.join(map(str, data.event_shape))}; "
         f"{args.model} with {parameters:,} parameters on {job.device}{together}"
     )
-    state = checkpoint.State(vae, _optimizer(vae, args.lr))
-    saver = _begin(state, args, _arguments(args, data, job.device), out / checkpoint.NAME, job)
     names = (*COLUMNS, BITS) if _bounds_bits(vae, data) else COLUMNS
+    arguments = _arguments(args, data, job.device)
+    saver = _begin(state, args, arguments, out / checkpoint.NAME, job, names, len(x_train))
     _fit(state, x_train, x_val, args, job, saver, _Metrics(out / METRICS, names, saver), data.unit)
-    return vae.eval(), state.rows, saver
+    return saver
 
 
 # ---------------------------------------------------------------- beginning and resuming
@@ -142,12 +158,14 @@ def _begin(
     arguments: dict[str, Any],
     path: Path,
     job: Job,
+    names: Sequence[str],
+    count: int,
 ) -> checkpoint.Saver:
     """Put the run at its checkpoint, if it is to be resumed and there is one."""
     resumed = False
     if args.resume:
         try:
-            changes = checkpoint.resume(path, state, arguments, job.size)
+            changes = checkpoint.resume(path, state, arguments, job.size, names, count)
             resumed = True
             job.say(f"resuming {path}: {len(state.rows)} epochs, {state.step} steps")
             if changes:
@@ -157,7 +175,7 @@ def _begin(
     job.agree(f"{arguments} {state.step}")
     if job.main:
         try:
-            for name in (checkpoint.NAME, CHECKPOINT):
+            for name in (checkpoint.NAME, checkpoint.MODEL):
                 _files.remove_leftovers(path.with_name(name))
             aside = None if resumed else checkpoint.make_room(path)
         except OSError as error:
@@ -360,7 +378,11 @@ def _fit(
 
         def heed_sigterm() -> None:
             if noted.received == signal.SIGTERM:
-                raise Terminated(f"terminated after step {state.step}; --resume continues there")
+                raise Terminated(f"terminated after step {state.step}; {saver.outlook()}")
+
+        def keep_model() -> None:
+            vae.elbo.beta = args.beta
+            saver.save_model()
 
         try:
             for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -394,17 +416,24 @@ def _fit(
                     text = ", ".join(f"{name} {value}" for name, value in shown.items())
                     job.say(
                         f"epoch {epoch}/{args.epochs}: validation {text} nats per {unit}; "
-                        f"{rate:,.0f} {unit}s/s",
-                        flush=True,
+                        f"{rate:,.0f} {unit}s/s"
                     )
+            try:
+                keep_model()  # first: it may fit on a disk that has no room for both
+            except CommandError:
+                saver.save()
+                keep_model()  # which says what there is now
             saver.save()
-            heed_sigterm()
         except KeyboardInterrupt:
+            heed_sigterm()
             if not rows or job.size > 1:
                 raise
-            more = "; --resume continues the run" if noted.received else ""
-            print(f"\ninterrupted: keeping the model as it is, {len(rows)} epochs in{more}")
-    vae.elbo.beta = args.beta
+            job.say(
+                f"\ninterrupted: keeping the model as it is, {len(rows)} epochs in; "
+                f"{saver.outlook()}"
+            )
+            keep_model()
+        heed_sigterm()
 
 
 def _train_epoch(
@@ -488,7 +517,7 @@ def _comparable(vae: VAE) -> bool:
     return usual and not shaped and elbo.likelihood_scale not in OPTIMAL
 
 
-def _compare(vae: VAE, x: Tensor) -> None:
+def _compare(vae: VAE, x: Tensor, job: Job) -> None:
     """Time the loss and whole training steps, fused and not, and print the ratios."""
     step, loss = measure(vae, x)
     names = {
@@ -496,12 +525,12 @@ def _compare(vae: VAE, x: Tensor) -> None:
         "plain": "plain PyTorch (noise from torch.randn)",
         "reference": "reference backend (same noise as vae_fast)",
     }
-    print(f"milliseconds for a batch of {len(x)}, forward and backward:")
-    print(f"  {'':<43}{'loss alone':>16}{'training step':>18}")
+    job.say(f"milliseconds for a batch of {len(x)}, forward and backward:")
+    job.say(f"  {'':<43}{'loss alone':>16}{'training step':>18}")
     for which, name in names.items():
         cells = [f"{1e3 * t[which]:.3f} ({t[which] / t['fused']:.2f}x)" for t in (loss, step)]
-        print(f"  {name:<43}{cells[0]:>16}{cells[1]:>18}")
-    print(
+        job.say(f"  {name:<43}{cells[0]:>16}{cells[1]:>18}")
+    job.say(
         f"with vae_fast the training step ran at {step['plain'] / step['fused']:.2f}x the speed of "
         f"plain PyTorch and {step['reference'] / step['fused']:.2f}x that of the reference"
     )
