@@ -282,7 +282,7 @@ def _reference_nll(x, mean, scale, mask, model, key) -> Tensor:
         ops.LIKELIHOODS[likelihood],
         ops.PARAMS[param],
         clamp,
-        _CLAMP_MODES[soft],
+        "soft" if soft else "hard",
         mask,
         df,
         (mul, add),
