@@ -294,7 +294,7 @@ def _call(case: Case) -> None:
     model = (case.likelihood, case.param, *clamp, 4.0, 1.0 / 255.0, 0.0, key, 3)
     options = (1.0, case.reduction, *model)
     if case.op == "likelihood_backward":
-        ops.likelihood_backward(None, loss, x, mean, scale, mask, *options, False)
+        ops.likelihood_backward(None, loss, x, mean, scale, mask, *options, False, True, True)
     elif case.op == "likelihood_forward":
         ops.likelihood_forward(x, mean, scale, mask, rows, rows, *options)
     else:

@@ -45,6 +45,14 @@ def backend(request):
 
 
 @pytest.fixture
+def cpp():
+    """The C++ backend, forced; yields the device it runs on."""
+    device = _skip_unless_it_runs("cpp")
+    with vae_fast.use_backend("cpp"):
+        yield device
+
+
+@pytest.fixture
 def fused_triton():
     """The Triton backend, forced; yields the device it runs on."""
     device = _skip_unless_it_runs("triton")

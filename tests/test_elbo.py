@@ -309,7 +309,7 @@ def test_only_inputs_or_gradients_are_saved(fused):
     assert sum(saved.values()) == 2 * data  # the two gradients
 
 
-def test_inplace_allocates_nothing_of_the_datas_size():
+def test_inplace_allocates_nothing_of_the_datas_size(cpp):
     """Counted by PyTorch's own memory profiler, on the CPU."""
     rows, size = 64, 4096
     x = torch.randn(rows, size)
@@ -326,9 +326,8 @@ def test_inplace_allocates_nothing_of_the_datas_size():
             torch.autograd.grad(loss, outputs)
         return max(e.self_cpu_memory_usage for e in profile.key_averages())
 
-    with vae_fast.use_backend("cpp"):
-        assert peak(inplace=False) >= rows * size * 4
-        assert peak(inplace=True) < rows * size * 4 / 8
+    assert peak(inplace=False) >= rows * size * 4
+    assert peak(inplace=True) < rows * size * 4 / 8
 
 
 # ---- the module ------------------------------------------------------------------------------

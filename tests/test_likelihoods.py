@@ -192,7 +192,7 @@ def test_shared_gradient_does_not_depend_on_the_threads(fused):
 
 
 @pytest.mark.parametrize("shape", [(), (600,), (256, 1)], ids=str)
-def test_shared_scales_make_nothing_of_the_datas_size(shape, key):
+def test_shared_scales_make_nothing_of_the_datas_size(shape, cpp, key):
     """Only the mean's gradient is of that size, whatever shares the scale."""
     x = torch.randint(256, (256, 600), dtype=torch.uint8)
     mean = torch.randn(256, 600, requires_grad=True)

@@ -283,6 +283,16 @@ class Crash(BaseException):
     """What nothing catches."""
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_at_a_terminal():
+    """A shell's background jobs ignore Ctrl-C, and so would the tests of it."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def train(folder, tmp_path, monkeypatch):
     """Runs the command in ``tmp_path / "out"``; ``stop`` is done at step ``at``."""
