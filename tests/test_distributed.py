@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import re
 import subprocess
 import sys
@@ -22,17 +23,28 @@ pytestmark = [
 ]
 
 
-def launch(script, *args, cwd, timeout=240, processes=2):
-    """Runs a script as a job of two processes on this machine; its exit code and its output."""
+def launch(script, *args, cwd, timeout=100, processes=2):
+    """Runs a script as a job of two processes on this machine; its exit code and its output.
+
+    One that does not end is started once more: PyTorch's processes have missed each other.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), str(script), *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env.pop("VAE_FAST_BACKEND", None)
-    done = subprocess.run(
-        command, cwd=cwd, env=env, timeout=timeout, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    for last in (False, True):
+        job = subprocess.Popen(
+            command, cwd=cwd, env=env, text=True, errors="replace", start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = job.communicate(timeout=timeout)
+            return job.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            if last:
+                raise
 
 
 def torchrun(script, *args, **options):
