@@ -2,8 +2,8 @@
 
 import json
 import os
-import signal
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-def launch(script, *args, cwd, timeout=100, processes=2):
+def launch(script, *args, cwd, timeout=100, processes=2, again=True):
     """Runs a script as a job of two processes on this machine; its exit code and its output.
 
     One that does not end is started once more: PyTorch's processes have missed each other.
@@ -32,19 +32,19 @@ def launch(script, *args, cwd, timeout=100, processes=2):
     command += ["--nproc-per-node", str(processes), str(script), *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env.pop("VAE_FAST_BACKEND", None)
-    for last in (False, True):
-        job = subprocess.Popen(
-            command, cwd=cwd, env=env, text=True, errors="replace", start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            output, _ = job.communicate(timeout=timeout)
-            return job.returncode, output
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
-            if last:
-                raise
+    job = subprocess.Popen(
+        command, cwd=cwd, env=env, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        if not again:
+            raise
+        return launch(script, *args, cwd=cwd, timeout=timeout, processes=processes, again=False)
+    return job.returncode, output
 
 
 def torchrun(script, *args, **options):
