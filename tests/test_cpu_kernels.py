@@ -6,13 +6,7 @@ import torch
 import vae_fast
 from vae_fast import reference
 
-
-@pytest.fixture(autouse=True)
-def _cpp():
-    if vae_fast.backends.why_not("cpp", "cpu") is not None:
-        pytest.skip("the C++ kernels cannot be built here")
-    with vae_fast.use_backend("cpp"):
-        yield
+pytestmark = pytest.mark.usefixtures("cpp")
 
 
 def test_every_bf16_number_survives_the_conversions():

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import vae_fast
-from vae_fast import backends, noise, ops, reference
+from vae_fast import noise, ops, reference
 
 WANTED = os.environ.get("VAE_FAST_FUZZ", "")
 CASES = int(WANTED or 200)
@@ -46,13 +46,8 @@ def cases(share, most=10**9):
 
 
 @pytest.fixture(autouse=True)
-def _cpp(request):
-    name = "triton" if "interpreted" in request.node.name else "cpp"
-    reason = backends.why_not(name, "cpu")
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
-    with vae_fast.use_backend(name):
-        yield
+def _backend(request):
+    request.getfixturevalue("fused_triton" if "interpreted" in request.node.name else "cpp")
 
 
 # ---- tensors -----------------------------------------------------------------------------------

@@ -24,19 +24,12 @@ def memory_free():
 
 
 pytestmark = [
+    pytest.mark.usefixtures("cpp"),
     pytest.mark.slow,
     pytest.mark.skipif(
         os.environ.get("VAE_FAST_LARGE") != "1", reason="takes 10 GB: VAE_FAST_LARGE=1 runs it"
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cpp():
-    if vae_fast.backends.why_not("cpp", "cpu") is not None:
-        pytest.skip("the C++ kernels cannot be built here")
-    with vae_fast.use_backend("cpp"):
-        yield
 
 
 @pytest.fixture

@@ -141,18 +141,18 @@ class LikelihoodGrad(torch.autograd.Function):
     def forward(ctx, x, mean, scale, mask, log_q, log_p, options, inplace):
         full = scale is not None and scale.dim() > 0 and scale.requires_grad
         args = x, mean, scale, mask, log_q, log_p, *options
-        own = writes(x, mean, scale, mask, log_q, log_p)
-        if not own:
+        if not writes(x, mean, scale, mask, log_q, log_p):
             nll, loss, g_shared, g_mean, g_scale = _run(ops.likelihood_forward_grad, *args, full)
             g_scale = g_scale if full else None
-        elif inplace:
-            # Detached: autograd refuses to hand back a chunk that was written to.
-            with torch._C._AutoDispatchBelowAutograd():
-                g_mean, g_scale = mean.detach(), scale.detach() if full else None
-            torch.autograd.graph.increment_version((mean, scale) if full else mean)
         else:
-            g_mean, g_scale = buffers.empty_like(mean), buffers.empty_like(scale) if full else None
-        if own:
+            if inplace:
+                # Detached: autograd refuses to hand back a chunk that was written to.
+                with torch._C._AutoDispatchBelowAutograd():
+                    g_mean, g_scale = mean.detach(), scale.detach() if full else None
+                torch.autograd.graph.increment_version((mean, scale) if full else mean)
+            else:
+                g_mean = buffers.empty_like(mean)
+                g_scale = buffers.empty_like(scale) if full else None
             nll, loss, g_shared = _run(ops.likelihood_forward_grad_, *args, g_mean, g_scale)
         scalar = scale is not None and scale.dim() == 0 and scale.requires_grad
         ctx.save_for_backward(g_mean, g_scale, g_shared if scalar else None)
