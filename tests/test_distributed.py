@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,28 +22,17 @@ pytestmark = [
 ]
 
 
-def launch(script, *args, cwd, timeout=100, processes=2, again=True):
-    """Runs a script as a job of two processes on this machine; its exit code and its output.
-
-    One that does not end is started once more: PyTorch's processes have missed each other.
-    """
+def launch(script, *args, cwd, timeout=240, processes=2):
+    """Runs a script as a job of two processes on this machine; its exit code and its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), str(script), *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env.pop("VAE_FAST_BACKEND", None)
-    job = subprocess.Popen(
-        command, cwd=cwd, env=env, text=True, errors="replace", start_new_session=True,
+    done = subprocess.run(
+        command, cwd=cwd, env=env, timeout=timeout, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    try:
-        output, _ = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-        if not again:
-            raise
-        return launch(script, *args, cwd=cwd, timeout=timeout, processes=processes, again=False)
-    return job.returncode, output
+    return done.returncode, done.stdout
 
 
 def torchrun(script, *args, **options):

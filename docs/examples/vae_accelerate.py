@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> vae_fast.VAE:
     model = accelerator.unwrap_model(vae)
     if accelerator.is_main_process:
         model.save(args.folder / "model.safetensors")  # for vae_fast.VAE.load
+    accelerator.wait_for_everyone()  # or one that ends may leave another waiting for ever
     accelerator.end_training()
     return model
 
