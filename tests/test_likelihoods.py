@@ -228,6 +228,17 @@ def test_extremes_are_finite_where_the_truth_is(family, fused):
         torch.testing.assert_close(g.double()[fits], w[fits], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gaussian", "squared_error"])
+def test_half_a_square_is_finite_where_the_square_is_not(family, backend):
+    x = torch.zeros(2, 1, device=backend)
+    mean = torch.tensor([[2e19], [1.0]], device=backend)
+    scale = None if family == "squared_error" else torch.zeros((), device=backend)
+    nll = vae_fast.likelihood_nll(x, mean, scale, family)
+    constant = 0.0 if scale is None else 0.5 * math.log(2 * math.pi)
+    want = torch.tensor([2e38, 0.5 + constant], device=backend)
+    torch.testing.assert_close(nll, want)
+
+
 def test_logistic_is_a_distribution(fused):
     """The masses of the 256 levels add up to one, at any scale."""
     x = torch.arange(256, dtype=torch.uint8, device=fused)[:, None]

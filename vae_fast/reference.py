@@ -175,7 +175,8 @@ def likelihood_nll(
 
 def _gaussian(x, m, s, param, *_):
     log_tau, _ = log_scale_and_scale(s, param)
-    return 0.5 * standardize(x - m, s, param).square() + log_tau + HALF_LOG_2PI
+    r = standardize(x - m, s, param)
+    return 0.5 * r * r + log_tau + HALF_LOG_2PI
 
 
 def _laplace(x, m, s, param, *_):
@@ -222,7 +223,7 @@ def _student_t(x, m, s, param, df, *_):
 
 
 def _squared_error(x, m, *_):
-    return 0.5 * (x - m).square()
+    return 0.5 * (x - m) * (x - m)
 
 
 _ELEMENTS = {

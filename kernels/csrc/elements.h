@@ -56,7 +56,7 @@ struct Element<F, Family::gaussian> {
     const auto inverse = s.inverse();
     const F r = inverse.times(x - m);
     r2 = r * r;
-    value = r2 * T(0.5) + s.log_sigma;
+    value = r * T(0.5) * r + s.log_sigma;  // half of r, not of r², which may overflow
     d_x = inverse.times(r);
   }
   VAE_FAST_INLINE F d_log_scale(F w) const { return w - r2 * w; }
@@ -176,7 +176,7 @@ struct Element<F, Family::squared_error> {
   VAE_FAST_INLINE Element(F x, F m, const S&, const Model<typename Traits<F>::Scalar>&) {
     using T = typename Traits<F>::Scalar;
     d_x = x - m;
-    value = d_x * d_x * T(0.5);
+    value = d_x * T(0.5) * d_x;
   }
 };
 

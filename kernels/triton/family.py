@@ -45,7 +45,8 @@ def element_nll(x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
     """
     if LIKELIHOOD == GAUSSIAN:
         residual = divide(x - mean, root, tau, PARAM)
-        return 0.5 * (residual * residual + log_variance + LOG_2PI)
+        # Half of r, not of r², which may overflow.
+        return 0.5 * residual * residual + (0.5 * log_variance + 0.5 * LOG_2PI)
     elif LIKELIHOOD == LAPLACE:
         return tl.abs(divide(x - mean, root, tau, PARAM)) + (0.5 * log_variance + LOG_2)
     elif LIKELIHOOD == BERNOULLI:
