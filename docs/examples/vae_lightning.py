@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> LitVAE:
     (metrics,) = trainer.validate(best, digits, verbose=False)
     if trainer.is_global_zero:
         print(f"validation ELBO: {-metrics['val_loss']:.2f} nats")
+    trainer.strategy.barrier()  # or one that ends too early may abort, on gloo
     return best
 
 
