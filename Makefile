@@ -45,7 +45,9 @@ matrix: $(STAMP)
 	$(BIN)/python tests/matrix.py $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/last.json $(ARGS)
+	$(BIN)/python -m benchmarks.report .benchmarks/last.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check . $(ARGS)

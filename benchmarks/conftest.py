@@ -1,122 +1,106 @@
-"""What the benchmarks share: this machine's copy bandwidth, peak memory, and the closing table."""
+"""What the benchmarks share: their options, how they hand in a row, and the closing table."""
 
 from __future__ import annotations
 
-import os
-import platform
-import time
+import statistics
 
 import pytest
 import torch
-from peers import OURS
-from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-import vae_fast
-from vae_fast import buffers
+from measure import machine
+from runs import is_ours
 
 _rows: list[dict] = []
-_bandwidth: list[float] = []
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that a copy moves, read and written, between buffers larger than caches."""
-    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
-    best = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() * 4 / best
+def pytest_addoption(parser):
+    group = parser.getgroup("vae_fast")
+    group.addoption("--quick", action="store_true", help="few sizes, fp32, both phases as one")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--device", default=default, help=f"cpu or cuda; {default} by default")
 
 
-def peak_bytes(step, reset) -> int:
-    """The most memory that PyTorch's CPU allocator held for a step at once, beyond its inputs."""
-    reset()
-    buffers.clear()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+def pytest_generate_tests(metafunc):
+    """The rows of a benchmark are those of its module's ``rows(quick, device)``."""
+    if "row" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        rows = metafunc.module.rows(option("--quick"), option("--device"))
+        metafunc.parametrize("row", rows, ids=str)
 
 
 @pytest.fixture
-def submit(benchmark):
-    """Hands pytest-benchmark the seconds of rounds that took turns with other implementations'."""
+def device(request):
+    return request.config.getoption("--device")
 
-    def hand_in(seconds):
-        benchmark._mode = "rounds that took turns"
+
+@pytest.fixture
+def quick(request):
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def hand_in(benchmark):
+    """Gives pytest-benchmark the seconds of steps that took turns with other implementations'."""
+
+    def hand_in(group, implementation, turns, **facts):
+        benchmark.group = group
+        benchmark._mode = "steps that took turns"
         if benchmark.disabled:
             return
         stats = benchmark._make_stats(iterations=1)
-        for duration in seconds:
-            stats.update(duration)
+        for seconds in turns:
+            for duration in seconds:
+                stats.update(duration)
+        facts["turns"] = [statistics.median(seconds) for seconds in turns]
+        benchmark.extra_info.update(implementation=implementation, **facts)
+        _rows.append({"group": group, "seconds": stats.stats.median, **benchmark.extra_info})
 
     return hand_in
 
 
 @pytest.fixture
-def record_row(benchmark, request):
-    """Remembers a timed row, with its bytes and peak memory, for the closing table."""
+def hand_in_wrong(benchmark):
+    """Reports an implementation whose results are wrong: a peer is not timed, ours is a failure."""
 
-    def record(implementation, bytes_moved, step, reset):
-        if benchmark.disabled:
-            return
-        if not _bandwidth:
-            _bandwidth.append(copy_bandwidth())
-        seconds = benchmark.stats.stats.median
-        share = bytes_moved / seconds / _bandwidth[0]
-        peak = peak_bytes(step, reset)
-        benchmark.extra_info.update(bytes_moved=bytes_moved, bandwidth_share=share, peak_bytes=peak)
-        _rows.append(
-            {
-                "group": benchmark.group,
-                "implementation": implementation,
-                "seconds": seconds,
-                "share": share,
-                "peak": peak,
-            }
-        )
+    def hand_in_wrong(group, implementation, why):
+        if is_ours(implementation):
+            pytest.fail(f"{group}, {implementation}: {why}")
+        _rows.append({"group": group, "implementation": implementation, "wrong": why})
+        pytest.xfail(f"{implementation} is wrong, and not timed: {why}")
 
-    return record
+    return hand_in_wrong
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["vae_fast"] = vae_fast.__version__
-    machine_info["backend"] = vae_fast.backends.backend_for("cpu")
-    # torch.compile's code is scalar, and no fair peer, where its test for vectors fails.
-    machine_info["inductor"] = str(pick_vec_isa()) or "no vectors"
+    machine_info["vae_fast"] = machine(config.getoption("--device"))
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     if not _rows:
         return
     write = terminalreporter.write_line
     terminalreporter.section("vae_fast against its peers")
-    write(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; copy bandwidth {_bandwidth[0] / 1e9:.1f} GB/s"
-    )
-    if not pick_vec_isa():
-        write("torch.compile found no vector instructions here: its times say little")
-    write("ratio: time of the best peer over this time; of copy: share of the copy bandwidth")
+    facts = machine(config.getoption("--device"))
+    write(", ".join(f"{name} {value}" for name, value in facts.items()))
+    write("ratio: the best peer's time over this one; of copy: share of the copy bandwidth; saved:")
+    write("kept from forward to backward beyond the inputs; peak: held at once beyond the inputs")
     groups: dict[str, list[dict]] = {}
     for row in _rows:
         groups.setdefault(row["group"], []).append(row)
     for group, rows in groups.items():
-        peers = [r["seconds"] for r in rows if r["implementation"] not in OURS]
+        timed = [r for r in rows if "wrong" not in r]
+        peers = [r["seconds"] for r in timed if not is_ours(r["implementation"])]
         write("")
-        write(f"{group:44s} {'median':>10s} {'ratio':>7s} {'of copy':>8s} {'peak memory':>12s}")
-        for row in sorted(rows, key=lambda r: -r["seconds"]):
+        write(
+            f"{group:44s} {'median':>10s} {'ratio':>7s} {'of copy':>8s} "
+            f"{'saved':>10s} {'peak':>10s}"
+        )
+        for row in sorted(timed, key=lambda r: -r["seconds"]):
             ratio = f"{min(peers) / row['seconds']:6.2f}x" if peers else "-"
+            share = f"{row['share']:8.1%}" if row.get("share") else f"{'-':>8s}"
+            memory = [f"{row[n] / 1e6:7.2f} MB" for n in ("saved", "peak")]
             write(
-                f"  {row['implementation']:42s} {row['seconds'] * 1e3:7.3f} ms {ratio:>7s} "
-                f"{row['share']:8.1%} {row['peak'] / 1e6:9.2f} MB"
+                f"  {row['implementation']:42s} {row['seconds'] * 1e3:7.3f} ms {ratio:>7s} {share} "
+                + " ".join(memory)
             )
+        for row in (r for r in rows if "wrong" in r):
+            write(f"  {row['implementation']:42s} WRONG, not timed: {row['wrong']}")

@@ -1,0 +1,119 @@
+"""The latent pass, the likelihood pass and the whole loss, against what people use instead.
+
+    pytest benchmarks --benchmark-only [--quick] [--device cuda] [-k "elbo and fp32"]
+
+All implementations of a row run in this process on the same tensors, each drawing its own noise
+inside its time, and take turns. A result is checked before it is timed; one that is wrong is
+reported, and not timed. torch.compile's max-autotune chooses between matrix products and GPU
+kernels: on a CPU a loss has nothing to choose, so there only one group shows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from cases import BOTH, CASES, FORWARD, Size, Wrong
+from measure import Clock, copy_bandwidth, peak_bytes, saved_bytes, take_turns
+from peers import IMPLEMENTATIONS, INPLACE
+
+SMALL = Size(64, 16, 784)
+SIZES = (
+    SMALL,
+    Size(128, 32, 3072),
+    Size(1024, 64, 784),
+    Size(4096, 128, 3072),
+    Size(16384, 256, 3072),
+)
+GPU_SIZES = (*SIZES, Size(65536, 256, 3072), Size(256, 4096, 196608))
+LEVELS = (Size(1024, 64, 784), Size(4096, 128, 3072))  # sizes that are also timed on uint8 data
+SECONDS, QUICK_SECONDS = 0.5, 0.25  # to time an implementation for, in all its turns
+
+
+@dataclass(frozen=True)
+class Row:
+    group: str
+    phase: str
+    dtype: str
+    size: Size
+    implementation: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.implementation}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group} {self.phase} {self.dtype} {self.size}"
+
+
+def rows(quick: bool, device: str) -> list[Row]:
+    cpu = device == "cpu"
+    sizes = (
+        (SMALL, Size(1024, 64, 784), Size(4096, 128, 3072))
+        if quick
+        else SIZES
+        if cpu
+        else GPU_SIZES
+    )
+    return [
+        Row(group, phase, dtype, size, implementation)
+        for group, implementations in IMPLEMENTATIONS.items()
+        for size in sizes
+        for dtype in (("fp32",) if quick else ("fp32", "bf16", "uint8"))
+        if dtype != "uint8" or (group != "latent" and size in LEVELS)
+        for phase in ((BOTH,) if quick else (FORWARD, BOTH))
+        for implementation in implementations
+        # Without gradients there is nothing to write in place.
+        if not (implementation == INPLACE and phase == FORWARD)
+        if not (cpu and implementation.endswith("max-autotune") and (group != "elbo" or quick))
+    ]
+
+
+@lru_cache(maxsize=1)
+def measured(group, phase, dtype, size, names, device, budget):
+    """What each implementation did: its facts, or why it is wrong."""
+    torch._dynamo.reset()
+    case = CASES[group](size, dtype, device)
+    steps, results = {}, {}
+    for name in names:
+        step = case.step(IMPLEMENTATIONS[group][name](), phase)
+        try:
+            case.reset()
+            case.check(step, phase)
+            steps[name] = step
+        except Wrong as why:
+            results[name] = why
+    clock = Clock(device, case.reset)
+    times = take_turns(clock, steps, budget) if budget else {}
+    for name, step in steps.items():
+        results[name] = {}
+        if budget:
+            turns, host = times[name]
+            results[name] = {
+                "turns": turns,
+                "host": min(min(t) for t in host),
+                "replayed": clock.replayed(step),
+                "peak": peak_bytes(step, case.reset, device),
+                "saved": saved_bytes(step, case.reset, lambda: case.inputs),
+            }
+    return case.bytes_moved(phase), results
+
+
+def test_loss(row, benchmark, hand_in, hand_in_wrong, device, quick, request):
+    names = tuple(r.implementation for r in rows(quick, device) if r.name == row.name)
+    budget = 0.0 if benchmark.disabled else QUICK_SECONDS if quick else SECONDS
+    row_of = row.group, row.phase, row.dtype, row.size
+    moved, results = measured(*row_of, names, device, budget)
+    result = results[row.implementation]
+    if isinstance(result, Wrong):
+        hand_in_wrong(row.name, row.implementation, str(result))
+    if result:
+        median = statistics.median(itertools.chain(*result["turns"]))
+        result = {**result, "bytes": moved, "share": moved / median / copy_bandwidth(device)}
+    facts = {
+        "of": row.group, "phase": row.phase, "dtype": row.dtype, "size": str(row.size),
+    }  # fmt: skip
+    hand_in(row.name, row.implementation, result.pop("turns", []), **facts, **result)

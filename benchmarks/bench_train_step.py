@@ -1,0 +1,220 @@
+"""A whole training step of an MLP and of a convolutional VAE, optimizer included.
+
+    pytest benchmarks --benchmark-only -k train_step
+
+The peers are the same networks with the loss in plain PyTorch, eager and compiled as a whole. Adam
+is PyTorch's fused one for all. Gradients are checked with a posterior so narrow that the noise,
+which is each implementation's own, does not show in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from cases import Wrong, close
+from measure import Clock, peak_bytes, saved_bytes, take_turns
+from peers import COMPILED, INPLACE, eager_latent, eager_likelihood, whole
+from runs import OURS
+
+from vae_fast import VAE
+
+SECONDS, QUICK_SECONDS = 1.0, 0.5
+NARROW = -40.0  # log σ² of a posterior without noise
+#: Operators that are matrix products, or convolutions, which are such.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::mkldnn_convolution", "aten::convolution_backward")
+PRODUCTS += ("aten::cudnn_convolution", "aten::cudnn_convolution_transpose", "aten::_convolution")
+PRODUCTS += ("aten::mkldnn_convolution_pointwise", "mkldnn::_convolution_pointwise")
+PRODUCTS += ("aten::slow_conv_transpose2d", "mkldnn::_linear_pointwise", "aten::bmm")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A VAE and its batch."""
+
+    kind: str
+    event: tuple[int, ...]
+    latent: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'x'.join(map(str, self.event))} B{self.batch}"
+
+    def make(self, **options) -> VAE:
+        torch.manual_seed(0)
+        return getattr(VAE, self.kind)(self.event, self.latent, **options)
+
+
+DIGITS = Model("mlp", (1, 8, 8), 10, 128)
+MNIST = Model("mlp", (1, 28, 28), 16, 128)
+CIFAR = Model("conv", (3, 32, 32), 64, 128)
+MODELS = (
+    DIGITS,
+    MNIST,
+    Model("mlp", (1, 28, 28), 16, 1024),
+    Model("conv", (1, 28, 28), 16, 128),
+    CIFAR,
+)
+GPU_MODELS = (*MODELS, Model("mlp", (1, 28, 28), 16, 16384), Model("conv", (3, 32, 32), 64, 1024))
+IN_BF16 = (MNIST, CIFAR)  # also timed under autocast
+
+
+def plain(vae: VAE) -> Callable:
+    """The VAE with its loss in plain PyTorch."""
+
+    def loss(x):
+        lo, hi = vae.elbo.likelihood_clamp
+
+        def decode(z):
+            mean, logvar = vae.decoder(z).chunk(2, dim=1)
+            return mean.flatten(1), logvar.flatten(1).clamp(lo, hi)
+
+        mu, logvar = vae.encoder(x).chunk(2, dim=1)
+        return whole(eager_latent, eager_likelihood)(x.flatten(1), mu, logvar, decode)
+
+    return loss
+
+
+def ours(vae: VAE) -> Callable:
+    return lambda x: vae(x).loss
+
+
+def implementations() -> dict[str, tuple[dict, Callable]]:
+    """Options of the VAE, and what makes the loss of it."""
+    return {
+        "eager": ({}, plain),
+        **{
+            name: ({}, lambda vae, mode=mode: torch.compile(plain(vae), dynamic=False, mode=mode))
+            for name, mode in COMPILED.items()
+        },
+        OURS: ({}, ours),
+        INPLACE: ({"inplace": True}, ours),
+        f"{OURS} compiled": ({}, lambda vae: torch.compile(ours(vae), dynamic=False)),
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    dtype: str
+    model: Model
+    implementation: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.implementation}"
+
+    @property
+    def name(self) -> str:
+        return f"train_step {self.dtype} {self.model}"
+
+
+def rows(quick: bool, device: str) -> list[Row]:
+    models = (DIGITS, MNIST) if quick else MODELS if device == "cpu" else GPU_MODELS
+    return [
+        Row(dtype, model, name)
+        for model in models
+        for dtype in ("fp32", "bf16")
+        if dtype == "fp32" or (model in IN_BF16 and not quick)
+        for name in implementations()
+        # On a CPU it tries matrix products for minutes: one model shows what they gain.
+        if not (device == "cpu" and name.endswith("max-autotune") and (model is not MNIST or quick))
+    ]
+
+
+class Step:
+    """One step of training; networks, optimizer and data of its own."""
+
+    def __init__(self, model: Model, name: str, dtype: str, device: str) -> None:
+        options, make = implementations()[name]
+        self.vae = model.make(**options).to(device)
+        self.loss = make(self.vae)
+        self.x = torch.rand(model.batch, *model.event, device=device)
+        self.optimizer = torch.optim.Adam(self.vae.parameters(), fused=True)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+        self.exact = 1e-3 if dtype == "fp32" else 0.1
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        with self.autocast:
+            loss = self.loss(self.x)
+        loss.backward()
+        self.optimizer.step()
+
+    def check(self) -> None:
+        """Raise Wrong unless every parameter's gradient is right."""
+        with narrow(self.vae):
+            exact = copy.deepcopy(self.vae).double()
+            plain(exact)(self.x.double()).backward()
+            self.optimizer.zero_grad()
+            with self.autocast:
+                self.loss(self.x).backward()
+        for (name, got), want in zip(self.vae.named_parameters(), exact.parameters(), strict=True):
+            close(name, got.grad, want.grad, self.exact)
+
+
+@contextmanager
+def narrow(vae: VAE):
+    """The posterior's log σ² far below what could be seen."""
+    last = vae.encoder[-1]
+    half = last.bias.detach()[len(last.bias) // 2 :]
+    half += NARROW
+    yield
+    half -= NARROW
+
+
+def seconds_in_products(step: Callable, device: str) -> float:
+    """Of one step, by the profiler, the least of three."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    least = float("inf")
+    for _ in range(3):
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+        events = [e for e in profile.key_averages() if e.key in PRODUCTS]
+        own = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+        least = min(least, sum(getattr(e, own) for e in events) / 1e6)
+    return least
+
+
+@lru_cache(maxsize=1)
+def measured(dtype, model, names, device, budget):
+    """What each implementation did: its facts, or why it is wrong."""
+    torch._dynamo.reset()
+    steps, results = {}, {}
+    for name in names:
+        step = Step(model, name, dtype, device)
+        try:
+            step.check()
+            steps[name] = step
+        except Wrong as why:
+            results[name] = why
+    clock = Clock(device, lambda: None)
+    times = take_turns(clock, steps, budget) if budget else {}
+    for name, step in steps.items():
+        results[name] = {}
+        if budget:
+            turns, host = times[name]
+            seconds = statistics.median(s for turn in turns for s in turn)
+            results[name] = {
+                "turns": turns,
+                "host": min(min(t) for t in host),
+                "outside": 1 - seconds_in_products(step, device) / seconds,
+                "peak": peak_bytes(step, lambda: None, device),
+                "saved": saved_bytes(step, lambda: None, lambda s=step: [s.x, *s.vae.parameters()]),
+            }
+    return results
+
+
+def test_train_step(row, benchmark, hand_in, hand_in_wrong, device, quick):
+    names = tuple(r.implementation for r in rows(quick, device) if r.name == row.name)
+    budget = 0.0 if benchmark.disabled else QUICK_SECONDS if quick else SECONDS
+    result = measured(row.dtype, row.model, names, device, budget)[row.implementation]
+    if isinstance(result, Wrong):
+        hand_in_wrong(row.name, row.implementation, str(result))
+    facts = {"of": "train_step", "phase": "step", "dtype": row.dtype, "size": str(row.model)}
+    hand_in(row.name, row.implementation, result.pop("turns", []), **facts, **result)

@@ -1,0 +1,285 @@
+"""What is timed: tensors of one size, steps on them, the right results, and the bytes of a step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from measure import last_level_cache
+from peers import LOG_2PI
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "uint8": torch.float32}  # uint8: x alone
+FORWARD, BOTH = "forward", "forward+backward"
+LARGE = 1 << 25  # bytes; what the layer before wrote of larger tensors, no cache still has
+CHECKED = 1 << 21  # elements whose gradients are checked, in rows evenly spread
+
+
+@dataclass(frozen=True)
+class Size:
+    """Batch, latent elements and data elements."""
+
+    batch: int
+    latent: int
+    data: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} L{self.latent} D{self.data}"
+
+
+class Wrong(AssertionError):
+    """A result that is not right: whoever made it is not timed."""
+
+
+def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Raise Wrong unless the largest error is a small share of the largest value."""
+    error = (got.double() - want).abs().max() / want.abs().max()
+    if not error < tolerance:  # a NaN is not close
+        raise Wrong(f"{name}: relative error {error:.2g}")
+
+
+def standard_normal(eps: Tensor) -> None:
+    n = eps.numel()
+    mean, square = eps.mean(), eps.square().mean()
+    if not (abs(mean) < 6 / n**0.5 + 1e-4 and abs(square - 1) < 6 * (2 / n) ** 0.5 + 1e-3):
+        raise Wrong(f"noise: mean {mean:.2g}, mean square {square:.4g}")
+
+
+class _Decoded(torch.autograd.Function):
+    """Stands for a decoder: hands out its output, and takes the output's gradient."""
+
+    @staticmethod
+    def forward(ctx, z, case):
+        ctx.case = case
+        return case.mean.detach(), case.logvar_x.detach()
+
+    @staticmethod
+    def backward(ctx, g_mean, g_logvar):
+        ctx.case.g_mean, ctx.case.g_logvar_x = g_mean, g_logvar
+        return None, None
+
+
+class Case:
+    """Tensors of one size in one dtype.
+
+    Large tensors come in as many copies as no cache holds, which take turns; smaller ones are where
+    the layer before would have left them.
+    """
+
+    group: str
+
+    def __init__(self, size: Size, dtype: str, device: str) -> None:
+        torch.manual_seed(0)
+        self.size, self.dtype, self.device = size, DTYPES[dtype], device
+        small, large = (size.batch, size.latent), (size.batch, size.data)
+        self.exact = 1e-4 if self.dtype == torch.float32 else 0.1
+        if self.group != "likelihood":
+            self.mu = self._randn(small).requires_grad_()
+            self.logvar = (self._randn(small) - 1).requires_grad_()
+        if self.group == "latent":
+            self.upstream = self._randn(small), *torch.randn(2, size.batch, device=device)
+            self.step_bytes = 5 * size.batch * size.latent * self.dtype.itemsize
+            return
+        x = torch.rand(large, device=device) * 255 if dtype == "uint8" else self._randn(large)
+        x = x.to(torch.uint8) if dtype == "uint8" else x
+        self._mean, self._logvar_x = self._randn(large), 0.5 * self._randn(large)
+        self.step_bytes = 5 * x.numel() * self.dtype.itemsize
+        copies = 1
+        if self._mean.nbytes >= LARGE:
+            copies = max(1, math.ceil(2 * last_level_cache(device) / self.step_bytes))
+        self._sets = itertools.cycle(
+            [
+                (x.clone(), *torch.empty(2, *large, dtype=self.dtype, device=device))
+                for _ in range(copies)
+            ]
+        )
+        self.reset()
+
+    def _randn(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def reset(self) -> None:
+        """Before every step: new decoder outputs (one may have been overwritten), no gradients."""
+        if self.group != "likelihood":
+            self.mu.grad = self.logvar.grad = None
+        if self.group != "latent":
+            self.x, self.mean, self.logvar_x = next(self._sets)
+            self.mean.copy_(self._mean)
+            self.logvar_x.copy_(self._logvar_x)
+            self.g_mean = self.g_logvar_x = None
+
+    def step(self, function: Callable, phase: str) -> Callable[[], object]:
+        """The step that is timed."""
+        raise NotImplementedError
+
+    def check(self, step: Callable[[], object], phase: str) -> None:
+        """Raise Wrong unless the step's results are right."""
+        raise NotImplementedError
+
+    def bytes_moved(self, phase: str) -> int:
+        """The bytes that a step cannot avoid: each input read once, each result written once."""
+        raise NotImplementedError
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What a loss is given, whoever computes it."""
+        return [
+            t
+            for n in ("x", "mu", "logvar", "mean", "logvar_x")
+            if (t := getattr(self, n, None)) is not None
+        ]
+
+    def _rows(self) -> slice:
+        return slice(None, None, max(1, self.size.batch * self.size.data // CHECKED))
+
+    def _decoder_gradients(self, phase: str) -> None:
+        """Those of the mean likelihood, in the rows that are checked."""
+        if phase == FORWARD:
+            return
+        rows = self._rows()
+        x, mean, s = self._data(rows)
+        precision = torch.exp(-s)
+        r = x - mean
+        g_mean, g_s = self.g_mean[rows], self.g_logvar_x[rows]
+        close("decoder mean", g_mean.double() * self.size.batch, -r * precision, self.exact)
+        close(
+            "decoder scale",
+            g_s.double() * self.size.batch,
+            0.5 * (1 - r * r * precision),
+            self.exact,
+        )
+
+    def _data(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.x[rows].double()
+        if self.x.dtype == torch.uint8:
+            x /= 255
+        return x, self._mean[rows].double(), self._logvar_x[rows].double()
+
+    def _nll(self) -> float:
+        """The exact mean of the rows' −log p(x|z)."""
+        if not hasattr(self, "_exact_nll"):
+            total = 0.0
+            for start in range(0, self.size.batch, 1024):
+                x, mean, s = self._data(slice(start, start + 1024))
+                total += 0.5 * ((x - mean).square() * torch.exp(-s) + s + LOG_2PI).sum().item()
+            self._exact_nll = total / self.size.batch
+        return self._exact_nll
+
+
+class Latent(Case):
+    """Sampling, log q(z|x) and log p(z); backward from gradients of all three."""
+
+    group = "latent"
+
+    def step(self, function, phase):
+        inputs = self.mu, self.logvar
+        if phase == FORWARD:
+            return torch.no_grad()(lambda: function(*inputs))
+
+        def both():
+            z, log_q, log_p = function(*inputs)
+            g_z, g_q, g_p = self.upstream
+            upstream = g_z, g_q.to(log_q.dtype), g_p.to(log_p.dtype)
+            return z, log_q, log_p, torch.autograd.grad((z, log_q, log_p), inputs, upstream)
+
+        return both
+
+    def check(self, step, phase):
+        results = step()
+        mu, logvar = self.mu.detach().double(), self.logvar.detach().double()
+        sigma = torch.exp(0.5 * logvar)
+        z = results[0].double()
+        eps = (z - mu) / sigma
+        if self.dtype == torch.float32:
+            standard_normal(eps)
+        log_q = -0.5 * (eps.square() + logvar + LOG_2PI).sum(1)
+        close("log_q", results[1], log_q, self.exact)
+        close("log_p", results[2], -0.5 * (z.square() + LOG_2PI).sum(1), self.exact)
+        if phase == BOTH:
+            g_z, g_q, g_p = (g.double() for g in self.upstream)
+            h = g_z - g_p[:, None] * z
+            close("mu", results[3][0], h, self.exact)
+            close("logvar", results[3][1], 0.5 * (sigma * eps * h - g_q[:, None]), self.exact)
+
+    def bytes_moved(self, phase):
+        """μ and the scale in, z out; for the backward pass those and z's gradient in, two out."""
+        return (3 if phase == FORWARD else 8) * self.mu.nbytes
+
+
+class Likelihood(Case):
+    """−log p(x|z), averaged over the batch."""
+
+    group = "likelihood"
+
+    def step(self, function, phase):
+        if phase == FORWARD:
+            return torch.no_grad()(lambda: function(self.x, self.mean, self.logvar_x))
+
+        def both():
+            # Not leaves, as a decoder's output is none: inplace refuses those.
+            mean, logvar = _Decoded.apply(self._leaf, self)
+            value = function(self.x, mean, logvar)
+            value.backward()
+            return value
+
+        self._leaf = torch.zeros((), device=self.device, requires_grad=True)
+        return both
+
+    def check(self, step, phase):
+        close("loss", step().detach(), torch.tensor(self._nll()), self.exact)
+        self._decoder_gradients(phase)
+
+    def bytes_moved(self, phase):
+        """x, mean and scale in, two gradients out."""
+        return self.x.nbytes + (2 if phase == FORWARD else 4) * self.mean.nbytes
+
+
+class ELBO(Case):
+    """The whole loss given the decoder's output, with the decoder's place held."""
+
+    group = "elbo"
+
+    def step(self, function, phase):
+        if phase == FORWARD:
+            decode = lambda z: (self.mean, self.logvar_x)  # noqa: E731
+            return torch.no_grad()(lambda: function(self.x, self.mu, self.logvar, decode))
+
+        def both():
+            value = function(self.x, self.mu, self.logvar, lambda z: _Decoded.apply(z, self))
+            value.backward()
+            return value
+
+        return both
+
+    def check(self, step, phase):
+        """The noise is the implementation's own: it is recovered from the gradient of μ, which is
+        z/B here, must be standard normal, and must explain the rest."""
+        value = step().detach().double().cpu()
+        mu, logvar = self.mu.detach().double(), self.logvar.detach().double()
+        if phase == FORWARD:
+            kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1).mean().cpu()
+            # One sample per row: the estimate of KL scatters around it.
+            spread = 6 * (3 * self.size.latent / self.size.batch) ** 0.5
+            if not abs(value - self._nll() - kl) < spread + self.exact * abs(self._nll()):
+                raise Wrong(f"loss {value:.6g}, not {self._nll() + kl:.6g}")
+            return
+        sigma = torch.exp(0.5 * logvar)
+        z = self.mu.grad.double() * self.size.batch
+        eps = (z - mu) / sigma
+        if self.dtype == torch.float32:
+            standard_normal(eps)
+        log_ratio = 0.5 * (z.square() - eps.square() - logvar).sum(1).mean().cpu()
+        close("loss", value, self._nll() + log_ratio, self.exact)
+        g_logvar = self.logvar.grad.double() * self.size.batch
+        close("logvar", g_logvar, 0.5 * (sigma * eps * z - 1), self.exact)
+        self._decoder_gradients(phase)
+
+    def bytes_moved(self, phase):
+        """Those of both passes."""
+        return Latent.bytes_moved(self, phase) + Likelihood.bytes_moved(self, phase)
+
+
+CASES = {case.group: case for case in (Latent, Likelihood, ELBO)}

@@ -1,0 +1,213 @@
+"""How steps are measured: time in turns, copy bandwidth, memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vae_fast import buffers
+
+TURNS = 5  # of each implementation, so that whatever else the machine does slows all of them
+WARM_UP = 2  # steps at the start of a turn that are not timed
+MOST = 100  # timed steps in a turn
+
+Step = Callable[[], object]
+
+
+class Clock:
+    """Times steps on a device.
+
+    On a GPU the seconds are those between events before and after the step, with the steps queued
+    one behind the other: the device's time, or the host's where it cannot keep up.
+    """
+
+    def __init__(self, device: str, reset: Callable[[], None]) -> None:
+        self.cuda, self.reset = device.startswith("cuda"), reset
+
+    def turn(self, step: Step, budget: float) -> tuple[list[float], list[float]]:
+        """Seconds of each timed step, and the host's share of them, for ``budget`` seconds."""
+        for _ in range(WARM_UP):
+            self.reset()
+            first = time.perf_counter()
+            step()
+            self.wait()
+            once = time.perf_counter() - first
+        seconds, host, events = [], [], []
+        for _ in range(max(1, min(MOST, int(budget / once)))):
+            self.reset()
+            if self.cuda:
+                events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+                events[-1][0].record()
+            start = time.perf_counter()
+            step()
+            host.append(time.perf_counter() - start)
+            if self.cuda:
+                events[-1][1].record()
+        self.wait()
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in events] if self.cuda else host
+        return seconds, host
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def replayed(self, step: Step, times: int = 20) -> float | None:
+        """Seconds of a step replayed as a CUDA graph: no host at all. None if it can't be one."""
+        if not self.cuda:
+            return None
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self.reset()
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            graph.replay()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(times):
+                graph.replay()
+            end.record()
+            self.wait()
+        except RuntimeError:  # a step that has a graph of its own, say
+            self.wait()
+            return None
+        return start.elapsed_time(end) / 1e3 / times
+
+
+def take_turns(clock: Clock, steps: dict[str, Step], budget: float) -> dict[str, list[list[float]]]:
+    """(seconds, host seconds) of every implementation: a list for each turn of each."""
+    taken = {name: ([], []) for name in steps}
+    for _ in range(TURNS):
+        for name, step in steps.items():
+            for kept, new in zip(taken[name], clock.turn(step, budget / TURNS), strict=True):
+                kept.append(new)
+    return taken
+
+
+@functools.cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a copy moves, read and written, between tensors larger than caches."""
+    size = (1 << 28) if device.startswith("cuda") else (1 << 26)
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device, lambda: None)
+    seconds, _ = clock.turn(lambda: target.copy_(source), 1.0)
+    return 2 * source.nbytes / min(seconds)
+
+
+def peak_bytes(step: Step, reset: Callable[[], None], device: str) -> int:
+    """The most memory that PyTorch's allocator held for a step at once, beyond its inputs."""
+    reset()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    buffers.clear()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(step: Step, reset: Callable[[], None], inputs: Callable[[], list]) -> int:
+    """Memory kept from the forward pass for the backward pass, beyond what ``inputs`` returns."""
+    reset()
+    own = {t.untyped_storage().data_ptr() for t in inputs()}
+    saved: dict[int, int] = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(saved.values())
+
+
+@functools.cache
+def last_level_cache(device: str) -> int:
+    """Bytes; 32 MiB where nobody says."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes) or 32 << 20
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the figures depend on."""
+    import vae_fast
+
+    facts = {
+        "device": device.split(":")[0],
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "vae_fast": vae_fast.__version__,
+        "backend": vae_fast.backends.backend_for(facts_device := device.split(":")[0]),
+        "compiler": _compiler(),
+        "python": platform.python_version(),
+        "copy GB/s": round(copy_bandwidth(device) / 1e9, 1),
+        "cache MiB": round(last_level_cache(device) / 2**20, 1),
+    }
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        pass
+    if facts_device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda or torch.version.hip
+        facts["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+    else:
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        # torch.compile's code is scalar, and no fair peer, where its test for vectors fails.
+        facts["torch.compile's vectors"] = str(pick_vec_isa()) or "none"
+    return facts
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _compiler() -> str:
+    return _output(os.environ.get("CXX", "c++"), "--version").split("\n")[0]
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

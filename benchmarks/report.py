@@ -1,0 +1,194 @@
+"""Turns a saved run into tables and pictures, under benchmarks/results/<machine>/.
+
+pytest benchmarks --benchmark-only --benchmark-json=bench.json
+python -m benchmarks.report bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.runs import OURS, Group, load, shrink
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TITLES = {
+    "latent": "Latent pass: z, log q(z|x), log p(z)",
+    "likelihood": "Likelihood pass: the mean of −log p(x|z)",
+    "elbo": "Whole loss, given the decoder's output",
+    "train_step": "Whole training step, optimizer included",
+}
+INPLACE = f"{OURS} inplace"
+PREFACE = """\
+All implementations of a row ran in one process, on the same tensors, in turns; results were checked
+before they were timed. Times are medians. *Ratio* is the best peer's time over ours. *Of copy* is
+the share of this machine's copy bandwidth that the bytes which have to move were moved at. *Saved*
+is what is kept from the forward to the backward pass beyond the loss's inputs, *peak* what is held
+at once beyond them.
+"""
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def size(number: float) -> str:
+    return f"{number / 1e6:.3g} MB" if number >= 1e6 else f"{number / 1e3:.3g} kB"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0]), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary(groups: list[Group]) -> str:
+    """A line for each row: ours against the best peer."""
+    step = groups[0].of == "train_step"
+    last = "outside products" if step else "of copy"
+
+    def line(group: Group) -> Iterable[str]:
+        yield from ([] if step else [group.phase])
+        yield from (group.dtype, group.size, group.best_peer)
+        yield duration(group.rows[group.best_peer]["median"])
+        for name in (OURS, INPLACE):
+            facts = group.rows.get(name)
+            share = facts and facts.get("outside" if step else "share")
+            yield duration(facts["median"]) if facts else ""
+            yield f"**{group.ratio(name):.1f}×**" if facts else ""
+            yield f"{share:.0%}" if share is not None else ""
+
+    header = [*([] if step else ["phase"]), "dtype", "size", "best peer", "its time"]
+    header += [OURS, "ratio", last, "inplace", "ratio", last]
+    return table(header, map(line, groups))
+
+
+def details(groups: list[Group]) -> str:
+    """A line for each implementation."""
+
+    def lines() -> Iterable[Iterable[str]]:
+        for group in groups:
+            for name, facts in sorted(group.rows.items(), key=lambda row: row[1]["median"]):
+                share = facts.get("share", facts.get("outside"))
+                yield (
+                    f"{group.phase} {group.dtype} {group.size}",
+                    name,
+                    duration(facts["median"]),
+                    duration(facts["host"]),
+                    duration(facts["replayed"]) if facts.get("replayed") else "",
+                    f"{group.ratio(name):.2f}",
+                    "" if share is None else f"{share:.0%}",
+                    size(facts["bytes"]) if facts.get("bytes") else "",
+                    size(facts["saved"]),
+                    size(facts["peak"]),
+                )
+
+    share = "outside products" if groups[0].of == "train_step" else "of copy"
+    header = ("row", "implementation", "median", "host", "graph replay", "ratio", share)
+    return table((*header, "to move", "saved", "peak"), lines())
+
+
+def report(machine: dict, groups: list[Group]) -> str:
+    """The Markdown page."""
+    by_loss = {of: [g for g in groups if g.of == of] for of in TITLES}
+    by_loss = {of: found for of, found in by_loss.items() if found}
+    parts = [f"# Benchmarks: {name(machine)}", PREFACE]
+    parts.append(table(("machine", ""), ((str(k), str(v)) for k, v in machine.items())))
+    for picture in PICTURES:
+        parts.append(f"![{picture}]({picture}.png)")
+    for of, found in by_loss.items():
+        parts += [f"## {TITLES[of]}", summary(found)]
+    parts.append("## Every implementation")
+    parts.append(
+        "*Host* is the least time in which the call returned; on a GPU the device may still be "
+        "busy then. *Graph replay* is the step as a CUDA graph: the device alone."
+    )
+    for of, found in by_loss.items():
+        parts += [f"### {TITLES[of]}", details(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def name(machine: dict) -> str:
+    on = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    return re.sub(r"\((R|TM)\)", "", on)
+
+
+def slug(machine: dict) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name(machine).lower()).strip("-")
+
+
+Value = Callable[[Group, str], float | None]
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+
+def _lines(
+    groups: list[Group], value: Callable[[Group, str], float | None], label: str, path: Path
+):
+    """For each loss a panel: a line for each implementation, over the sizes in fp32."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    last = {g.of: g.phase for g in groups}
+    drawn = [g for g in groups if g.dtype == "fp32" and g.phase == last[g.of]]
+    losses = list(dict.fromkeys(g.of for g in drawn))
+    figure, panels = plt.subplots(
+        1, len(losses), figsize=(4.6 * len(losses), 4.4), squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(n for g in drawn for n in g.rows))
+    colours = {n: f"C{i}" for i, n in enumerate(names)}
+    for panel, of in zip(panels[0], losses, strict=True):
+        own = [g for g in drawn if g.of == of]
+        for n in names:
+            points = [(i, value(g, n)) for i, g in enumerate(own) if n in g.rows]
+            points = [(i, v) for i, v in points if v is not None]
+            if points:
+                own_line = n.startswith(OURS)
+                style = {"lw": 2.4, "marker": "o"} if own_line else {"ls": "--", "marker": "."}
+                panel.plot(*zip(*points, strict=True), color=colours[n], label=n, **style)
+        panel.set_title(f"{of}, {last[of]}, fp32", fontsize=10)
+        panel.set_xticks(
+            range(len(own)), [g.size for g in own], rotation=30, ha="right", fontsize=8
+        )
+        panel.grid(alpha=0.3)
+        if panel.lines and min(min(line.get_ydata()) for line in panel.lines) > 0:
+            panel.set_yscale("log")
+    panels[0][0].set_ylabel(label)
+    handles = {
+        h.get_label(): h for panel in panels[0] for h in panel.get_legend_handles_labels()[0]
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PICTURES: dict[str, tuple[str, Value]] = {
+    "ratio": ("speed relative to the best peer (its time / this time)", Group.ratio),
+    "bandwidth": ("share of copy bandwidth", lambda g, n: g.rows[n].get("share")),
+    "memory": ("peak memory beyond the inputs, MB", lambda g, n: g.rows[n]["peak"] / 1e6 or None),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--out", type=Path, help="folder; by default one named after the machine")
+    args = parser.parse_args()
+    machine, groups = load(args.run)
+    out = args.out or RESULTS / slug(machine)
+    out.mkdir(parents=True, exist_ok=True)
+    shrink(args.run, out / "run.json")
+    for picture, (label, value) in PICTURES.items():
+        shown = [g for g in groups if picture != "bandwidth" or g.of != "train_step"]
+        _lines(shown, value, label, out / f"{picture}.png")
+    (out / "README.md").write_text(report(machine, groups))
+    print(out / "README.md")
+
+
+if __name__ == "__main__":
+    main()

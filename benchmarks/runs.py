@@ -1,0 +1,72 @@
+"""Saved runs of the benchmarks: reading, and shrinking to what a report needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OURS = "vae_fast"
+
+
+def is_ours(implementation: str) -> bool:
+    return implementation.startswith(OURS)
+
+
+@dataclass
+class Group:
+    """Rows of one loss, phase, dtype and size; the facts of each implementation."""
+
+    of: str
+    phase: str
+    dtype: str
+    size: str
+    rows: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def best_peer(self) -> str:
+        peers = [name for name in self.rows if not is_ours(name)]
+        return min(peers, key=lambda name: self.rows[name]["median"])
+
+    def ratio(self, implementation: str) -> float:
+        """How many times the best peer's time it fits into."""
+        return self.rows[self.best_peer]["median"] / self.rows[implementation]["median"]
+
+    def ours(self) -> Iterator[str]:
+        return (name for name in self.rows if is_ours(name))
+
+
+def load(path: Path) -> tuple[dict, list[Group]]:
+    """The machine's facts and the groups of a run, in its order.
+
+    Args:
+        path: what ``--benchmark-json`` wrote, or ``run.json`` of a report.
+    """
+    saved = json.loads(Path(path).read_text())
+    groups: dict[str, Group] = {}
+    for bench in saved["benchmarks"]:
+        facts = dict(bench["extra_info"])
+        place = {name: facts.pop(name) for name in ("of", "phase", "dtype", "size")}
+        facts["median"] = bench["stats"]["median"]
+        group = groups.setdefault(bench["group"], Group(**place))
+        group.rows[facts.pop("implementation")] = facts
+    return saved["machine_info"]["vae_fast"], list(groups.values())
+
+
+def shrink(source: Path, target: Path) -> None:
+    """Copy a run without what no report needs: a row a line, four digits a number."""
+    saved = json.loads(Path(source).read_text())
+    rows = [
+        {
+            "group": bench["group"],
+            "stats": {"median": bench["stats"]["median"]},
+            "extra_info": bench["extra_info"],
+        }
+        for bench in saved["benchmarks"]
+        if "implementation" in bench["extra_info"]
+    ]
+    rounded = json.loads(json.dumps(rows), parse_float=lambda text: float(f"{float(text):.4g}"))
+    machine = json.dumps({"vae_fast": saved["machine_info"]["vae_fast"]}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in rounded)
+    target.write_text(f'{{"machine_info": {machine},\n"benchmarks": [\n{lines}\n]}}\n')

@@ -1,0 +1,139 @@
+"""The benchmarks' own judgement: what they refuse to time, what they report and call slower."""
+
+import json
+import sys
+
+import cases
+import peers
+import pytest
+import torch
+
+from benchmarks import compare, report, runs
+
+SIZE = cases.Size(64, 16, 784)
+NAMES = [
+    (group, name)
+    for group, implementations in peers.IMPLEMENTATIONS.items()
+    for name in implementations
+    if not name.startswith("torch.compile")
+]
+
+
+@pytest.mark.parametrize("phase", [cases.FORWARD, cases.BOTH])
+@pytest.mark.parametrize(("group", "name"), NAMES)
+def test_whoever_is_right_passes_the_check(group, name, phase):
+    for dtype in ("fp32", "bf16", "uint8"):
+        if (group, dtype) != ("latent", "uint8"):
+            case = cases.CASES[group](SIZE, dtype, "cpu")
+            case.check(case.step(peers.IMPLEMENTATIONS[group][name](), phase), phase)
+
+
+def _without_noise(mu, logvar):
+    log_q = -0.5 * (logvar + peers.LOG_2PI).sum(1)
+    return mu + 0 * logvar, log_q, -0.5 * (mu.square() + peers.LOG_2PI).sum(1)
+
+
+def _no_constant(x, mean, logvar):
+    return 0.5 * ((x - mean).square() * torch.exp(-logvar) + logvar).sum(1)
+
+
+def _detached_scale(x, mean, logvar):
+    value = peers.eager_likelihood(x, mean, logvar)
+    return value - 0.5 * (logvar - logvar.detach()).sum(1)
+
+
+WRONG = [
+    ("latent", _without_noise, cases.FORWARD),
+    ("likelihood", peers.mean_of(_no_constant), cases.FORWARD),
+    ("likelihood", peers.mean_of(_detached_scale), cases.BOTH),
+    ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.BOTH),
+    ("elbo", peers.whole(peers.eager_latent, _no_constant), cases.FORWARD),
+    ("elbo", peers.whole(peers.eager_latent, _detached_scale), cases.BOTH),
+]
+
+
+@pytest.mark.parametrize(("group", "function", "phase"), WRONG)
+def test_whoever_is_wrong_is_found_out(group, function, phase):
+    case = cases.CASES[group](SIZE, "fp32", "cpu")
+    with pytest.raises(cases.Wrong):
+        case.check(case.step(function, phase), phase)
+
+
+# ---- reports and comparisons -------------------------------------------------------------------
+
+
+def a_run(path, times, jitter=0.01):
+    """What pytest-benchmark would have written: for each group a median for each implementation."""
+    benchmarks = []
+    for group, medians in times.items():
+        of, phase, dtype, *size = group.split()
+        for implementation, median in medians.items():
+            facts = dict(implementation=implementation, of=of, phase=phase, dtype=dtype)
+            facts |= dict(size=" ".join(size), host=median, peak=2000000, saved=1000)
+            facts |= dict(turns=[median * (1 + jitter * i) for i in (-1, 0, 1)])
+            facts |= {"outside": 0.25} if of == "train_step" else {"bytes": 500, "share": 0.5}
+            row = {"group": group, "stats": {"median": median, "data": [0.0]}, "name": "x"}
+            benchmarks.append(row | {"extra_info": facts})
+    machine = {"processor": "Some(R) CPU", "threads": 2, "torch": "2.13.0"}
+    saved = {"machine_info": {"vae_fast": machine, "node": "secret"}, "benchmarks": benchmarks}
+    path.write_text(json.dumps(saved))
+    return path
+
+
+ELBO, STEP = "elbo forward+backward fp32 B64 L16 D784", "train_step step fp32 mlp 1x8x8 B128"
+TIMES = {
+    ELBO: {"eager": 4e-3, "torch.compile": 3e-3, "vae_fast": 1e-3, "vae_fast inplace": 5e-4},
+    STEP: {"eager": 2e-3, "torch.compile": 3e-3, "vae_fast": 1e-3, "vae_fast inplace": 1e-3},
+}
+
+
+def test_the_report_has_ratios_and_pictures(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "bench.json", TIMES)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--out", str(out)])
+    report.main()
+    text = (out / "README.md").read_text()
+    elbo = next(line for line in text.splitlines() if line.startswith("| forward+backward | fp32"))
+    cells = [cell.strip() for cell in elbo.split("|")]
+    assert cells[4:6] == ["torch.compile", "3 ms"]
+    assert cells[6:12] == ["1 ms", "**3.0×**", "50%", "500 µs", "**6.0×**", "50%"]
+    step = next(line for line in text.splitlines() if line.startswith("| fp32 | mlp"))
+    assert "| eager | 2 ms | 1 ms | **2.0×** | 25% |" in step
+    for picture in report.PICTURES:
+        assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({picture}.png)" in text
+    # What is kept gives the same report, without the machine's other facts.
+    kept = (out / "run.json").read_text()
+    assert "secret" not in kept
+    assert report.report(*runs.load(out / "run.json")) == text
+    assert report.slug(runs.load(run)[0]) == "some-cpu-2-threads"
+
+
+def compared(tmp_path, before, after, monkeypatch, capsys):
+    files = [a_run(tmp_path / "a.json", before), a_run(tmp_path / "b.json", after)]
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+    code = compare.main()
+    return code, capsys.readouterr().out
+
+
+def changed(factor, only=None):
+    return {
+        group: {n: t * (factor if only in (None, n) else 1) for n, t in medians.items()}
+        for group, medians in TIMES.items()
+    }
+
+
+def test_comparing_finds_the_rows_that_got_slower(tmp_path, monkeypatch, capsys):
+    code, printed = compared(tmp_path, TIMES, changed(1.3, "vae_fast"), monkeypatch, capsys)
+    assert code == 1
+    assert printed.count("slower   1.30x") == 2
+    assert "inplace" not in printed
+    code, printed = compared(tmp_path, changed(1.3, "vae_fast"), TIMES, monkeypatch, capsys)
+    assert code == 0
+    assert printed.count("faster   0.77x") == 2
+
+
+def test_comparing_forgives_a_slower_machine_and_noise(tmp_path, monkeypatch, capsys):
+    for after in (changed(1.5), changed(1.04, "vae_fast")):
+        code, printed = compared(tmp_path, TIMES, after, monkeypatch, capsys)
+        assert (code, printed) == (0, "4 rows, 0 slower\n")
