@@ -168,7 +168,7 @@ def _lines(
 
 
 PICTURES: dict[str, tuple[str, Value]] = {
-    "ratio": ("speed relative to the best peer (its time / this time)", Group.ratio),
+    "ratio": ("speed (the best peer = 1)", Group.ratio),
     "bandwidth": ("share of copy bandwidth", lambda g, n: g.rows[n].get("share")),
     "memory": ("peak memory beyond the inputs, MB", lambda g, n: g.rows[n]["peak"] / 1e6 or None),
 }

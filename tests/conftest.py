@@ -1,6 +1,8 @@
 """What the tests share: the Triton interpreter's switch, the backends, and error measures."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ if not torch.cuda.is_available():
 
 import vae_fast
 from vae_fast import backends
+
+# The benchmarks, which are not installed; last, so that what is installed is what is tested.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 FUSED = ("cpp", "triton")
 
