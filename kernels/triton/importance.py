@@ -71,7 +71,7 @@ def importance_forward(
     weights = torch.empty((samples, batch), dtype=nll.dtype, device=nll.device)
     if batch == 0:
         return bound, weights
-    with on_device(nll):
+    with on_device(nll, "importance forward"):
         importance_kernel[(triton.cdiv(batch, _ROWS),)](
             nll.contiguous(), log_q.contiguous(), None if log_p is None else log_p.contiguous(),
             bound, weights, samples, batch, beta, math.log(samples),

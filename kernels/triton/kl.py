@@ -141,7 +141,7 @@ def gaussian_kl_forward(
 
     tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
     config = _config(tensors)
-    with on_device(mu):
+    with on_device(mu, "kl forward"):
         kl_forward_kernel[(triton.cdiv(batch, config.rows),)](
             *tensors, kl, batch, mu[0].numel(), config.steps, *strides, lo, hi,
             PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
@@ -166,7 +166,7 @@ def gaussian_kl_backward(
 
     tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
     config = _config(tensors)
-    with on_device(mu):
+    with on_device(mu, "kl backward"):
         kl_backward_kernel[(triton.cdiv(batch, config.rows) * config.steps,)](
             g_kl, *tensors, *gradients, batch, mu[0].numel(), config.steps,
             g_kl.stride(0), *strides, lo, hi,

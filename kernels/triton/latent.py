@@ -200,7 +200,7 @@ def latent_forward(
     scale, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
     itemsize = min(mu.element_size(), scale.element_size())
     config = latent_config(batch, size, itemsize, *machine(mu))
-    with on_device(mu):
+    with on_device(mu, "latent forward"):
         latent_forward_kernel[(triton.cdiv(batch, config.rows) * samples,)](
             mu, scale, key, z, log_q, log_p,
             batch, samples, size, first_row, config.steps, mu_row, mu_col, scale_row, scale_col,
@@ -238,7 +238,7 @@ def latent_backward(
     itemsize = min(mu.element_size(), scale.element_size())
     config = latent_config(batch, size, itemsize, *machine(mu))
     programs = triton.cdiv(batch, config.rows) * config.steps
-    with on_device(mu):
+    with on_device(mu, "latent backward"):
         counter, partial = scratch(mu, accumulation(mu), programs) if scalar else (None, None)
         latent_backward_kernel[(programs,)](
             g_z, g_log_q, g_log_p, mu, scale, key, g_mu, g_scale, counter, partial,

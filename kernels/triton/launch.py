@@ -11,6 +11,8 @@ from torch import Tensor
 # Scratch of one stream: the ticket counter, and room for this many partial results.
 MAX_PARTIALS = 8192
 
+_NOTHING = contextlib.nullcontext()
+
 _scratch: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
@@ -47,11 +49,28 @@ def compile_options(
     return options
 
 
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Make ``t``'s GPU the current one, since Triton launches there."""
-    if t.is_cuda and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
+class on_device:
+    """Make ``t``'s GPU the current one, since Triton launches there.
+
+    On NVIDIA GPUs it is also an NVTX range, "vae_fast ``name``", that Nsight Systems shows.
+    """
+
+    __slots__ = ("device", "name")
+
+    def __init__(self, t: Tensor, name: str) -> None:
+        self.name = f"vae_fast {name}" if backend_of(t) == "cuda" else None
+        elsewhere = t.is_cuda and t.device.index != torch.cuda.current_device()
+        self.device = torch.cuda.device(t.device) if elsewhere else _NOTHING
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+        if self.name is not None:
+            torch.cuda.nvtx.range_push(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        if self.name is not None:
+            torch.cuda.nvtx.range_pop()
+        self.device.__exit__(*error)
 
 
 @functools.cache

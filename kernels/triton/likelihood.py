@@ -521,7 +521,8 @@ def _launch(
 
     scalar_sum = grad and scalar and not forward
     counter = partial = None
-    with on_device(mean):
+    name = "forward with gradients" if forward and grad else "forward" if forward else "backward"
+    with on_device(mean, f"likelihood {name}"):
         if sum_loss or scalar_sum or (forward and split > 1):
             partials = max(config.programs, 2 * n * split if split > 1 else 0)
             counter, partial = scratch(mean, acc, partials)
@@ -640,7 +641,7 @@ def likelihood_rescale_(
         g_loss = None
     size = math.prod(g_mean.shape[1:])
     config = likelihood_config(n, size, g_mean.element_size(), *machine(g_mean))
-    with on_device(g_mean):
+    with on_device(g_mean, "likelihood rescale"):
         rescale_kernel[(config.programs,)](
             out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,
             n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,

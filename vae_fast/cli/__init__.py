@@ -1,4 +1,4 @@
-"""The ``vae-fast`` command: train a VAE, sample from it, and see what runs on this machine."""
+"""The ``vae-fast`` command: train a VAE, sample from it, profile it, and see what runs here."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vae_fast.cli.sample import sample
 
             sample(args)
+        elif args.command == "profile":
+            from vae_fast.cli.profile import profile
+
+            profile(args)
         else:
             from vae_fast.cli.doctor import doctor
 
@@ -60,8 +64,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vae-fast",
-        description="Train a variational autoencoder with fused loss kernels, sample from it, and "
-        "see what runs on this machine.",
+        description="Train a variational autoencoder with fused loss kernels, sample from it, "
+        "profile it, and see what runs on this machine.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -91,16 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="crop the images of a folder to squares and resize them to NxN",
     )
-    train.add_argument("--model", choices=("mlp", "conv"), default="mlp", help="the networks")
-    train.add_argument(
-        "--hidden",
-        type=_positive_int,
-        nargs="+",
-        metavar="N",
-        help="widths of the encoder's layers (channels for conv); by default 512 256 for mlp and "
-        "32 64 for conv",
-    )
-    train.add_argument("--latent-dim", type=_positive_int, default=10, metavar="L")
+    _add_networks(train)
     train.add_argument(
         "--variance",
         choices=("full", "scalar", "channel", "unit"),
@@ -176,18 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         default="standard",
         help="of the posterior's gradient: stl, of less variance, goes with elbo, dreg with iwae",
     )
-    train.add_argument(
-        "--num-samples",
-        type=_positive_int,
-        default=1,
-        metavar="K",
-        help="latent samples per data point",
-    )
-    train.add_argument(
-        "--inplace",
-        action="store_true",
-        help="let the loss overwrite the decoder's output with its gradient, to save memory",
-    )
+    _add_loss(train)
     train.add_argument("--seed", type=_seed, default=0, help="of split, weights and noise")
     train.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     train.add_argument(
@@ -231,6 +215,51 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=_seed, default=0)
     sample.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
+    profile = commands.add_parser(
+        "profile",
+        help="show where the time and the memory of a training step go",
+        description="Show where the time and the memory of training steps on random data go, with "
+        "the fused loss and with the reference, and write a trace of each that Perfetto opens. "
+        "docs/profiling.md says how to read them.",
+        formatter_class=_Formatter,
+    )
+    _add_networks(profile)
+    profile.add_argument(
+        "--shape",
+        type=_shape,
+        default="1x28x28",
+        metavar="CxHxW",
+        help="of one data point, of any number of dimensions for mlp",
+    )
+    profile.add_argument(
+        "--likelihood", choices=LIKELIHOODS, default="gaussian", help="the family of p(x|z)"
+    )
+    _add_loss(profile)
+    profile.add_argument("--batch-size", type=_positive_int, default=128, metavar="B")
+    profile.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="what the networks compute in; bf16 is autocast",
+    )
+    profile.add_argument(
+        "--compile", action="store_true", help="compile the networks with torch.compile"
+    )
+    profile.add_argument(
+        "--steps",
+        type=_positive_int,
+        default=5,
+        metavar="N",
+        help="steps of each backend in each round",
+    )
+    profile.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    profile.add_argument(
+        "--backend", default="auto", help="the fused one: auto, cpp or triton; see vae-fast doctor"
+    )
+    profile.add_argument(
+        "--out", default="runs/profile", metavar="DIR", help="folder to write the traces to"
+    )
+
     commands.add_parser(
         "doctor",
         help="report what runs on this machine, and why the rest does not",
@@ -238,6 +267,43 @@ def _parser() -> argparse.ArgumentParser:
         "CPU extension was built.",
     )
     return parser
+
+
+def _add_networks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("mlp", "conv"), default="mlp", help="the networks")
+    parser.add_argument(
+        "--hidden",
+        type=_positive_int,
+        nargs="+",
+        metavar="N",
+        help="widths of the encoder's layers (channels for conv); by default 512 256 for mlp and "
+        "32 64 for conv",
+    )
+    parser.add_argument("--latent-dim", type=_positive_int, default=10, metavar="L")
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-samples",
+        type=_positive_int,
+        default=1,
+        metavar="K",
+        help="latent samples per data point",
+    )
+    parser.add_argument(
+        "--inplace",
+        action="store_true",
+        help="let the loss overwrite the decoder's output with its gradient, to save memory",
+    )
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(_positive_int, text.split("x")))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"must be sizes with x between them, like 3x32x32 or 784; got {text}"
+        ) from None
 
 
 def _likelihood_scale(text: str) -> float | str:
