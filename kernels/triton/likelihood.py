@@ -29,6 +29,7 @@ from .philox import uniform
 from .reduce import is_last_program, sum_partials
 from .scale import (
     SOFTPLUS,
+    VAR,
     bound,
     clamp_code,
     log_scale_slope,
@@ -78,7 +79,7 @@ def _uniform(key_ptr, row, tile, D, COLS: tl.constexpr, VEC: tl.constexpr, APPRO
     """The noise that dequantizes the elements of ``tile`` of each row (both int, [.., 1])."""
     seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     group = tile * (COLS // 4) + tl.arange(0, COLS // VEC)[None, :] * (VEC // 4)
-    index = offset + row.to(tl.uint64) * ((D + 3) // 4).to(tl.uint64) + group.to(tl.uint64)
+    index = offset + row.to(tl.uint64) * tl.cast((D + 3) // 4, tl.uint64) + group.to(tl.uint64)
     return uniform(seed, index, VEC, APPROX)
 
 
@@ -480,8 +481,9 @@ def _launch(
     # Levels of one byte do not make the vectors longer; noise comes in quads at the least.
     floats = [t for t in (x, mean, scale_in) if t is not None and t.is_floating_point()]
     itemsize = min(t.element_size() for t in floats)
-    # softplus needs as many registers for its logarithms as the others need for all else.
-    heavy = HEAVY.get(likelihood, 0) + (param == SOFTPLUS.value and kind != ABSENT.value)
+    # The logarithm of softplus and the root of a variance need as many registers as all else.
+    wide = param in (VAR.value, SOFTPLUS.value) and kind != ABSENT.value
+    heavy = HEAVY.get(likelihood, 0) + wide
     if key is not None and itemsize == 8:
         itemsize, heavy = 4, heavy + 1
     config = likelihood_config(n, size, itemsize, *machine(mean), heavy, summed)
