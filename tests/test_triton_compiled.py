@@ -15,10 +15,10 @@ FAST = ("float32", "bfloat16")
 
 # Instructions that one element may cost: where the arithmetic takes as long as the memory traffic
 # of a GPU that reads 4.8 TB/s, 12 or 6 bytes an element, on 132 multiprocessors.
-# In bf16 that is 41; Triton 3.7 makes 41.9 of the latent forward pass, two percent too many.
-BUDGET = {"float32": 83, "bfloat16": 42}
-# What the latent forward pass was built to cost, in fp32.
-LATENT_FORWARD = 45
+BUDGET = {"float32": 83, "bfloat16": 41}
+# What the latent forward pass was built to cost, in fp32. Of rows of 16 a thread has four, whose
+# addresses and sums weigh more.
+LATENT_FORWARD, LATENT_FORWARD_OF_16 = 36, 38
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,8 @@ def test_latent_forward_instructions(reports):
     sizes = ("65536x16", "16384x64", "16384x128", "16384x256", "16384x512", "16384x4096")
     for size in sizes:
         (r,) = select(reports, case=f"latent_forward {size} float32", target="sm_90")
-        assert r["per_element"] <= LATENT_FORWARD, r
+        most = LATENT_FORWARD_OF_16 if size.endswith("x16") else LATENT_FORWARD
+        assert r["per_element"] <= most, r
 
 
 @pytest.mark.parametrize("dtype", FAST)

@@ -8,21 +8,22 @@ import triton.language as tl
 
 
 def _exp_ptx(scale: float) -> str:
-    """PTX of e^(scale·x) for a power of two ``scale``, with a relative error of 3e-7 for any x.
+    """PTX of e^(scale·x) for a power of two ``scale``: to 3e-7, any x, beside ex2's own 2 ulp.
 
-    e^(scale·x) = 2^m (1 + d), where m = scale·x·log2 e is rounded, and d is what that lost: left
-    out, it would grow with |x|. Saturation keeps d finite where x is infinite or huge.
+    e^(scale·x) = 2^m (1 + d), where m is scale·x·log2 e rounded, and d what that lost: left out, it
+    would grow with |x|. m is kept a little low, so that d is positive where it counts, and
+    saturation keeps it finite where x is infinite or huge. At x = 0 both factors are fp32 numbers.
     """
+    low = math.log2(1.0 - 2.0**-16)
 
     def bits(value: float) -> str:
         return "0f" + struct.pack(">f", value).hex()
 
     return f"""{{
     .reg .f32 m, d;
-    mul.f32 m, $1, {bits(scale / math.log(2.0))};
-    fma.rn.f32 d, m, {bits(-math.log(2.0) / scale)}, $1;
-    fma.rn.sat.f32 d, d, {bits(scale)}, {bits(0.5)};
-    add.f32 d, d, {bits(0.5)};
+    fma.rn.f32 m, $1, {bits(scale / math.log(2.0))}, {bits(low)};
+    fma.rn.sat.f32 d, m, {bits(-math.log(2.0) / scale)}, $1;
+    fma.rn.f32 d, d, {bits(scale)}, {bits(1.0)};
     ex2.approx.ftz.f32 m, m;
     mul.f32 $0, m, d;
     }}"""
@@ -30,6 +31,15 @@ def _exp_ptx(scale: float) -> str:
 
 _EXP = tl.constexpr(_exp_ptx(1.0))
 _EXP_HALF = tl.constexpr(_exp_ptx(0.5))
+
+
+@triton.jit
+def minus_zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
+    """-0.0, from which a sum starts at no cost: adding 0.0 changes -0.0, so it must be done.
+
+    ``tl.full`` makes 0.0 of it.
+    """
+    return tl.zeros(SHAPE, DTYPE) * -1.0
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .config import latent_config
+from .elementary import minus_zeros
 from .launch import (
     accumulation,
     as_rows,
@@ -26,34 +27,44 @@ from .launch import (
 from .philox import normal
 from .reduce import is_last_program, sum_partials
 from .scale import bound, clamp_code, log_variance_and_scale, scale_slopes, through_bound
-from .tile import clip_row, row_tile
 
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
 @triton.jit
-def _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS: tl.constexpr, TILES: tl.constexpr,
+def _tile(row0, B, step, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr):
+    """Row of the batch [TILES·ROWS, 1], and column [TILES·ROWS, COLS], of a step's elements.
+
+    Rows past the end are the last one over again: they store the same values to the same place,
+    which costs less than masking every load and store. A row is clipped in B's own dtype: while
+    that is 32 bits wide, an address is one widening multiplication.
+    """
+    i = tl.arange(0, TILES * ROWS)[:, None]
+    cols = (step * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
+    return (row0 + tl.minimum(i % ROWS, B - 1 - row0)).to(tl.int64), cols
+
+
+@triton.jit
+def _noise(key_ptr, row, K, k, first_row, L, step, COLS: tl.constexpr, TILES: tl.constexpr,
            VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
-    """ε of sample k for the elements of ``row_tile``."""
+    """What ``normal`` gives of sample k for the elements of ``_tile``."""
     PER_CALL: tl.constexpr = 2 if FP64 else 4
     seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     # Row R = (first_row + row)·K + k starts at Philox counter offset + R·Q (mod 2^64).
-    calls = ((L + PER_CALL - 1) // PER_CALL).to(tl.uint64)
-    start = offset + ((first_row + row0) * K + k).to(tl.uint64) * calls
-    tile = step * TILES + tl.arange(0, r.shape[0])[:, None] // (r.shape[0] // TILES)
-    group = tl.arange(0, COLS // VEC)[None, :] * (VEC // PER_CALL) + tile * (COLS // PER_CALL)
-    index = start + r.to(tl.uint64) * (calls * K) + group.to(tl.uint64)
+    # Q is unsigned in one product and signed in the other, or LLVM would add rows in 64 bits first.
+    calls = tl.cast((L + PER_CALL - 1) >> PER_CALL // 2, tl.int32)
+    start = offset + (first_row.to(tl.int64) * K + k).to(tl.uint64) * calls.to(tl.uint32)
+    first = start + (row * (calls.to(tl.int64) * K)).to(tl.uint64)
+    group = tl.arange(0, COLS // VEC)[None, :] * (VEC // PER_CALL)
+    tile = step * TILES + tl.arange(0, row.shape[0])[:, None] // (row.shape[0] // TILES)
+    index = first + group.to(tl.uint64) + (tile * (COLS // PER_CALL)).to(tl.uint64)
     return normal(seed, index, VEC, FP64, APPROX)
 
 
 @triton.jit
-def _row_sums(q, p, ROWS: tl.constexpr):
-    """Sums of two [TILES·ROWS, COLS] tiles over their rows: in each thread, then across threads.
-
-    Joined, so that both are laid out as the memory that one of them comes from.
-    """
-    both = tl.reshape(tl.join(q, p), (q.shape[0] // ROWS, ROWS, q.shape[1], 2))
-    return tl.split(tl.sum(tl.sum(both, 0), 1))
+def _sum_tiles(x, ROWS: tl.constexpr):
+    """Sum of the tiles side by side in [TILES·ROWS, COLS], each thread's own."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), 0)
 
 
 @triton.jit(do_not_specialize=["B", "first_row"])
@@ -74,35 +85,35 @@ def latent_forward_kernel(
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
     k = (pid % K).to(tl.int64)
-    row0 = (pid // K).to(tl.int64) * ROWS
-    n0 = k * B + row0
-    q = tl.zeros([TILES * ROWS, COLS], ACC)
-    p = tl.zeros([TILES * ROWS, COLS], ACC)
+    row0 = (pid // K).to(B.dtype) * ROWS
+    q = minus_zeros([ROWS, COLS], ACC)
+    p = q
     for step in range(steps):
-        r, cols = row_tile(B - row0, step, ROWS, COLS, TILES)
+        row, cols = _tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
-        mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
+        mu = tl.load(mu_ptr + cols * mu_col + row * mu_row, mask).to(ACC)
         if SCALAR:
             s = tl.load(scale_ptr).to(ACC)
         else:
-            s = scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col)
-            s = tl.load(s, mask).to(ACC)
+            s = tl.load(scale_ptr + cols * scale_col + row * scale_row, mask).to(ACC)
         s = bound(s, lo, hi, CLAMP, APPROX)
         log_variance, sigma = log_variance_and_scale(s, PARAM, APPROX)
-        eps = _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX)
+        eps, squares = _noise(
+            key_ptr, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
+        )
         z = mu + sigma * eps
-        tl.store(z_ptr + n0 * L + (r * L + cols), z, mask)
-        if EVEN:
-            q = q + eps * eps + log_variance
-            p = p + z * z
-        else:
-            q = tl.where(mask, q + eps * eps + log_variance, q)
-            p = tl.where(mask, p + z * z, p)
-    constant = L * tl.full((), LOG_2PI, ACC)
-    q_sum, p_sum = _row_sums(q, p, ROWS)
-    r = clip_row(tl.arange(0, ROWS), B - row0, ROWS)
-    tl.store(log_q_ptr + n0 + r, -0.5 * (q_sum + constant))
-    tl.store(log_p_ptr + n0 + r, -0.5 * (p_sum + constant))
+        tl.store(z_ptr + cols + (k * B + row) * L, z, mask)
+        q_term, p_term = squares + log_variance, z * z
+        if not EVEN:  # the row may end within a pair
+            q_term = tl.where(mask, eps * eps + log_variance, 0.0)
+            p_term = tl.where(mask, p_term, 0.0)
+        q += _sum_tiles(q_term, ROWS)
+        p += _sum_tiles(p_term, ROWS)
+    constant = L * tl.full((), 0.5 * LOG_2PI, ACC)
+    n = k * B + (row0 + tl.minimum(tl.arange(0, ROWS), B - 1 - row0))
+    q_sum, p_sum = tl.split(tl.sum(tl.join(q, p), 1))
+    tl.store(log_q_ptr + n, -0.5 * q_sum - constant)
+    tl.store(log_p_ptr + n, -0.5 * p_sum - constant)
 
 
 @triton.jit(do_not_specialize=["B", "first_row"])
@@ -127,43 +138,44 @@ def latent_backward_kernel(
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
     step = pid % steps
-    row0 = (pid // steps).to(tl.int64) * ROWS
-    r, cols = row_tile(B - row0, step, ROWS, COLS, TILES)
+    row0 = (pid // steps).to(B.dtype) * ROWS
+    row, cols = _tile(row0, B, step, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
-    mu = tl.load(mu_ptr + row0 * mu_row + (r * mu_row + cols * mu_col), mask).to(ACC)
+    mu = tl.load(mu_ptr + cols * mu_col + row * mu_row, mask).to(ACC)
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
     else:
-        raw = scale_ptr + row0 * scale_row + (r * scale_row + cols * scale_col)
-        raw = tl.load(raw, mask).to(ACC)
+        raw = tl.load(scale_ptr + cols * scale_col + row * scale_row, mask).to(ACC)
     s = bound(raw, lo, hi, CLAMP, APPROX)
     _, sigma = log_variance_and_scale(s, PARAM, APPROX)
 
-    g_mu = tl.zeros([TILES * ROWS, COLS], ACC)
-    eps_h = tl.zeros([TILES * ROWS, COLS], ACC)
+    g_mu = minus_zeros([TILES * ROWS, COLS], ACC)
+    eps_h = g_mu
     PATH_Q: tl.constexpr = PATH and g_log_q_ptr is not None
     g_q = tl.zeros([TILES * ROWS, COLS if PATH_Q else 1], ACC)
     for k in range(K):
-        n0 = row0 + tl.full((), k, tl.int64) * B
+        n = tl.full((), k, tl.int64) * B + row
         if g_log_q_ptr is not None:
-            row_g_q = tl.load(g_log_q_ptr + (n0 + r) * g_log_q_row)
+            row_g_q = tl.load(g_log_q_ptr + n * g_log_q_row)
             if not PATH_Q:
                 g_q += row_g_q
         if g_z_ptr is not None or g_log_p_ptr is not None or PATH_Q:
-            h = tl.zeros([TILES * ROWS, COLS], ACC)
             if g_z_ptr is not None:
-                g_z = g_z_ptr + n0 * g_z_row + (r * g_z_row + cols * g_z_col)
-                h += tl.load(g_z, mask).to(ACC)
-            eps = _noise(key_ptr, row0, r, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX)
+                h = tl.load(g_z_ptr + cols * g_z_col + n * g_z_row, mask).to(ACC)
+            else:
+                h = tl.zeros([TILES * ROWS, COLS], ACC)
+            eps, _squares = _noise(
+                key_ptr, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
+            )
             if g_log_p_ptr is not None:
                 z = mu + sigma * eps
-                h -= tl.load(g_log_p_ptr + (n0 + r) * g_log_p_row) * z
+                h -= tl.load(g_log_p_ptr + n * g_log_p_row) * z
             g_mu += h
             eps_h += eps * h
             if PATH_Q:
                 g_mu -= row_g_q * eps / sigma
                 g_q += row_g_q * (eps * eps)
-    tl.store(g_mu_ptr + row0 * L + (r * L + cols), g_mu, mask)
+    tl.store(g_mu_ptr + cols + row * L, g_mu, mask)
 
     d_sigma, d_log_sigma = scale_slopes(s, sigma, PARAM, APPROX)
     g_s = d_sigma * eps_h
@@ -178,7 +190,7 @@ def latent_backward_kernel(
         if is_last_program(counter_ptr):
             tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 512))
     else:
-        tl.store(g_scale_ptr + row0 * L + (r * L + cols), g_s, mask)
+        tl.store(g_scale_ptr + cols + row * L, g_s, mask)
 
 
 def latent_forward(
