@@ -39,7 +39,8 @@ def benchmark_table(path: Path) -> str:
         f"{table(header, map(line, groups))}\n\n"
         f"![Speed relative to the best peer]({folder}/ratio.png)\n\n"
         f"Medians on {name(machine)}, torch {machine['torch']}; every row in "
-        f"[{folder}]({folder}/README.md). B is the batch, L the latent and D the data size."
+        f"[{folder}]({folder}/README.md). B is the batch, L the latent and D the data size; bf16, "
+        "other sizes and convolutions: `make bench`."
     )
 
 
