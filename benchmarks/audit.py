@@ -1,10 +1,15 @@
-"""What the Triton kernels compile to, with no GPU: registers, spills, access widths, instructions.
+"""What the Triton kernels compile to, with no GPU: registers, spills, accesses, instructions.
 
-    python -m benchmarks.audit [--json] [--only TEXT]
+    python -m benchmarks.audit [--json] [--only TEXT] [--out DIR]
 
-The launchers themselves are run on CPU tensors, with the launch recorded instead of made, so that
-what is audited is what would be launched: the same heuristics, specialisation and options. Each
-launch is compiled for the targets asked for and taken apart with the tools that Triton ships.
+The launchers themselves are run on tensors without memory, with the launch recorded instead of
+made, so that what is audited is what would be launched: the same heuristics, specialisation and
+options. Each launch is compiled for the targets asked for and taken apart with the tools that
+Triton ships (see sass.py).
+
+Printed are the cases that show what each feature costs. ``--out`` audits every configuration that
+the heuristics can choose as well, and writes all of it, with the accuracy of the approximate
+functions (see accuracy.py), to DIR/audit.md and two files beside it: some ten minutes on two cores.
 
 Executed instructions per element are counted in sm_90 SASS, for a program that is not the last to
 finish (the last one's tail, behind the exit that the others take after the ticket, is left out).
@@ -17,26 +22,34 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import audit_report, sass
+from benchmarks.audit_report import Report
+
+#: What Triton takes, and the disassembler's name for it.
 TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
+    "sm_80": (("cuda", 80, 32), "SM80"),
+    "sm_90": (("cuda", 90, 32), "SM90a"),
+    "sm_100": (("cuda", 100, 32), "SM100a"),
+    "gfx942": (("hip", "gfx942", 64), ""),
 }
+#: Multiprocessors and threads in a warp that the heuristics are given: of an H200 and an MI300X.
+MACHINES = {"cuda": (132, 32), "hip": (304, 64)}
+
 LOGVAR, LOGSTD, STD, VAR, SOFTPLUS = range(5)
 GAUSSIAN, LAPLACE, BERNOULLI, LOGISTIC, STUDENT_T, SQUARED_ERROR = range(6)
 UNCLAMPED = (-math.inf, math.inf)
@@ -157,34 +170,6 @@ CASES = (
 )
 
 
-@dataclass
-class Report:
-    """What one compilation gave. ``None`` is for what the target has no such thing as.
-
-    Attributes:
-        loads, stores: global accesses of a tile in sm_90 SASS, by width in bits.
-        executed: instructions that one thread of a program executes.
-        per_element: ``executed`` for each element, over the elements that exist.
-        converts: layout conversions of whole tiles through shared memory.
-        ordering: barriers, fences and ticket, in the order of the SASS.
-    """
-
-    case: str
-    op: str
-    dtype: str
-    target: str
-    tile: str
-    registers: int | None = None
-    spills: int | None = None
-    shared: int = 0
-    loads: dict[int, int] = field(default_factory=dict)
-    stores: dict[int, int] = field(default_factory=dict)
-    executed: int | None = None
-    per_element: float | None = None
-    converts: int = 0
-    ordering: list[str] = field(default_factory=list)
-
-
 # ---- recording a launch ------------------------------------------------------------------------
 
 
@@ -225,8 +210,7 @@ def record(case: Case, backend: str) -> Launch:
         kl: ("kl_forward_kernel", "kl_backward_kernel"),
         importance: ("importance_kernel",),
     }
-    machine = (132, 32) if backend == "cuda" else (304, 64)
-    plays = {"backend_of": lambda t: backend, "machine": lambda t: machine}
+    plays = {"backend_of": lambda t: backend, "machine": lambda t: MACHINES[backend]}
     saved = [
         (m, n, getattr(m, n))
         for m, names in kernels.items()
@@ -236,7 +220,8 @@ def record(case: Case, backend: str) -> Launch:
     for module, name, value in saved:
         setattr(module, name, plays.get(name) or _Recorder(value, launches))
     try:
-        _call(case)
+        with torch.device("meta"):
+            _call(case)
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
@@ -252,8 +237,8 @@ def _call(case: Case) -> None:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     b, d, k = case.rows, case.size, max(case.samples, 1)
     if case.op == "importance_forward":
-        rows = torch.empty(k, b, dtype=acc)
-        ops.importance_forward(rows.flatten(), rows, rows, 1.0)
+        nll, log_q, log_p = (torch.empty(k, b, dtype=acc) for _ in range(3))
+        ops.importance_forward(nll.flatten(), log_q, log_p, 1.0)
         return
     clamp = (*case.clamp, case.soft)
     if case.op.startswith("latent"):
@@ -265,27 +250,28 @@ def _call(case: Case) -> None:
             ops.latent_forward(mu, scale, *options)
         else:
             lead = (k, b) if case.samples else (b,)
-            g_rows = torch.empty(lead, dtype=acc)
+            g_log_q, g_log_p = torch.empty(lead, dtype=acc), torch.empty(lead, dtype=acc)
             g_z = torch.empty(*lead, d, dtype=dtype)
-            ops.latent_backward(g_z, g_rows, g_rows, mu, scale, *options)
+            ops.latent_backward(g_z, g_log_q, g_log_p, mu, scale, *options)
         return
     if case.op.startswith("gaussian_kl"):
         mu = torch.empty(b, d, dtype=dtype)
-        prior = (mu, mu) if case.prior else (None, None)
+        prior = (torch.empty_like(mu), torch.empty_like(mu)) if case.prior else (None, None)
         g_kl = (torch.empty(b, dtype=acc),) if case.op.endswith("backward") else ()
-        getattr(ops, case.op)(*g_kl, mu, mu, *prior, case.param, LOGVAR, *clamp)
+        getattr(ops, case.op)(*g_kl, mu, torch.empty_like(mu), *prior, case.param, LOGVAR, *clamp)
         return
     x = torch.empty(b, d, dtype=torch.uint8 if case.levels else other)
     mean = torch.empty(k * b, 2 * d if case.scale == "packed" else d, dtype=dtype)
     scale = {
-        "full": mean,
+        "full": torch.empty_like(mean),
         "packed": None,
         "none": None,
         "scalar": torch.empty((), dtype=dtype),
         "row": torch.empty(k * b, 1, dtype=dtype),
         "event": torch.empty(1, d, dtype=dtype),
     }[case.scale]
-    rows, loss = torch.empty(k * b, dtype=acc), torch.empty((), dtype=acc)
+    log_q, log_p = torch.empty(k * b, dtype=acc), torch.empty(k * b, dtype=acc)
+    loss = torch.empty((), dtype=acc)
     mask = torch.empty(b, d, dtype=torch.bool) if case.mask else None
     if case.op == "likelihood_rescale_":
         ops.likelihood_rescale_(mean, scale, None, None, loss, 1.0, case.reduction, k, b)
@@ -296,11 +282,11 @@ def _call(case: Case) -> None:
     if case.op == "likelihood_backward":
         ops.likelihood_backward(None, loss, x, mean, scale, mask, *options, False, True, True)
     elif case.op == "likelihood_forward":
-        ops.likelihood_forward(x, mean, scale, mask, rows, rows, *options)
+        ops.likelihood_forward(x, mean, scale, mask, log_q, log_p, *options)
     else:
         g_scale = torch.empty_like(scale) if case.scale == "full" else None
         gradients = (torch.empty_like(mean), g_scale)
-        ops.likelihood_forward_grad_(x, mean, scale, mask, rows, rows, *options, *gradients)
+        ops.likelihood_forward_grad_(x, mean, scale, mask, log_q, log_p, *options, *gradients)
 
 
 # ---- compiling it ------------------------------------------------------------------------------
@@ -340,193 +326,251 @@ def compile_launch(launch: Launch, target: str) -> Any:
             if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=launch.options)
 
 
 def _is_one(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == 1
 
 
-# ---- taking it apart ---------------------------------------------------------------------------
+# ---- what the heuristics can choose --------------------------------------------------------------
+
+# Each class of sizes and of rows that the heuristics tell apart, and its neighbours.
+_SIZES = [n + more for p in range(18) for n in (2**p, 3 * 2**p) for more in (-1, 0, 1, 16)]
+_ROWS = [n + more for p in range(20) for n in (2**p, 3 * 2**p) for more in (-1, 0, 1)]
+_ROWS += [n * 2**p + more for p in range(13) for n in (132, 304) for more in (-1, 0)]
+_MOST = 2**31  # elements of a tensor: 8 GiB of fp32
+
+
+def _tile(rows: int, cols: int, tiles: int, warps: int) -> str:
+    return f"{rows}x{cols}x{tiles} w{warps}"
+
+
+def _traits(steps: int, passes: int, split: int, even: bool, size: int) -> str:
+    """What else makes a kernel of its own: loops; no mask; rows at multiples of 16 elements."""
+    names = ("steps", "passes", "split", "even", "aligned")
+    held = (steps > 1, passes > 1, split > 1, even, size % 16 == 0)
+    return " ".join(name for name, holds in zip(names, held, strict=True) if holds)
+
+
+def _heuristic(case: Case, target: str) -> tuple[Any, ...]:
+    """What chooses a configuration: a function of rows, size and the rest of this."""
+    from vae_fast._triton.config import latent_config, likelihood_config
+    from vae_fast._triton.family import HEAVY
+
+    given = getattr(torch, case.dtype).itemsize, *MACHINES[TARGETS[target][0][0]]
+    if not case.op.startswith("likelihood"):
+        return latent_config, *given
+    heavy = HEAVY.get(case.likelihood, 0) + (case.param in (VAR, SOFTPLUS))
+    return likelihood_config, *given, heavy, case.scale == "event"
+
+
+def _chosen(heuristic: tuple[Any, ...], rows: int, size: int) -> tuple[str, str]:
+    """Tile and traits of a call."""
+    function, *given = heuristic
+    c = function(rows, size, *given)
+    loops = (getattr(c, name, 1) for name in ("steps", "passes", "split"))
+    tile = _tile(c.rows, c.cols, c.tiles, c.num_warps)
+    return tile, _traits(*loops, c.even, size)
 
 
 @functools.cache
-def tool(name: str) -> str:
-    """Path of a CUDA binary tool that Triton ships."""
-    import triton.backends.nvidia
-
-    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
-
-
-@dataclass
-class Instruction:
-    address: int
-    text: str
-
-    @property
-    def opcode(self) -> str:
-        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0].rstrip(";")
+def _largest(heuristic: tuple[Any, ...]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Every tile and traits that there are, with the largest rows and size that get it."""
+    largest: dict[tuple[str, str], tuple[int, int]] = {}
+    for rows, size in itertools.product(_ROWS, _SIZES):
+        if 0 < rows <= 1_000_000 and 0 < size <= 200_000 and rows * size <= _MOST:
+            key = _chosen(heuristic, rows, size)
+            if rows * size > math.prod(largest.get(key, (0,))):
+                largest[key] = rows, size
+    return largest
 
 
-def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions, and the address of each label."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    instructions, labels, pending = [], {}, []
-    for line in run.stdout.splitlines():
-        if match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
-            address = int(match[1], 16)
-            labels |= dict.fromkeys(pending, address)
-            pending = []
-            instructions.append(Instruction(address, match[2].strip()))
-        elif match := re.match(r"(\.L_x_\w+):", line):
-            pending.append(match[1])
-    return instructions, labels
+def configuration(case: Case, target: str) -> tuple[str, str]:
+    """Tile and traits that the heuristics choose for ``case``."""
+    return _chosen(_heuristic(case, target), case.rows, case.size)
 
 
-def executed(
-    instructions: list[Instruction], labels: dict[str, int], trips: tuple[int, ...]
-) -> int:
-    """Instructions that one thread executes, its loops (outermost first) making ``trips`` trips."""
-    # What follows the exit after the ticket is the last program's.
-    ticket = [i.address for i in instructions if i.opcode.startswith("ATOMG")]
-    if ticket:
-        end = min(i.address for i in instructions if i.opcode == "EXIT" and i.address > ticket[0])
-    else:
-        end = max(i.address for i in instructions if i.opcode != "NOP" and not _is_trap(i, labels))
-    weight = {i.address: 1 for i in instructions if i.address <= end}
-    loops = []
-    for i in instructions:
-        target = re.search(r"\((\.L_x_\w+)\)", i.text)
-        if i.address <= end and i.opcode == "BRA" and target and labels[target[1]] < i.address:
-            loops.append((labels[target[1]], i.address))
-    loops.sort(key=lambda loop: loop[0] - loop[1])  # outermost first
-    trips = tuple(t for t in trips if t > 1)
-    if len(loops) != len(trips):
-        raise RuntimeError(f"{len(loops)} loops in the SASS, {len(trips)} in the launch")
-    for (first, last), count in zip(loops, trips, strict=True):
-        for address in weight:
-            if first <= address <= last:
-                weight[address] *= count
-    return sum(weight[i.address] for i in instructions if i.address <= end and i.opcode != "NOP")
+def configurations(case: Case, target: str) -> dict[tuple[str, str], Case]:
+    """Every tile and traits that there are for ``case``, and the largest that gets it."""
+    return {
+        key: replace(case, rows=rows, size=size, targets=(target,))
+        for key, (rows, size) in _largest(_heuristic(case, target)).items()
+    }
 
 
-def _is_trap(i: Instruction, labels: dict[str, int]) -> bool:
-    """Whether this is the jump to itself that ends every kernel."""
-    target = re.search(r"\((\.L_x_\w+)\)", i.text)
-    return i.opcode == "BRA" and target is not None and labels[target[1]] == i.address
+def all_configurations() -> dict[tuple[str, str, str, str], Case]:
+    """The sweep: by name of the case without its rows and size, target, tile and traits.
+
+    In fp32 and bf16 on sm_90, all of them. Elsewhere each tile once, with rows that need a mask
+    where it has such.
+    """
+    plain = [
+        Case(op, 0, 0, dtype)
+        for op in (*_LATENT, *_KL, *_LIKELIHOOD, "likelihood_rescale_")
+        for dtype in ("float32", "bfloat16", "float64")
+    ]
+    # Those with fewer elements to a thread, and the one that sums columns.
+    special = [
+        Case(op, 0, 0, dtype, likelihood=likelihood, param=param)
+        for op in _LIKELIHOOD
+        for dtype in ("float32", "bfloat16")
+        for likelihood, param in ((STUDENT_T, LOGVAR), (LOGISTIC, SOFTPLUS))
+    ]
+    special += [
+        Case("likelihood_backward", 0, 0, dtype, scale="event") for dtype in ("float32", "bfloat16")
+    ]
+    sweep = {}
+    for target, case in itertools.product(TARGETS, (*plain, *special)):
+        if target != "sm_90" and (case in special or case.dtype == "float64"):
+            continue
+        every = target == "sm_90" and case in plain and case.dtype != "float64"
+        every &= case.op != "likelihood_rescale_"  # whose code is the same with a mask or without
+        found = configurations(case, target)
+        # A mask and aligned rows last, so that they stay where each tile is kept once.
+        order = sorted(found, key=lambda key: ("even" not in key[1], "aligned" in key[1]))
+        kept = {key if every else key[0]: key for key in order}
+        name = str(case).replace(" 0x0", "")
+        sweep |= {(name, target, *key): found[key] for key in kept.values()}
+    return sweep
 
 
-def resources(cubin: bytes) -> int:
-    """Registers per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool("cuobjdump"), "-res-usage", file.name]
-        run = subprocess.run(command, capture_output=True, text=True)
-    return int(re.search(r"REG:(\d+)", run.stdout + run.stderr)[1])
+# ---- taking it apart ---------------------------------------------------------------------------
 
 
-def widths(instructions: list[Instruction], opcode: str) -> dict[int, int]:
-    """Number of global accesses by width in bits."""
-    counts: dict[int, int] = {}
-    for i in instructions:
-        if i.opcode.startswith(opcode):
-            bits = re.search(r"\.(64|128|U8|S8|U16|S16)\b", i.opcode)
-            width = int(bits[1].lstrip("US")) if bits else 32
-            counts[width] = counts.get(width, 0) + 1
-    return counts
-
-
-def tile_converts(ttgir: str, rows: int) -> int:
+def _tile_converts(ttgir: str, rows: int) -> int:
     """Layout conversions of tensors with more to a row than the one or two sums over it."""
     shapes = re.findall(r"ttg\.convert_layout .*?: tensor<([\dx]+)x\D", ttgir)
     return sum(math.prod(map(int, shape.split("x"))) > 2 * rows for shape in shapes)
 
 
-def audit(case: Case, target: str) -> Report:
-    """Compile one case for one target and take it apart."""
-    launch = record(case, TARGETS[target][0])
-    compiled = compile_launch(launch, target)
+def _traffic(launch: Launch) -> int:
+    """Bytes that a launch moves if every tensor passes once; scratch memory stays in the cache."""
+    storages = {}
+    for name, value in launch.arguments.items():
+        if isinstance(value, torch.Tensor) and name not in ("counter_ptr", "partial_ptr"):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    in_place = launch.kernel.fn.__name__ == "rescale_kernel"  # read and written
+    return sum(storages.values()) * (2 if in_place else 1)
+
+
+def _count(report: Report, case: Case, launch: Launch, kernel: list[sass.Instruction]) -> None:
+    """What one element costs, into ``report``; nothing if the loops are not those of the launch."""
     a = launch.arguments
-    columns, tiles = a.get("COLS", a.get("SAMPLES")), a.get("TILES", 1)
-    tile = f"{a['ROWS']}x{columns}x{tiles} w{launch.options['num_warps']}"
-    report = Report(str(case), case.op, case.dtype, target, tile)
-    report.shared = compiled.metadata.shared
-    report.converts = tile_converts(compiled.asm["ttgir"], a["ROWS"] * tiles)
-    if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        report.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)
-        report.spills = sum(map(int, spilled))
-        return report
+    report.bytes = _traffic(launch) / (case.rows * max(case.size, 1) * max(case.samples, 1))
+    if case.op == "importance_forward":
+        trips = (case.samples // a["SAMPLES"],) * 2
+        elements = a["ROWS"] * case.samples
+    elif case.op in ("latent_backward", "gaussian_kl_backward"):
+        trips = (max(case.samples, 1),)
+        elements = a["ROWS"] * case.size / a["steps"] * trips[0]
+    else:
+        trips = (a["passes"], a["steps"]) if "passes" in a else (a["steps"],)
+        elements = a["ROWS"] * a.get("passes", 1) * case.size / a.get("SPLIT", 1)
+    try:
+        counts = sass.executed(kernel, trips)
+    except ValueError as error:
+        report.uncounted = str(error)
+        return
+    share = 32 * launch.options["num_warps"] / elements
+    report.executed = sum(n for _, n in counts)
+    report.per_element = round(report.executed * share, 1)
+    report.pipes = {
+        pipe: round(share * sum(n for i, n in counts if i.pipe == pipe), 2) for pipe in sass.PIPES
+    }
+    report.words = share * sum(n * i.words for i, n in counts if i.pipe == "lsu")
 
-    instructions, labels = disassemble(compiled.asm["cubin"])
-    report.registers = resources(compiled.asm["cubin"])
-    # Every access to local memory: spills, and arrays indexed at run time.
-    report.spills = sum(i.opcode.startswith(("LDL", "STL")) for i in instructions)
-    report.loads, report.stores = widths(instructions, "LDG"), widths(instructions, "STG")
-    kinds = ("BAR", "MEMBAR", "ATOMG", "CCTL", "EXIT")
-    marks = (i for i in instructions if i.opcode.startswith(kinds) or ".STRONG." in i.opcode)
-    report.ordering = [i.opcode for i in marks]
-    if target == "sm_90":
-        if case.op == "importance_forward":
-            trips = (case.samples // a["SAMPLES"],) * 2
-            elements = a["ROWS"] * case.samples
-        elif case.op in ("latent_backward", "gaussian_kl_backward"):
-            trips = (max(case.samples, 1),)
-            elements = a["ROWS"] * case.size / a["steps"] * trips[0]
-        else:
-            trips = (a["passes"], a["steps"]) if "passes" in a else (a["steps"],)
-            elements = a["ROWS"] * a.get("passes", 1) * case.size / a.get("SPLIT", 1)
+
+def _audit(jobs: tuple[tuple[Case, str], ...]) -> list[Report]:
+    """Compile some cases, all for one target, and take them apart."""
+    target = jobs[0][1]
+    (backend, *_), architecture = TARGETS[target]
+    launches = [record(case, backend) for case, _ in jobs]
+    binaries = []
+    for (case, _), launch in zip(jobs, launches, strict=True):
         try:
-            report.executed = executed(instructions, labels, trips)
-        except RuntimeError as error:
-            report.tile += f" ({error})"
-        else:
-            threads = 32 * launch.options["num_warps"]
-            report.per_element = round(report.executed * threads / elements, 1)
-    return report
+            binaries.append(compile_launch(launch, target))
+        except Exception as error:
+            raise RuntimeError(f"{case} does not compile for {target}") from error
+    reports = []
+    for (case, _), launch, binary in zip(jobs, launches, binaries, strict=True):
+        a = launch.arguments
+        columns, tiles = a.get("COLS", a.get("SAMPLES")), a.get("TILES", 1)
+        tile = _tile(a["ROWS"], columns, tiles, launch.options["num_warps"])
+        loops = (a.get(name, 1) for name in ("steps", "passes", "SPLIT"))
+        traits = _traits(*loops, a.get("EVEN", False), case.size)
+        report = Report(str(case), case.op, case.dtype, target, tile, traits)
+        report.shared = binary.metadata.shared
+        report.converts = _tile_converts(binary.asm["ttgir"], a["ROWS"] * tiles)
+        reports.append(report)
+    if backend == "hip":
+        for report, binary in zip(reports, binaries, strict=True):
+            text = binary.asm["amdgcn"]
+            report.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+            report.spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+            report.loads = sass.amd_widths(text, "load")
+            report.stores = sass.amd_widths(text, "store")
+        return reports
+
+    cubins = [binary.asm["cubin"] for binary in binaries]
+    kernels = sass.disassemble(cubins, architecture)
+    for i, report in enumerate(reports):
+        kernel = kernels[i]
+        report.registers = sass.registers(cubins[i])
+        # Every access to local memory: spills, and arrays indexed at run time.
+        report.spills = sum(k.opcode.startswith(("LDL", "STL")) for k in kernel)
+        report.loads, report.stores = sass.widths(kernel, "LDG"), sass.widths(kernel, "STG")
+        kinds = ("BAR", "MEMBAR", "ATOMG", "CCTL", "EXIT")
+        marks = (k for k in kernel if k.opcode.startswith(kinds) or ".STRONG." in k.opcode)
+        report.ordering = [k.opcode for k in marks]
+        inexact = re.findall(r"\b\w+\.(?:approx|full)[.\w]*", binaries[i].asm["ptx"])
+        report.approximate = sorted(set(inexact))
+        if target == "sm_90":
+            _count(report, jobs[i][0], launches[i], kernel)
+    return reports
 
 
-def _audit(job: tuple[Case, str]) -> Report:
-    return audit(*job)
-
-
-def audit_all(cases: tuple[Case, ...] = CASES, workers: int | None = None) -> list[Report]:
+def audit_all(cases: Iterable[Case] = CASES, workers: int | None = None) -> list[Report]:
     """Audit every case for each of its targets, in worker processes."""
-    jobs = [(case, target) for case in cases for target in case.targets]
+    jobs = [(case, target) for target in TARGETS for case in cases if target in case.targets]
+    chunks = []
+    for _, group in itertools.groupby(jobs, key=lambda job: job[1]):
+        while chunk := tuple(itertools.islice(group, 16)):
+            chunks.append(chunk)
+    reports: list[Report] = []
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(_audit, jobs))
+        for some in pool.map(_audit, chunks):
+            reports += some
+            print(f"\r{len(reports)} of {len(jobs)} compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return reports
 
 
-def _width(counts: dict[int, int]) -> str:
-    return " ".join(f"{n}x{width}" for width, n in sorted(counts.items(), reverse=True))
+def _accuracy() -> dict[str, dict[str, float]]:
+    """What accuracy.py gives: in a process of its own, for there the kernels are interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.accuracy"]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(run.stdout)
 
 
 def main() -> None:
-    """Print the audit as a table, or as JSON."""
+    """Print the cases as tables or JSON, or write everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, help="audit everything into this folder")
     args = parser.parse_args()
-    reports = audit_all(tuple(c for c in CASES if args.only in str(c)))
+    reports = audit_all([c for c in CASES if args.only in str(c)])
     if args.json:
         json.dump([asdict(r) for r in reports], sys.stdout)
-        return
-    header = ("case", "target", "tile", "regs", "spills", "smem", "conv", "instr/el", "LDG", "STG")
-    print(("{:52s} {:7s} {:16s}" + " {:>6s}" * 5 + "  {:18s} {}").format(*header))
-    for r in reports:
-        per_element = "" if r.per_element is None else f"{r.per_element:.1f}"
-        print(
-            f"{r.case:52s} {r.target:7s} {r.tile:16s} {r.registers:6d} {r.spills:6d} "
-            f"{r.shared:6d} {r.converts:6d} {per_element:>6s}  "
-            f"{_width(r.loads):18s} {_width(r.stores)}"
-        )
+    elif args.out is None:
+        print(audit_report.cases(reports))
+    else:
+        accuracy, every = _accuracy(), all_configurations()
+        swept = dict(zip(every, audit_all(every.values()), strict=True))
+        audit_report.write(args.out, reports, swept, accuracy)
 
 
 if __name__ == "__main__":
