@@ -4,7 +4,7 @@
 
 The kernels' own device functions run in Triton's interpreter, which is taught the PTX that they
 hold. Each approximate function gives the exact value moved by its documented error; of all
-combinations of up and down the worst counts. tests/test_approximations.py holds a GPU to it.
+combinations of up and down the worst counts. Not yet compared with a GPU.
 """
 
 from __future__ import annotations

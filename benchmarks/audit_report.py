@@ -118,8 +118,7 @@ On NVIDIA GPUs the fp32 kernels use PTX's approximate functions. These are bound
 function errors, not measurements: the kernels' own device functions run in Triton's interpreter,
 each approximate function giving the exact value moved by its error, in all combinations of up and
 down, over a dense sample with the extremes of each range. Beside each stands the error of the same
-in fp32 with exact functions. `pytest -m gpu tests/test_approximations.py` holds a GPU to them, for
-every word that noise can be made from.
+in fp32 with exact functions. They have not been compared with a GPU yet.
 
 {documented}
 The error of ε is absolute, and that of z in units of abs(μ) + σ. Errors of σ, of d(log σ)/ds and of
