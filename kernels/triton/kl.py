@@ -52,11 +52,10 @@ def kl_forward_kernel(
     """A program sums ROWS rows of ½(e^t - 1 - t + δ²)."""
     ACC: tl.constexpr = kl_ptr.dtype.element_ty
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
-    row0 = tl.program_id(0).to(tl.int64) * ROWS
+    row0 = tl.program_id(0).to(B.dtype) * ROWS
     total = tl.zeros([TILES * ROWS, COLS], ACC)
     for step in range(steps):
-        r, cols = row_tile(B - row0, step, ROWS, COLS, TILES)
-        n = row0 + r
+        n, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
         mu = tl.load(mu_ptr + n * mu_row + cols * mu_col, mask).to(ACC)
         s = tl.load(scale_ptr + n * scale_row + cols * scale_col, mask).to(ACC)
@@ -69,7 +68,7 @@ def kl_forward_kernel(
         term = 0.5 * (rest + delta * delta)
         total += term if EVEN else tl.where(mask, term, 0.0)
     sums = tl.sum(tl.sum(tl.reshape(total, (TILES, ROWS, COLS)), 0), 1)
-    tl.store(kl_ptr + row0 + clip_row(tl.arange(0, ROWS), B - row0, ROWS), sums)
+    tl.store(kl_ptr + clip_row(row0, tl.arange(0, ROWS), B), sums)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -90,9 +89,8 @@ def kl_backward_kernel(
     ACC: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     pid = tl.program_id(0)
-    row0 = (pid // steps).to(tl.int64) * ROWS
-    r, cols = row_tile(B - row0, pid % steps, ROWS, COLS, TILES)
-    n = row0 + r
+    row0 = (pid // steps).to(B.dtype) * ROWS
+    n, cols = row_tile(row0, B, pid % steps, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
     g = tl.load(g_kl_ptr + n * g_kl_row).to(ACC)
     mu = tl.load(mu_ptr + n * mu_row + cols * mu_col, mask).to(ACC)

@@ -27,27 +27,15 @@ from .launch import (
 from .philox import normal
 from .reduce import is_last_program, sum_partials
 from .scale import bound, clamp_code, log_variance_and_scale, scale_slopes, through_bound
+from .tile import clip_row, row_tile
 
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
 @triton.jit
-def _tile(row0, B, step, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr):
-    """Row of the batch [TILES·ROWS, 1], and column [TILES·ROWS, COLS], of a step's elements.
-
-    Rows past the end are the last one over again: they store the same values to the same place,
-    which costs less than masking every load and store. A row is clipped in B's own dtype: while
-    that is 32 bits wide, an address is one widening multiplication.
-    """
-    i = tl.arange(0, TILES * ROWS)[:, None]
-    cols = (step * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
-    return (row0 + tl.minimum(i % ROWS, B - 1 - row0)).to(tl.int64), cols
-
-
-@triton.jit
 def _noise(key_ptr, row, K, k, first_row, L, step, COLS: tl.constexpr, TILES: tl.constexpr,
            VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
-    """What ``normal`` gives of sample k for the elements of ``_tile``."""
+    """What ``normal`` gives of sample k for the elements of ``row_tile``."""
     PER_CALL: tl.constexpr = 2 if FP64 else 4
     seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     # Row R = (first_row + row)·K + k starts at Philox counter offset + R·Q (mod 2^64).
@@ -89,7 +77,7 @@ def latent_forward_kernel(
     q = minus_zeros([ROWS, COLS], ACC)
     p = q
     for step in range(steps):
-        row, cols = _tile(row0, B, step, ROWS, COLS, TILES)
+        row, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
         mu = tl.load(mu_ptr + cols * mu_col + row * mu_row, mask).to(ACC)
         if SCALAR:
@@ -110,7 +98,7 @@ def latent_forward_kernel(
         q += _sum_tiles(q_term, ROWS)
         p += _sum_tiles(p_term, ROWS)
     constant = L * tl.full((), 0.5 * LOG_2PI, ACC)
-    n = k * B + (row0 + tl.minimum(tl.arange(0, ROWS), B - 1 - row0))
+    n = k * B + clip_row(row0, tl.arange(0, ROWS), B)
     q_sum, p_sum = tl.split(tl.sum(tl.join(q, p), 1))
     tl.store(log_q_ptr + n, -0.5 * q_sum - constant)
     tl.store(log_p_ptr + n, -0.5 * p_sum - constant)
@@ -139,7 +127,7 @@ def latent_backward_kernel(
     pid = tl.program_id(0)
     step = pid % steps
     row0 = (pid // steps).to(B.dtype) * ROWS
-    row, cols = _tile(row0, B, step, ROWS, COLS, TILES)
+    row, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
     mu = tl.load(mu_ptr + cols * mu_col + row * mu_row, mask).to(ACC)
     if SCALAR:
