@@ -123,6 +123,7 @@ CASES = (
     Case("latent_forward", 64, 16),
     Case("latent_forward", 4096, 100),
     Case("latent_backward", 256, 784),
+    *(Case(op, 4096, 1) for op in _LATENT),  # where Triton knows the size as a constant
     *(Case(op, 4096, 64, scale="scalar", clamp=(-5.0, 5.0)) for op in _LATENT),
     *(Case(op, 4096, 64, samples=8) for op in _LATENT),
     *(Case(op, 4096, 64, param=SOFTPLUS) for op in _LATENT),
@@ -155,6 +156,7 @@ CASES = (
     *(Case(op, 4096, 784, likelihood=LOGISTIC, param=SOFTPLUS) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, levels=True, targets=ALL) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, "bfloat16", levels=True) for op in _LIKELIHOOD),
+    Case("likelihood_forward", 4096, 1, levels=True),
     *(Case(op, 4096, 784, clamp=(-5.0, 5.0), soft=True) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, scale="row") for op in _LIKELIHOOD[:2]),
     Case("likelihood_backward", 16384, 3072, scale="event", targets=ALL),

@@ -108,6 +108,8 @@ def likelihood_kernel(
     """
     ACC: tl.constexpr = tl.float64 if mean_ptr.dtype.element_ty == tl.float64 else tl.float32
     LEVELS: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
+    # Partial sums that are read at once: 16 a thread, for more would spill.
+    PARTIALS: tl.constexpr = max(512, 16 * ROWS * COLS // VEC)
     beta = tl.full((), beta, ACC)
     weight = tl.full((), weight, ACC)
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
@@ -262,11 +264,11 @@ def likelihood_kernel(
     elif FORWARD and SUM_LOSS:
         tl.store(partial_ptr + pid, tl.sum(loss))
         if is_last_program(counter_ptr):
-            tl.store(loss_ptr, weight * sum_partials(partial_ptr, tl.num_programs(0), 2048))
+            tl.store(loss_ptr, weight * sum_partials(partial_ptr, tl.num_programs(0), PARTIALS))
     elif not FORWARD and SCALE == SCALAR:
         tl.store(partial_ptr + pid, tl.sum(g_tau_sum))
         if is_last_program(counter_ptr):
-            tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), 2048))
+            tl.store(g_scale_ptr, sum_partials(partial_ptr, tl.num_programs(0), PARTIALS))
 
 
 @triton.jit
