@@ -10,14 +10,12 @@ kernels: on a CPU a loss has nothing to choose, so there only one group shows it
 
 from __future__ import annotations
 
-import itertools
-import statistics
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from cases import BOTH, CASES, FORWARD, Size, Wrong
-from measure import Clock, copy_bandwidth, peak_bytes, saved_bytes, take_turns
+from cases import BOTH, CASES, FORWARD, Size
+from measure import Clock, copy_bandwidth, peak_bytes, race, saved_bytes
 from peers import IMPLEMENTATIONS, INPLACE
 
 SMALL = Size(64, 16, 784)
@@ -30,7 +28,6 @@ SIZES = (
 )
 GPU_SIZES = (*SIZES, Size(65536, 256, 3072), Size(256, 4096, 196608))
 LEVELS = (Size(1024, 64, 784), Size(4096, 128, 3072))  # sizes that are also timed on uint8 data
-SECONDS, QUICK_SECONDS = 0.5, 0.25  # to time an implementation for, in all its turns
 
 
 @dataclass(frozen=True)
@@ -77,43 +74,28 @@ def measured(group, phase, dtype, size, names, device, budget):
     """What each implementation did: its facts, or why it is wrong."""
     torch._dynamo.reset()
     case = CASES[group](size, dtype, device)
-    steps, results = {}, {}
-    for name in names:
-        step = case.step(IMPLEMENTATIONS[group][name](), phase)
-        try:
-            case.reset()
-            case.check(step, phase)
-            steps[name] = step
-        except Wrong as why:
-            results[name] = why
+    steps = {name: case.step(IMPLEMENTATIONS[group][name](), phase) for name in names}
     clock = Clock(device, case.reset)
-    times = take_turns(clock, steps, budget) if budget else {}
-    for name, step in steps.items():
-        results[name] = {}
-        if budget:
-            turns, host = times[name]
-            results[name] = {
-                "turns": turns,
-                "host": min(min(t) for t in host),
-                "replayed": clock.replayed(step),
-                "peak": peak_bytes(step, case.reset, device),
-                "saved": saved_bytes(step, case.reset, lambda: case.inputs),
-            }
-    return case.bytes_moved(phase), results
+
+    def check(step):
+        case.reset()
+        case.check(step, phase)
+
+    def others(name, median):
+        moved = case.bytes_moved(phase)
+        return {
+            "bytes": moved,
+            "share": moved / median / copy_bandwidth(device),
+            "replayed": clock.replayed(steps[name]),
+            "peak": peak_bytes(steps[name], case.reset, device),
+            "saved": saved_bytes(steps[name], case.reset, lambda: case.inputs),
+        }
+
+    checks = {name: partial(check, step) for name, step in steps.items()}
+    return race(steps, checks, clock, budget, others)
 
 
-def test_loss(row, benchmark, hand_in, hand_in_wrong, device, quick, request):
-    names = tuple(r.implementation for r in rows(quick, device) if r.name == row.name)
-    budget = 0.0 if benchmark.disabled else QUICK_SECONDS if quick else SECONDS
-    row_of = row.group, row.phase, row.dtype, row.size
-    moved, results = measured(*row_of, names, device, budget)
-    result = results[row.implementation]
-    if isinstance(result, Wrong):
-        hand_in_wrong(row.name, row.implementation, str(result))
-    if result:
-        median = statistics.median(itertools.chain(*result["turns"]))
-        result = {**result, "bytes": moved, "share": moved / median / copy_bandwidth(device)}
-    facts = {
-        "of": row.group, "phase": row.phase, "dtype": row.dtype, "size": str(row.size),
-    }  # fmt: skip
-    hand_in(row.name, row.implementation, result.pop("turns", []), **facts, **result)
+def test_loss(row, names, device, budget, hand_in):
+    place = row.group, row.phase, row.dtype, row.size
+    result = measured(*place, names, device, budget)[row.implementation]
+    hand_in(row, result, of=row.group, phase=row.phase, dtype=row.dtype, size=str(row.size))

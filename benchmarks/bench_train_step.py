@@ -10,27 +10,21 @@ which is each implementation's own, does not show in them.
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from cases import Wrong, close
-from measure import Clock, peak_bytes, saved_bytes, take_turns
+from cases import close
+from measure import Clock, peak_bytes, race, saved_bytes
 from peers import COMPILED, INPLACE, eager_latent, eager_likelihood, whole
 from runs import OURS
 
 from vae_fast import VAE
+from vae_fast.cli.profile import PRODUCTS
 
-SECONDS, QUICK_SECONDS = 1.0, 0.5
 NARROW = -40.0  # log σ² of a posterior without noise
-#: Operators that are matrix products, or convolutions, which are such.
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::mkldnn_convolution", "aten::convolution_backward")
-PRODUCTS += ("aten::cudnn_convolution", "aten::cudnn_convolution_transpose", "aten::_convolution")
-PRODUCTS += ("aten::mkldnn_convolution_pointwise", "mkldnn::_convolution_pointwise")
-PRODUCTS += ("aten::slow_conv_transpose2d", "mkldnn::_linear_pointwise", "aten::bmm")
 
 
 @dataclass(frozen=True)
@@ -171,13 +165,13 @@ def seconds_in_products(step: Callable, device: str) -> float:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device != "cpu":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    total = "cpu_time_total" if device == "cpu" else "device_time_total"
     least = float("inf")
     for _ in range(3):
         with torch.profiler.profile(activities=activities) as profile:
             step()
         events = [e for e in profile.key_averages() if e.key in PRODUCTS]
-        own = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-        least = min(least, sum(getattr(e, own) for e in events) / 1e6)
+        least = min(least, sum(getattr(e, total) for e in events) / 1e6)
     return least
 
 
@@ -185,36 +179,20 @@ def seconds_in_products(step: Callable, device: str) -> float:
 def measured(dtype, model, names, device, budget):
     """What each implementation did: its facts, or why it is wrong."""
     torch._dynamo.reset()
-    steps, results = {}, {}
-    for name in names:
-        step = Step(model, name, dtype, device)
-        try:
-            step.check()
-            steps[name] = step
-        except Wrong as why:
-            results[name] = why
-    clock = Clock(device, lambda: None)
-    times = take_turns(clock, steps, budget) if budget else {}
-    for name, step in steps.items():
-        results[name] = {}
-        if budget:
-            turns, host = times[name]
-            seconds = statistics.median(s for turn in turns for s in turn)
-            results[name] = {
-                "turns": turns,
-                "host": min(min(t) for t in host),
-                "outside": 1 - seconds_in_products(step, device) / seconds,
-                "peak": peak_bytes(step, step.optimizer.zero_grad, device),
-                "saved": saved_bytes(step, lambda: None, lambda s=step: [s.x, *s.vae.parameters()]),
-            }
-    return results
+    steps = {name: Step(model, name, dtype, device) for name in names}
+
+    def others(name, median):
+        step = steps[name]
+        return {
+            "outside": 1 - seconds_in_products(step, device) / median,
+            "peak": peak_bytes(step, step.optimizer.zero_grad, device),
+            "saved": saved_bytes(step, lambda: None, lambda: [step.x, *step.vae.parameters()]),
+        }
+
+    checks = {name: step.check for name, step in steps.items()}
+    return race(steps, checks, Clock(device, lambda: None), budget, others)
 
 
-def test_train_step(row, benchmark, hand_in, hand_in_wrong, device, quick):
-    names = tuple(r.implementation for r in rows(quick, device) if r.name == row.name)
-    budget = 0.0 if benchmark.disabled else QUICK_SECONDS if quick else SECONDS
-    result = measured(row.dtype, row.model, names, device, budget)[row.implementation]
-    if isinstance(result, Wrong):
-        hand_in_wrong(row.name, row.implementation, str(result))
-    facts = {"of": "train_step", "phase": "step", "dtype": row.dtype, "size": str(row.model)}
-    hand_in(row.name, row.implementation, result.pop("turns", []), **facts, **result)
+def test_train_step(row, names, device, budget, hand_in):
+    result = measured(row.dtype, row.model, names, device, 2 * budget)[row.implementation]
+    hand_in(row, result, of="train_step", phase="step", dtype=row.dtype, size=str(row.model))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import last_level_cache
+from measure import Wrong, last_level_cache
 from peers import LOG_2PI
 from torch import Tensor
 
@@ -28,10 +28,6 @@ class Size:
 
     def __str__(self) -> str:
         return f"B{self.batch} L{self.latent} D{self.data}"
-
-
-class Wrong(AssertionError):
-    """A result that is not right: whoever made it is not timed."""
 
 
 def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -81,15 +77,13 @@ class Case:
             self.logvar = (self._randn(small) - 1).requires_grad_()
         if self.group == "latent":
             self.upstream = self._randn(small), *torch.randn(2, size.batch, device=device)
-            self.step_bytes = 5 * size.batch * size.latent * self.dtype.itemsize
             return
         x = torch.rand(large, device=device) * 255 if dtype == "uint8" else self._randn(large)
         x = x.to(torch.uint8) if dtype == "uint8" else x
         self._mean, self._logvar_x = self._randn(large), 0.5 * self._randn(large)
-        self.step_bytes = 5 * x.numel() * self.dtype.itemsize
         copies = 1
         if self._mean.nbytes >= LARGE:
-            copies = max(1, math.ceil(2 * last_level_cache(device) / self.step_bytes))
+            copies = max(1, math.ceil(2 * last_level_cache(device) / (5 * self._mean.nbytes)))
         self._sets = itertools.cycle(
             [
                 (x.clone(), *torch.empty(2, *large, dtype=self.dtype, device=device))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
 import torch
-from measure import machine
+from measure import Wrong, machine
 from runs import is_ours
+
+SECONDS, QUICK_SECONDS = 0.5, 0.25  # to time an implementation for, in all its turns
 
 _rows: list[dict] = []
 
@@ -33,41 +36,48 @@ def device(request):
 
 
 @pytest.fixture
-def quick(request):
-    return request.config.getoption("--quick")
+def names(row, request):
+    """The implementations that the row's one competes with, and itself."""
+    option = request.config.getoption
+    rows = request.module.rows(option("--quick"), option("--device"))
+    return tuple(r.implementation for r in rows if r.name == row.name)
+
+
+@pytest.fixture
+def budget(benchmark, request):
+    """Seconds to time an implementation for; 0 only checks it."""
+    if benchmark.disabled:
+        return 0.0
+    return QUICK_SECONDS if request.config.getoption("--quick") else SECONDS
 
 
 @pytest.fixture
 def hand_in(benchmark):
-    """Gives pytest-benchmark the seconds of steps that took turns with other implementations'."""
+    """Gives pytest-benchmark what a race said of a row; a wrong result is a failure if it is ours.
 
-    def hand_in(group, implementation, turns, **facts):
-        benchmark.group = group
+    The times are of steps that took turns with the other implementations'.
+    """
+
+    def hand_in(row, result, **place):
+        if isinstance(result, Wrong):
+            if is_ours(row.implementation):
+                pytest.fail(f"{row.name}, {row.implementation}: {result}")
+            why = {"implementation": row.implementation, "wrong": str(result)}
+            _rows.append({"group": row.name, **why})
+            pytest.xfail(f"{row.implementation} is wrong, and not timed: {result}")
+        benchmark.group = row.name
         benchmark._mode = "steps that took turns"
         if benchmark.disabled:
             return
         stats = benchmark._make_stats(iterations=1)
-        for seconds in turns:
-            for duration in seconds:
-                stats.update(duration)
-        facts["turns"] = [statistics.median(seconds) for seconds in turns]
-        benchmark.extra_info.update(implementation=implementation, **facts)
-        _rows.append({"group": group, "seconds": stats.stats.median, **benchmark.extra_info})
+        for duration in itertools.chain(*result["turns"]):
+            stats.update(duration)
+        medians = {"turns": [statistics.median(seconds) for seconds in result["turns"]]}
+        facts = {"implementation": row.implementation, **place, **result, **medians}
+        benchmark.extra_info.update(facts)
+        _rows.append({"group": row.name, "seconds": stats.stats.median, **facts})
 
     return hand_in
-
-
-@pytest.fixture
-def hand_in_wrong(benchmark):
-    """Reports an implementation whose results are wrong: a peer is not timed, ours is a failure."""
-
-    def hand_in_wrong(group, implementation, why):
-        if is_ours(implementation):
-            pytest.fail(f"{group}, {implementation}: {why}")
-        _rows.append({"group": group, "implementation": implementation, "wrong": why})
-        pytest.xfail(f"{implementation} is wrong, and not timed: {why}")
-
-    return hand_in_wrong
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

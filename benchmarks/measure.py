@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
+import itertools
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+import vae_fast
 from vae_fast import buffers
 
 TURNS = 5  # of each implementation, so that whatever else the machine does slows all of them
@@ -19,6 +25,10 @@ WARM_UP = 2  # steps at the start of a turn that are not timed
 MOST = 100  # timed steps in a turn
 
 Step = Callable[[], object]
+
+
+class Wrong(AssertionError):
+    """A result that is not right: whoever made it is not timed."""
 
 
 class Clock:
@@ -87,14 +97,41 @@ class Clock:
         return start.elapsed_time(end) / 1e3 / times
 
 
-def take_turns(clock: Clock, steps: dict[str, Step], budget: float) -> dict[str, list[list[float]]]:
-    """(seconds, host seconds) of every implementation: a list for each turn of each."""
-    taken = {name: ([], []) for name in steps}
+def race(
+    steps: dict[str, Step],
+    checks: dict[str, Callable[[], None]],
+    clock: Clock,
+    budget: float,
+    others: Callable[[str, float], dict],
+) -> dict[str, dict | Wrong]:
+    """What each step did: its facts, or why it is wrong.
+
+    Args:
+        steps: by the names of the implementations.
+        checks: what raises Wrong unless the step's results are right.
+        clock: what times them.
+        budget: seconds to time each step for, in all its turns; 0 to check alone.
+        others: further facts of a step, from its name and median.
+    """
+    results: dict[str, dict | Wrong] = {}
+    for name, check in checks.items():
+        try:
+            check()
+            results[name] = {}
+        except Wrong as why:
+            results[name] = why
+    right = [name for name, result in results.items() if result == {}]
+    if not budget:
+        return results
+    turns = {name: [] for name in right}
     for _ in range(TURNS):
-        for name, step in steps.items():
-            for kept, new in zip(taken[name], clock.turn(step, budget / TURNS), strict=True):
-                kept.append(new)
-    return taken
+        for name in right:
+            turns[name].append(clock.turn(steps[name], budget / TURNS))
+    for name in right:
+        seconds, host = zip(*turns[name], strict=True)
+        median = statistics.median(itertools.chain(*seconds))
+        results[name] = {"turns": seconds, "host": min(map(min, host)), **others(name, median)}
+    return results
 
 
 @functools.cache
@@ -159,37 +196,30 @@ def last_level_cache(device: str) -> int:
     return max(sizes) or 32 << 20
 
 
+@functools.cache
 def machine(device: str) -> dict[str, object]:
     """What the figures depend on."""
-    import vae_fast
-
+    kind = device.split(":")[0]
     facts = {
-        "device": device.split(":")[0],
+        "device": kind,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "vae_fast": vae_fast.__version__,
-        "backend": vae_fast.backends.backend_for(facts_device := device.split(":")[0]),
-        "compiler": _compiler(),
+        "backend": vae_fast.backends.backend_for(kind),
+        "compiler": _output(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
         "python": platform.python_version(),
         "copy GB/s": round(copy_bandwidth(device) / 1e9, 1),
         "cache MiB": round(last_level_cache(device) / 2**20, 1),
     }
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
-        pass
-    if facts_device == "cuda":
+    if importlib.util.find_spec("triton"):
+        facts["triton"] = importlib.metadata.version("triton")
+    if kind == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda or torch.version.hip
-        facts["driver"] = _output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        query = ("--query-gpu=driver_version", "--format=csv,noheader")
+        facts["driver"] = _output("nvidia-smi", *query)
     else:
-        from torch._inductor.cpu_vec_isa import pick_vec_isa
-
         # torch.compile's code is scalar, and no fair peer, where its test for vectors fails.
         facts["torch.compile's vectors"] = str(pick_vec_isa()) or "none"
     return facts
@@ -200,10 +230,6 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _compiler() -> str:
-    return _output(os.environ.get("CXX", "c++"), "--version").split("\n")[0]
 
 
 def _output(*command: str) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.runs import OURS, Group, load, shrink
+from benchmarks.runs import OURS, Group, is_ours, load, shrink
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
@@ -26,8 +26,7 @@ All implementations of a row ran in one process, on the same tensors, in turns; 
 before they were timed. Times are medians. *Ratio* is the best peer's time over ours. *Of copy* is
 the share of this machine's copy bandwidth that the bytes which have to move were moved at. *Saved*
 is what is kept from the forward to the backward pass beyond the loss's inputs, *peak* what is held
-at once beyond them.
-"""
+at once beyond them."""
 
 
 def duration(seconds: float) -> str:
@@ -125,9 +124,7 @@ Value = Callable[[Group, str], float | None]
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def _lines(
-    groups: list[Group], value: Callable[[Group, str], float | None], label: str, path: Path
-):
+def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
     """For each loss a panel: a line for each implementation, over the sizes in fp32."""
     import matplotlib
 
@@ -148,8 +145,9 @@ def _lines(
             points = [(i, value(g, n)) for i, g in enumerate(own) if n in g.rows]
             points = [(i, v) for i, v in points if v is not None]
             if points:
-                own_line = n.startswith(OURS)
-                style = {"lw": 2.4, "marker": "o"} if own_line else {"ls": "--", "marker": "."}
+                style = {"lw": 2.4, "marker": "o"}
+                if not is_ours(n):
+                    style = {"ls": "--", "marker": ".", "zorder": 3}
                 panel.plot(*zip(*points, strict=True), color=colours[n], label=n, **style)
         panel.set_title(f"{of}, {last[of]}, fp32", fontsize=10)
         panel.set_xticks(

@@ -1,9 +1,11 @@
 """The benchmarks' own judgement: what they refuse to time, what they report and call slower."""
 
+import functools
 import json
 import sys
 
 import cases
+import measure
 import peers
 import pytest
 import torch
@@ -57,6 +59,30 @@ def test_whoever_is_wrong_is_found_out(group, function, phase):
     case = cases.CASES[group](SIZE, "fp32", "cpu")
     with pytest.raises(cases.Wrong):
         case.check(case.step(function, phase), phase)
+
+
+def test_a_wrong_result_is_not_timed():
+    calls = {"right": 0, "wrong": 0}
+
+    def step(name):
+        calls[name] += 1
+
+    def refuse():
+        raise measure.Wrong("loss: off by two")
+
+    results = measure.race(
+        {name: functools.partial(step, name) for name in calls},
+        {"right": lambda: None, "wrong": refuse},
+        measure.Clock("cpu", lambda: None),
+        1e-3,
+        lambda name, median: {"name": name, "positive": median > 0},
+    )
+    assert str(results["wrong"]) == "loss: off by two"
+    assert calls["wrong"] == 0
+    assert len(results["right"]["turns"]) == measure.TURNS
+    timed = sum(map(len, results["right"]["turns"]))
+    assert calls["right"] == timed + measure.TURNS * measure.WARM_UP
+    assert (results["right"]["name"], results["right"]["positive"]) == ("right", True)
 
 
 # ---- reports and comparisons -------------------------------------------------------------------

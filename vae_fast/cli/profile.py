@@ -38,8 +38,8 @@ ROUNDS = 5
 
 _STEP, _BACKWARD = "training step", " backward"
 _NODE = "autograd::engine::evaluate_function"
-# The networks' matrix products, forward and backward.
-_PRODUCTS = {
+#: The networks' matrix products, forward and backward.
+PRODUCTS = {
     f"aten::{name}"
     for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 }
@@ -305,7 +305,7 @@ class _Timeline:
                 self.parts.append(_span(event))
             elif name.startswith(_NODE):
                 self._add_node(_span(event), begun)
-            elif name in _PRODUCTS and (not products or event["ts"] >= products[-1].end):
+            elif name in PRODUCTS and (not products or event["ts"] >= products[-1].end):
                 products.append(_span(event))
         self.products = products
 
