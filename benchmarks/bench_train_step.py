@@ -19,7 +19,7 @@ import torch
 from cases import close
 from measure import Clock, peak_bytes, race, saved_bytes
 from peers import COMPILED, INPLACE, eager_latent, eager_likelihood, whole
-from runs import OURS
+from saved import OURS
 
 from vae_fast import VAE
 from vae_fast.cli.profile import PRODUCTS

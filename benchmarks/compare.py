@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import duration
-from benchmarks.runs import Group, is_ours, load
+from benchmarks.saved import Group, is_ours, load
 
 LEAST = 0.05  # a smaller change is never called one
 

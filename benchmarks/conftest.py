@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 from measure import Wrong, machine
-from runs import is_ours
+from saved import is_ours
 
 SECONDS, QUICK_SECONDS = 0.5, 0.25  # to time an implementation for, in all its turns
 

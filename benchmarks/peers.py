@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from runs import OURS
+from saved import OURS
 from torch.distributions import Normal
 from torch.nn import functional as F
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks.report import duration, name, table
-from benchmarks.runs import OURS, Group, load
+from benchmarks.saved import OURS, Group, load
 
 ROOT = Path(__file__).resolve().parent.parent
 INPLACE = f"{OURS} inplace"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.runs import OURS, Group, is_ours, load, shrink
+from benchmarks.saved import OURS, Group, is_ours, load, shrink
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {

@@ -10,7 +10,7 @@ import peers
 import pytest
 import torch
 
-from benchmarks import compare, report, runs
+from benchmarks import compare, report, saved
 
 SIZE = cases.Size(64, 16, 784)
 NAMES = [
@@ -131,8 +131,8 @@ def test_the_report_has_ratios_and_pictures(tmp_path, monkeypatch):
     # What is kept gives the same report, without the machine's other facts.
     kept = (out / "run.json").read_text()
     assert "secret" not in kept
-    assert report.report(*runs.load(out / "run.json")) == text
-    assert report.slug(runs.load(run)[0]) == "some-cpu-2-threads"
+    assert report.report(*saved.load(out / "run.json")) == text
+    assert report.slug(saved.load(run)[0]) == "some-cpu-2-threads"
 
 
 def compared(tmp_path, before, after, monkeypatch, capsys):
