@@ -49,17 +49,17 @@ struct Element;
 
 template <class F>
 struct Element<F, Family::gaussian> {
-  F value, d_x, r2;
+  using T = typename Traits<F>::Scalar;
+  F value, d_x, half;
   template <class S>
-  VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<typename Traits<F>::Scalar>&) {
-    using T = typename Traits<F>::Scalar;
+  VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<T>&) {
     const auto inverse = s.inverse();
     const F r = inverse.times(x - m);
-    r2 = r * r;
-    value = r * T(0.5) * r + s.log_sigma;  // half of r, not of r², which may overflow
+    half = r * T(0.5) * r;  // of r, not of r², which may overflow
+    value = half + s.log_sigma;
     d_x = inverse.times(r);
   }
-  VAE_FAST_INLINE F d_log_scale(F w) const { return w - r2 * w; }
+  VAE_FAST_INLINE F d_log_scale(F w) const { return w - half * (w * T(2)); }
 };
 
 template <class F>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "elements.h"
@@ -16,44 +17,31 @@ constexpr int64_t kTile = 1024;  // elements worked on at once, in L1
 template <class F>
 using ScalarOf = typename Traits<F>::Scalar;
 
-// The vector of elements i, i+1, ... of a row that has `left` elements from i on. In the last,
-// partial one, the lanes beyond the row load `fill`, store nothing and add nothing.
-template <class F>
+// The vector of elements i, i+1, ... of a row. Of the last, partial one (kPart) only `left` elements
+// exist: the lanes beyond them load `fill`, store nothing and add nothing.
+template <class F, bool kPart>
 struct At {
   using T = ScalarOf<F>;
-  static constexpr int width = Traits<F>::width;
   int64_t i, left;
-  VAE_FAST_INLINE bool whole() const { return __builtin_expect(left >= width, 1); }
+  VAE_FAST_INLINE size_t bytes() const { return kPart ? left * sizeof(T) : sizeof(F); }
   VAE_FAST_INLINE F load(const T* p, T fill = T(0)) const {
-    F v;
-    if (whole()) {
-      std::memcpy(&v, p + i, sizeof(v));
-    } else {
-      v = splat<F>(fill);
-      std::memcpy(&v, p + i, left * sizeof(T));
-    }
+    F v = splat<F>(fill);
+    std::memcpy(&v, p + i, bytes());
     return v;
   }
-  VAE_FAST_INLINE void store(T* p, F v) const {
-    // Two calls: with a size known at compile time the common one is a single store.
-    if (whole()) {
-      std::memcpy(p + i, &v, sizeof(v));
-    } else {
-      std::memcpy(p + i, &v, left * sizeof(T));
-    }
-  }
+  VAE_FAST_INLINE void store(T* p, F v) const { std::memcpy(p + i, &v, bytes()); }
   // Past the caches where there is an instruction for it; p + i must be aligned to a whole vector.
   VAE_FAST_INLINE void stream(T* p, F v) const {
-    if (whole()) {
-      store_past_caches(p + i, v);
-    } else {
+    if constexpr (kPart) {
       store(p, v);
+    } else {
+      store_past_caches(p + i, v);
     }
   }
   VAE_FAST_INLINE F keep(F v) const {
-    if (whole()) return v;
+    if constexpr (!kPart) return v;
     F kept{};
-    std::memcpy(&kept, &v, left * sizeof(T));
+    std::memcpy(&kept, &v, bytes());
     return kept;
   }
 };
@@ -84,15 +72,57 @@ VAE_FAST_INLINE void store_transposed(F x, F y, F z, F w, float* to) {
 
 template <class F, class Body>
 VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
-  for (int64_t i = 0; i < n; i += Traits<F>::width) body(At<F>{i, n - i});
+  constexpr int width = Traits<F>::width;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) body(At<F, false>{i, width});
+  if (i < n) body(At<F, true>{i, n - i});
 }
 
-// Calls body(x, y, z, w) with the words of as many Philox counters as a vector has lanes, block by
-// block from `counter` on.
+// Writes σ of n raw scales, or its inverse, and returns whether every log σ was moderate (math.h);
+// else, or where σ is no exponential, what is written is nothing of use. A loop of its own, since the
+// processor overlaps an exponential better with others than with what needs it.
+template <class F, Param P, bool kInverse>
+VAE_FAST_INLINE bool moderate_sigma(int64_t n, const ScalarOf<F>* scale, ScalarOf<F>* to) {
+  if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
+    using I = typename Traits<F>::Int;
+    // As bits without their sign floats are ordered, and a NaN is the largest.
+    const I most = bits_as<I>(splat<F>(kModerate));
+    I room{};  // negative where there is none
+    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+      const F t = Scale<F, P>(at.load(scale)).log_sigma;
+      room |= most - (bits_as<I>(t) & 0x7fffffff);
+      at.store(to, exp_moderate(kInverse ? -t : t));
+    });
+    uint32_t lanes[Traits<F>::width], any = 0;
+    std::memcpy(lanes, &room, sizeof(room));
+    for (const uint32_t lane : lanes) any |= lane;
+    return any >> 31 == 0;
+  }
+  return false;
+}
+
+// Calls body(at, scale) for the vectors of n raw scales, at most kTile. The body divides by σ
+// (kInverse), or multiplies with it.
+template <class F, Param P, bool kInverse, class Body>
+VAE_FAST_INLINE void for_scales(int64_t n, const ScalarOf<F>* scale, const Body& body) {
+  using T = ScalarOf<F>;
+  alignas(64) T factor[kTile];
+  if (moderate_sigma<F, P, kInverse>(n, scale, factor)) {
+    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+      body(at, ModerateScale<F, P>(at.load(scale, T(1)), at.load(factor, T(1))));
+    });
+  } else {
+    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA { body(at, Scale<F, P>(at.load(scale, T(1)))); });
+  }
+}
+
+// Calls body(i, x, y, z, w) with the words of as many Philox counters as a vector has lanes, for
+// i = 0, 1, ... blocks from `counter` on; of the last block some may not be wanted.
 //
 // Philox works on 64-bit lanes, two vectors a block. The counters are dealt to the 32-bit lanes such
 // that transposing the 128-bit quarters of (x, y, z, w), which is cheap, puts them in order: lane
-// 4·q + m holds counter m·width/4 + q.
+// 4·q + m holds counter m·width/4 + q. Two blocks are worked on at once, since one is a single chain
+// of ten times a product, a shuffle and a sum, each of which has to wait for the last.
 template <class F, class Body>
 VAE_FAST_INLINE void philox_blocks(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                    uint32_t stream, const Body& body) {
@@ -101,12 +131,27 @@ VAE_FAST_INLINE void philox_blocks(int64_t calls, uint64_t counter, uint32_t k0,
   constexpr int width = Traits<F>::width;
   L even;
   for (int i = 0; i < width / 2; ++i) even[i] = counter + i % 2 * (width / 2) + i / 2;
-  for (int64_t first = 0; first < calls; first += width, even += width) {
-    const Words<L> a = philox(even, k0, k1, stream), b = philox(even + width / 4, k0, k1, stream);
-    const auto join = [](L low, L high) VAE_FAST_LAMBDA {
-      return bits_as<U>((low & 0xffffffffu) | (high << 32));
-    };
-    body(join(a.x, b.x), join(a.y, b.y), join(a.z, b.z), join(a.w, b.w));
+  const auto join = [](L low, L high) VAE_FAST_LAMBDA {
+    return bits_as<U>((low & 0xffffffffu) | (high << 32));
+  };
+  const auto block = [&](int64_t i, const Words<L>& a, const Words<L>& b) VAE_FAST_LAMBDA {
+    body(i, join(a.x, b.x), join(a.y, b.y), join(a.z, b.z), join(a.w, b.w));
+  };
+  constexpr int step = width / 4;
+  const int64_t blocks = (calls + width - 1) / width;
+  int64_t i = 0;
+  for (; i + 1 < blocks; i += 2, even += 2 * width) {
+    const L counters[4] = {even, even + step, even + width, even + (width + step)};
+    Words<L> words[4];
+    philox(counters, k0, k1, stream, words);
+    block(i, words[0], words[1]);
+    block(i + 1, words[2], words[3]);
+  }
+  if (i < blocks) {
+    const L counters[2] = {even, even + step};
+    Words<L> words[2];
+    philox(counters, k0, k1, stream, words);
+    block(i, words[0], words[1]);
   }
 }
 

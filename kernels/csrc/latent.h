@@ -3,18 +3,30 @@
 // Included once per instruction set (each_isa.h).
 
 // ε of `calls` counters from `counter` on: eps[4·i + lane]. Works in blocks of as many counters as a
-// vector has lanes, and eps is writable up to the next multiple.
+// vector has lanes, and eps is writable up to the next multiple. First all the words, then what is
+// made of them: the processor overlaps either with itself better than one with the other.
 template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                 float* eps) {
   using U = typename Traits<F>::UInt;
-  philox_blocks<F>(calls, counter, k0, k1, kNormalStream, [&](U a, U b, U c, U d) VAE_FAST_LAMBDA {
-    F x, y, z, w;
-    box_muller(uniform<F>(a), uniform<F>(b), x, y);
-    box_muller(uniform<F>(c), uniform<F>(d), z, w);
-    store_transposed(x, y, z, w, eps);
-    eps += 4 * Traits<F>::width;
+  struct Block {
+    U x, y, z, w;
+  };
+  static_assert(sizeof(Block) == 4 * sizeof(F));
+  constexpr int width = Traits<F>::width;
+  philox_blocks<F>(calls, counter, k0, k1, kNormalStream,
+                   [&](int64_t i, U x, U y, U z, U w) VAE_FAST_LAMBDA {
+    const Block words{x, y, z, w};
+    std::memcpy(eps + i * 4 * width, &words, sizeof(words));
   });
+  for (int64_t i = 0; i < calls; i += width) {
+    Block words;
+    std::memcpy(&words, eps + 4 * i, sizeof(words));
+    F x, y, z, w;
+    box_muller(uniform<F>(words.x), uniform<F>(words.y), x, y);
+    box_muller(uniform<F>(words.z), uniform<F>(words.w), z, w);
+    store_transposed(x, y, z, w, eps + 4 * i);
+  }
 }
 
 // fp64: eps[2·i + lane].
@@ -22,7 +34,10 @@ template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                 double* eps) {
   for (int64_t i = 0; i < calls; ++i) {
-    const Words<uint64_t> v = philox(counter + i, k0, k1, kNormalStream);
+    const uint64_t counters[1] = {counter + i};
+    Words<uint64_t> words[1];
+    philox(counters, k0, k1, kNormalStream, words);
+    const Words<uint64_t> v = words[0];
     box_muller(uniform(uint32_t(v.x), uint32_t(v.y)), uniform(uint32_t(v.z), uint32_t(v.w)),
                eps[2 * i], eps[2 * i + 1]);
   }
@@ -36,12 +51,13 @@ VAE_FAST_TARGET void latent_forward_rows(int64_t rows, int64_t n, Rows<const Sca
                                          ScalarOf<F>* log_q, ScalarOf<F>* log_p) {
   using T = ScalarOf<F>;
   for (int64_t row = 0; row < rows; ++row) {
+    const T *const mus = mu[row], *const scales = scale[row], *const noise = eps[row];
+    T* const to = z[row];
     F q{}, p{};
-    for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
-      const Scale<F, P> s(at.load(scale[row], T(1)));
-      const F e = at.load(eps[row]);
-      const F sample = at.load(mu[row]) + s.sigma() * e;
-      at.store(z[row], sample);
+    for_scales<F, P, /*kInverse=*/false>(n, scales, [&](auto at, const auto& s) VAE_FAST_LAMBDA {
+      const F e = at.load(noise);
+      const F sample = at.load(mus) + s.sigma() * e;
+      at.store(to, sample);
       q += at.keep(e * e * T(0.5) + s.log_sigma);
       p += at.keep(sample * sample * T(0.5));
     });
@@ -63,15 +79,24 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
   using T = ScalarOf<F>;
   for (int64_t row = 0; row < rows; ++row) {
     const T row_q = *g_q[row], row_p = *g_p[row];
-    for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
-      const Scale<F, P> s(at.load(scale[row], T(1)));
-      const F e = at.load(eps[row]), noise = s.sigma() * e;
-      F h = at.load(g_z[row]) - (at.load(mu[row]) + noise) * row_p;
+    const T *const mus = mu[row], *const scales = scale[row], *const noise = eps[row];
+    const T* const upstream = g_z[row];
+    T *const to_mu = g_mu[row], *const to_scale = g_scale[row];
+    const auto body = [&](auto at, const auto& s) VAE_FAST_LAMBDA {
+      const F e = at.load(noise), shift = s.sigma() * e;
+      F h = at.load(upstream) - (at.load(mus) + shift) * row_p;
       if constexpr (kPath) h -= s.inverse().times(e) * row_q;
-      const F g = (kPath ? noise * h : noise * h - row_q) * s.slope;
-      at.store(g_mu[row], add ? at.load(g_mu[row]) + h : h);
-      at.store(g_scale[row], add ? at.load(g_scale[row]) + g : g);
-    });
+      const F g = (kPath ? shift * h : shift * h - row_q) * s.slope;
+      at.store(to_mu, add ? at.load(to_mu) + h : h);
+      at.store(to_scale, add ? at.load(to_scale) + g : g);
+    };
+    if constexpr (kPath) {  // both multiplies and divides
+      for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+        body(at, Scale<F, P>(at.load(scales, T(1))));
+      });
+    } else {
+      for_scales<F, P, /*kInverse=*/false>(n, scales, body);
+    }
   }
 }
 

@@ -13,7 +13,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
                                      Rows<ScalarOf<F>> g_scale, bool stream,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
-  const auto store = [stream](At<F> at, T* p, F v) VAE_FAST_LAMBDA {
+  const auto store = [stream](auto at, T* p, F v) VAE_FAST_LAMBDA {
     if (stream) {
       at.stream(p, v);
     } else {
@@ -22,28 +22,35 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
   };
   const Model<T> constants = model;
   for (int64_t row = 0; row < rows; ++row) {
-    const F shared = splat<F>(kScalar ? *scale[row] : T(1));
     const T w = kGradient ? *weight[row] : T(0);
     LikelihoodTerms<T> sum{T(0), T(0)};
     for (int64_t begin = 0; begin < n; begin += kTile) {  // so that no lane adds up many terms
+      const int64_t count = std::min(n - begin, kTile);
+      const T *const xs = x[row] + begin, *const means = mean[row] + begin;
+      const T* const scales = scale[row] + (kScalar ? 0 : begin);
+      T *const to_mean = g_mean[row] + begin, *const to_scale = g_scale[row] + begin;
       F values{}, g_scalar{};
-      for_lanes<F>(std::min(n - begin, kTile), [&](At<F> at) VAE_FAST_LAMBDA {
-        const Scale<F, P> s(kScalar ? shared : at.load(scale[row] + begin, T(1)));
-        const Element<F, family> e(at.load(x[row] + begin), at.load(mean[row] + begin), s,
-                                   constants);
+      const auto body = [&](auto at, const auto& s) VAE_FAST_LAMBDA {
+        const Element<F, family> e(at.load(xs), at.load(means), s, constants);
         values += at.keep(e.value);
         if constexpr (kGradient) {
-          store(at, g_mean[row] + begin, e.d_x * -w);
+          store(at, to_mean, e.d_x * -w);
           if constexpr (has_scale(family)) {
             const F g = e.d_log_scale(s.slope * w);
             if constexpr (kScalar) {
               g_scalar += at.keep(g);
             } else {
-              store(at, g_scale[row] + begin, g);
+              store(at, to_scale, g);
             }
           }
         }
-      });
+      };
+      if constexpr (kScalar) {
+        const Scale<F, P> shared(splat<F>(*scales));
+        for_lanes<F>(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared); });
+      } else {
+        for_scales<F, P, /*kInverse=*/true>(count, scales, body);
+      }
       sum.value += sum_lanes(values);
       sum.g_scale += sum_lanes(g_scalar);
     }

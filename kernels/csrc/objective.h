@@ -9,7 +9,7 @@ VAE_FAST_TARGET void kl_tile(int64_t n, const ScalarOf<F>* mu, const ScalarOf<F>
                              ScalarOf<F>* kl) {
   using T = ScalarOf<F>;
   F sum{};
-  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     const F log_p = at.load(prior_log_scale);
     const ExpMinusOne<F> ratio((at.load(log_scale) - log_p) * T(2));
     const F d = exp_of(-log_p).times(at.load(mu) - at.load(prior_mu));
@@ -26,7 +26,7 @@ VAE_FAST_TARGET void kl_gradient_tile(int64_t n, ScalarOf<F> weight, const Scala
                                       const ScalarOf<F>* prior_log_scale, ScalarOf<F>* g_mu,
                                       ScalarOf<F>* g_log_scale, ScalarOf<F>* g_prior_log_scale) {
   using T = ScalarOf<F>;
-  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     const F log_p = at.load(prior_log_scale);
     const ExpMinusOne<F> ratio((at.load(log_scale) - log_p) * T(2));
     const auto inverse = exp_of(-log_p);
@@ -48,7 +48,7 @@ VAE_FAST_TARGET void importance_tile(int64_t samples, int64_t n, int64_t pitch,
                                      ScalarOf<F>* weights, ScalarOf<F>* bound) {
   using T = ScalarOf<F>;
   const T log_samples = static_cast<T>(std::log(static_cast<double>(samples)));
-  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     F largest = at.load(weights);
     for (int64_t k = 1; k < samples; ++k) {
       const F v = at.load(weights + k * pitch);

@@ -55,28 +55,34 @@ VAE_FAST_INLINE u64x8 high_half(u64x8 v) {
 // Third counter words, which keep the streams of one key apart.
 constexpr uint32_t kNormalStream = 0, kUniformStream = 1;
 
-// Ten rounds on the 128-bit counter (counter, stream, 0) for a stream of 0 or 1, U being uint64_t or a vector of it. The words are
-// the low halves of what comes back; the high ones hold nothing of use.
-template <class U>
-VAE_FAST_INLINE Words<U> philox(U counter, uint32_t k0, uint32_t k1, uint32_t stream) {
-  // Of the first round's two products one is that of the stream.
-  const U first = multiply_low(counter, 0xD2511F53u);
-  U c0 = high_half(counter) ^ k0, c1 = U{} + stream * 0xCD9E8D57u, c2 = high_half(first) ^ k1, c3 = first;
+// Ten rounds on the 128-bit counters (counter, stream, 0), for a stream of 0 or 1, U being uint64_t or
+// a vector of it. The words are the low halves of what comes out; the high ones hold nothing of use.
+// Several counters go through the rounds side by side, since the rounds of one wait for each other.
 #if defined(__clang__) || defined(__CUDACC__)
-#pragma unroll
+#define VAE_FAST_UNROLL _Pragma("unroll")
 #else
-#pragma GCC unroll 9
+#define VAE_FAST_UNROLL _Pragma("GCC unroll 9")
 #endif
+template <int kCount, class U>
+VAE_FAST_INLINE void philox(const U (&counters)[kCount], uint32_t k0, uint32_t k1, uint32_t stream,
+                            Words<U> (&words)[kCount]) {
+  VAE_FAST_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    // Of the first round's two products one is that of the stream.
+    const U first = multiply_low(counters[i], 0xD2511F53u);
+    words[i] = {high_half(counters[i]) ^ k0, U{} + stream * 0xCD9E8D57u, high_half(first) ^ k1, first};
+  }
+  VAE_FAST_UNROLL
   for (int round = 1; round < 10; ++round) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
-    const U p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = high_half(p1) ^ c1 ^ k0;
-    c2 = high_half(p0) ^ c3 ^ k1;
-    c1 = p1;
-    c3 = p0;
+    VAE_FAST_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const Words<U> w = words[i];
+      const U p0 = multiply_low(w.x, 0xD2511F53u), p1 = multiply_low(w.z, 0xCD9E8D57u);
+      words[i] = {high_half(p1) ^ w.y ^ k0, p1, high_half(p0) ^ w.w ^ k1, p0};
+    }
   }
-  return {c0, c1, c2, c3};
 }
 
 // v·2⁻³² + 2⁻³³ on (0, 1]; the product is exact, so this rounds as a fused multiply-add does.

@@ -11,7 +11,7 @@ VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf
   const T middle = static_cast<T>(0.5 * (clamp.lo + clamp.hi));
   const T reach = static_cast<T>(0.5 * (clamp.hi - clamp.lo));
   const bool soft = clamp.soft;
-  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     F s = at.load(from, T(1)), d = splat<F>(T(1));
     if (soft) {
       const SoftClamp<F> c((s - middle) / reach);
@@ -61,7 +61,7 @@ VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u,
 template <class F>
 VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
                                  ScalarOf<F>* to) {
-  for_lanes<F>(n, [&](At<F> at) VAE_FAST_LAMBDA {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     F v = at.load(from);
     if (slope != nullptr) {
       const F s = at.load(slope);
@@ -92,10 +92,10 @@ template <class F>
 VAE_FAST_TARGET void uniform_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                   float* u) {
   using U = typename Traits<F>::UInt;
-  philox_blocks<F>(calls, counter, k0, k1, kUniformStream, [&](U x, U y, U z, U w)
-                                                               VAE_FAST_LAMBDA {
-    store_transposed(uniform<F>(x), uniform<F>(y), uniform<F>(z), uniform<F>(w), u);
-    u += 4 * Traits<F>::width;
+  philox_blocks<F>(calls, counter, k0, k1, kUniformStream,
+                   [&](int64_t i, U x, U y, U z, U w) VAE_FAST_LAMBDA {
+    store_transposed(uniform<F>(x), uniform<F>(y), uniform<F>(z), uniform<F>(w),
+                     u + i * 4 * Traits<F>::width);
   });
 }
 
