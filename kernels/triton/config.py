@@ -11,6 +11,15 @@ def _pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _vector(itemsize: int, align: int) -> int:
+    """Neighbouring elements that a thread holds: 16 bytes, or 4 elements if rows begin elsewhere.
+
+    Noise comes in fours, or in twos of fp64.
+    """
+    vec = 16 // itemsize
+    return vec if align >= vec else min(vec, 4)
+
+
 @dataclass(frozen=True)
 class LatentConfig:
     """A program of the latent pass owns ``rows`` rows and walks them in steps of a few tiles.
@@ -18,7 +27,7 @@ class LatentConfig:
     Attributes:
         rows, cols: the tile, powers of two; it has one vector of each thread, or several rows.
         tiles: tiles side by side in a step, a power of two.
-        vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
+        vec: neighbouring elements a thread holds.
         steps: steps that walk the row.
         even: the steps cover the row exactly, so no column needs a mask.
         num_warps: warps per program.
@@ -34,25 +43,32 @@ class LatentConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def latent_config(rows: int, size: int, itemsize: int, sms: int, warp: int) -> LatentConfig:
+def latent_config(
+    rows: int, size: int, itemsize: int, align: int, sms: int, warp: int
+) -> LatentConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
 
     Args:
+        align: what divides all rows' first elements: see ``launch.alignment``.
         sms, warp: multiprocessors of the GPU, and threads in a warp.
     """
-    vec, each = 16 // itemsize, 4 if itemsize == 8 else 16
+    vec, each = _vector(itemsize, align), 4 if itemsize == 8 else 16
     # One warp to a program while a thread's ``each`` elements let it span the row: sums then need
     # neither shared memory nor a barrier.
     num_warps = min(_pow2(-(-size // (warp * each))), _WARPS)
     threads = num_warps * warp
     # A thread's elements lie in one row as far as may be, so that they share their addresses and
-    # are summed before anything crosses threads; but a tile's row is at least a 128-byte line.
-    widest = min(max(_pow2(size), vec), threads * vec)
-    cols = min(max(_pow2(size) * vec // each, 128 // itemsize), widest)
+    # are summed before anything crosses threads; but a tile's row is at least a 128-byte line, or
+    # half a row, or a 32-byte sector.
+    whole, line = _pow2(size), 128 // itemsize
+    cols = max(whole * vec // each, min(line, whole // 2), line // 4)
+    cols = min(cols, max(whole, vec), threads * vec)
     tiles = min(_pow2(-(-size // cols)), each // vec)
     # Short rows: several to a thread, unless the multiprocessors would then be short of programs.
     tile_rows = threads * vec // cols
     each //= vec * tiles
+    if align < vec:  # each element has an address of its own
+        each //= 2
     while each > 1 and rows >= 8 * sms * tile_rows:
         tile_rows, each = tile_rows * 2, each // 2
     return LatentConfig(
@@ -73,7 +89,7 @@ class LikelihoodConfig:
     Attributes:
         rows, cols: the tile, powers of two; it has one vector of each thread, or several rows.
         tiles: tiles side by side in a step, a power of two.
-        vec: neighbouring elements a thread holds, 16 bytes of the narrowest tensor.
+        vec: neighbouring elements a thread holds.
         steps: steps that walk the program's part of a row.
         passes: times ``rows`` that a program owns, so that few partial sums are left at the end.
         split: programs that share one row, for few and long rows; a power of two, unless a program
@@ -100,6 +116,7 @@ def likelihood_config(
     rows: int,
     size: int,
     itemsize: int,
+    align: int,
     sms: int,
     warp: int,
     heavy: int = 0,
@@ -108,13 +125,17 @@ def likelihood_config(
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
 
     Args:
+        align: what divides all rows' first elements: see ``launch.alignment``.
         sms, warp: multiprocessors of the GPU, and threads in a warp.
         heavy: how often a thread's elements must be halved, for the registers of the arithmetic.
         columns: a program owns one step of its rows, to sum each column over them.
     """
-    vec = 16 // itemsize
+    vec = _vector(itemsize, align)
+    heavy += align < vec  # each element has an address of its own
     # 16 elements a thread and step keep enough loads in flight; 4 in fp64, for the registers.
-    tiles = max((4 if itemsize == 4 else 2) >> heavy, 1)
+    each = max((4 if itemsize == 8 else 16) >> heavy, min(vec, 4))
+    vec = min(vec, each)
+    tiles = each // vec
     # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else the
     # program's four warps share one.
     warps_per_row = 1 if rows >= 8 * sms else _WARPS

@@ -8,7 +8,15 @@ import triton.language as tl
 
 from .config import LatentConfig, latent_config
 from .elementary import expm1_and_rest
-from .launch import accumulation, as_rows, backend_of, compile_options, machine, on_device
+from .launch import (
+    accumulation,
+    alignment,
+    as_rows,
+    backend_of,
+    compile_options,
+    machine,
+    on_device,
+)
 from .scale import (
     bound,
     clamp_code,
@@ -18,7 +26,7 @@ from .scale import (
     log_variance_and_scale,
     through_bound,
 )
-from .tile import clip_row, row_tile
+from .tile import along, clip_row, multiple, row_tile
 
 
 @triton.jit
@@ -46,22 +54,25 @@ def kl_forward_kernel(
     prior_mu_row, prior_mu_col, prior_scale_row, prior_scale_col,
     lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, PRIOR_PARAM: tl.constexpr, CLAMP: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
-    APPROX: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr,
+    EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program sums ROWS rows of ½(e^t - 1 - t + δ²)."""
     ACC: tl.constexpr = kl_ptr.dtype.element_ty
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    L, mu_row, scale_row = multiple(L, ALIGN), multiple(mu_row, ALIGN), multiple(scale_row, ALIGN)
+    prior_mu_row, prior_scale_row = multiple(prior_mu_row, ALIGN), multiple(prior_scale_row, ALIGN)
     row0 = tl.program_id(0).to(B.dtype) * ROWS
     total = tl.zeros([TILES * ROWS, COLS], ACC)
     for step in range(steps):
         n, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
-        mu = tl.load(mu_ptr + n * mu_row + cols * mu_col, mask).to(ACC)
-        s = tl.load(scale_ptr + n * scale_row + cols * scale_col, mask).to(ACC)
+        mu = tl.load(mu_ptr + n * mu_row + along(cols, mu_col), mask).to(ACC)
+        s = tl.load(scale_ptr + n * scale_row + along(cols, scale_col), mask).to(ACC)
         t, delta, _, _ = _terms(
             mu, bound(s, lo, hi, CLAMP, APPROX), prior_mu_ptr, prior_scale_ptr,
-            n * prior_mu_row + cols * prior_mu_col, n * prior_scale_row + cols * prior_scale_col,
+            n * prior_mu_row + along(cols, prior_mu_col),
+            n * prior_scale_row + along(cols, prior_scale_col),
             mask, PARAM, PRIOR_PARAM, APPROX,
         )  # fmt: skip
         _, rest = expm1_and_rest(t, APPROX)
@@ -79,8 +90,8 @@ def kl_backward_kernel(
     prior_mu_row, prior_mu_col, prior_scale_row, prior_scale_col,
     lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, PRIOR_PARAM: tl.constexpr, CLAMP: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
-    APPROX: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr,
+    EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program owns one step of the gradients.
 
@@ -88,17 +99,20 @@ def kl_backward_kernel(
     """
     ACC: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    L, mu_row, scale_row = multiple(L, ALIGN), multiple(mu_row, ALIGN), multiple(scale_row, ALIGN)
+    prior_mu_row, prior_scale_row = multiple(prior_mu_row, ALIGN), multiple(prior_scale_row, ALIGN)
     pid = tl.program_id(0)
     row0 = (pid // steps).to(B.dtype) * ROWS
     n, cols = row_tile(row0, B, pid % steps, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
     g = tl.load(g_kl_ptr + n * g_kl_row).to(ACC)
-    mu = tl.load(mu_ptr + n * mu_row + cols * mu_col, mask).to(ACC)
-    raw = tl.load(scale_ptr + n * scale_row + cols * scale_col, mask).to(ACC)
+    mu = tl.load(mu_ptr + n * mu_row + along(cols, mu_col), mask).to(ACC)
+    raw = tl.load(scale_ptr + n * scale_row + along(cols, scale_col), mask).to(ACC)
     s = bound(raw, lo, hi, CLAMP, APPROX)
     t, delta, slope, prior_s = _terms(
         mu, s, prior_mu_ptr, prior_scale_ptr,
-        n * prior_mu_row + cols * prior_mu_col, n * prior_scale_row + cols * prior_scale_col,
+        n * prior_mu_row + along(cols, prior_mu_col),
+        n * prior_scale_row + along(cols, prior_scale_col),
         mask, PARAM, PRIOR_PARAM, APPROX,
     )  # fmt: skip
     expm1, _ = expm1_and_rest(t, APPROX)
@@ -121,10 +135,12 @@ def _operands(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[i
     return read, strides
 
 
-def _config(tensors: list[Tensor | None]) -> LatentConfig:
-    mu = tensors[0]
+def _config(tensors: list[Tensor | None], strides: list[int]) -> tuple[LatentConfig, int]:
+    """The tile, and the alignment of its rows."""
+    mu, rows = tensors[0], strides[::2]
     itemsize = min(t.element_size() for t in tensors if t is not None)
-    return latent_config(mu.shape[0], mu[0].numel(), itemsize, *machine(mu))
+    align = alignment(16 // itemsize, mu[0].numel(), *rows)
+    return latent_config(mu.shape[0], mu[0].numel(), itemsize, align, *machine(mu)), align
 
 
 def gaussian_kl_forward(
@@ -138,13 +154,14 @@ def gaussian_kl_forward(
         return kl.zero_()
 
     tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
-    config = _config(tensors)
+    config, align = _config(tensors, strides)
     with on_device(mu, "kl forward"):
         kl_forward_kernel[(triton.cdiv(batch, config.rows),)](
             *tensors, kl, batch, mu[0].numel(), config.steps, *strides, lo, hi,
             PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, EVEN=config.even,
-            num_warps=config.num_warps, **compile_options(backend_of(mu), mu.dtype),
+            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, ALIGN=align,
+            EVEN=config.even, num_warps=config.num_warps,
+            **compile_options(backend_of(mu), mu.dtype),
         )  # fmt: skip
     return kl
 
@@ -163,13 +180,14 @@ def gaussian_kl_backward(
         return tuple(gradients)
 
     tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
-    config = _config(tensors)
+    config, align = _config(tensors, strides)
     with on_device(mu, "kl backward"):
         kl_backward_kernel[(triton.cdiv(batch, config.rows) * config.steps,)](
             g_kl, *tensors, *gradients, batch, mu[0].numel(), config.steps,
             g_kl.stride(0), *strides, lo, hi,
             PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, EVEN=config.even,
-            num_warps=config.num_warps, **compile_options(backend_of(mu), mu.dtype),
+            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, ALIGN=align,
+            EVEN=config.even, num_warps=config.num_warps,
+            **compile_options(backend_of(mu), mu.dtype),
         )  # fmt: skip
     return tuple(gradients)

@@ -16,6 +16,7 @@ from .config import latent_config
 from .elementary import minus_zeros
 from .launch import (
     accumulation,
+    alignment,
     as_rows,
     backend_of,
     compile_options,
@@ -27,7 +28,7 @@ from .launch import (
 from .philox import normal
 from .reduce import is_last_program, sum_partials
 from .scale import bound, clamp_code, log_variance_and_scale, scale_slopes, through_bound
-from .tile import clip_row, row_tile
+from .tile import along, clip_row, multiple, row_tile
 
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
@@ -62,7 +63,7 @@ def latent_forward_kernel(
     lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALAR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, VEC: tl.constexpr,
-    EVEN: tl.constexpr, APPROX: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program makes sample k of ROWS batch elements; k runs fastest, so that μ is in cache.
 
@@ -71,6 +72,8 @@ def latent_forward_kernel(
     FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    L, mu_row = multiple(L, ALIGN), multiple(mu_row, ALIGN)
+    scale_row = multiple(scale_row, ALIGN)
     pid = tl.program_id(0)
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(B.dtype) * ROWS
@@ -79,11 +82,11 @@ def latent_forward_kernel(
     for step in range(steps):
         row, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
-        mu = tl.load(mu_ptr + cols * mu_col + row * mu_row, mask).to(ACC)
+        mu = tl.load(mu_ptr + along(cols, mu_col) + row * mu_row, mask).to(ACC)
         if SCALAR:
             s = tl.load(scale_ptr).to(ACC)
         else:
-            s = tl.load(scale_ptr + cols * scale_col + row * scale_row, mask).to(ACC)
+            s = tl.load(scale_ptr + along(cols, scale_col) + row * scale_row, mask).to(ACC)
         s = bound(s, lo, hi, CLAMP, APPROX)
         log_variance, sigma = log_variance_and_scale(s, PARAM, APPROX)
         eps, squares = _noise(
@@ -113,7 +116,7 @@ def latent_backward_kernel(
     lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, CLAMP: tl.constexpr, PATH: tl.constexpr, SCALAR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, VEC: tl.constexpr,
-    EVEN: tl.constexpr, APPROX: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program owns one step of ∂μ and ∂s, and sums it over the K samples.
 
@@ -124,16 +127,18 @@ def latent_backward_kernel(
     FP64: tl.constexpr = mu_ptr.dtype.element_ty == tl.float64
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    L, g_z_row = multiple(L, ALIGN), multiple(g_z_row, ALIGN)
+    mu_row, scale_row = multiple(mu_row, ALIGN), multiple(scale_row, ALIGN)
     pid = tl.program_id(0)
     step = pid % steps
     row0 = (pid // steps).to(B.dtype) * ROWS
     row, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
-    mu = tl.load(mu_ptr + cols * mu_col + row * mu_row, mask).to(ACC)
+    mu = tl.load(mu_ptr + along(cols, mu_col) + row * mu_row, mask).to(ACC)
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
     else:
-        raw = tl.load(scale_ptr + cols * scale_col + row * scale_row, mask).to(ACC)
+        raw = tl.load(scale_ptr + along(cols, scale_col) + row * scale_row, mask).to(ACC)
     s = bound(raw, lo, hi, CLAMP, APPROX)
     _, sigma = log_variance_and_scale(s, PARAM, APPROX)
 
@@ -149,7 +154,7 @@ def latent_backward_kernel(
                 g_q += row_g_q
         if g_z_ptr is not None or g_log_p_ptr is not None or PATH_Q:
             if g_z_ptr is not None:
-                h = tl.load(g_z_ptr + cols * g_z_col + n * g_z_row, mask).to(ACC)
+                h = tl.load(g_z_ptr + along(cols, g_z_col) + n * g_z_row, mask).to(ACC)
             else:
                 h = tl.zeros([TILES * ROWS, COLS], ACC)
             eps, _squares = _noise(
@@ -199,7 +204,8 @@ def latent_forward(
     mu, mu_row, mu_col = as_rows(mu)
     scale, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
     itemsize = min(mu.element_size(), scale.element_size())
-    config = latent_config(batch, size, itemsize, *machine(mu))
+    align = alignment(16 // itemsize, size, mu_row, scale_row)
+    config = latent_config(batch, size, itemsize, align, *machine(mu))
     with on_device(mu, "latent forward"):
         latent_forward_kernel[(triton.cdiv(batch, config.rows) * samples,)](
             mu, scale, key, z, log_q, log_p,
@@ -207,7 +213,7 @@ def latent_forward(
             lo, hi,
             PARAM=param, CLAMP=clamp_code(lo, hi, soft), SCALAR=scalar,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            EVEN=config.even, num_warps=config.num_warps,
+            ALIGN=align, EVEN=config.even, num_warps=config.num_warps,
             **compile_options(backend_of(mu), mu.dtype),
         )  # fmt: skip
     return z, log_q, log_p
@@ -236,7 +242,8 @@ def latent_backward(
     if g_log_p is not None:
         g_log_p, g_log_p_row = row_stride(g_log_p)
     itemsize = min(mu.element_size(), scale.element_size())
-    config = latent_config(batch, size, itemsize, *machine(mu))
+    align = alignment(16 // itemsize, size, g_z_row, mu_row, scale_row)
+    config = latent_config(batch, size, itemsize, align, *machine(mu))
     programs = triton.cdiv(batch, config.rows) * config.steps
     with on_device(mu, "latent backward"):
         counter, partial = scratch(mu, accumulation(mu), programs) if scalar else (None, None)
@@ -247,7 +254,7 @@ def latent_backward(
             mu_row, mu_col, scale_row, scale_col, lo, hi,
             PARAM=param, CLAMP=clamp_code(lo, hi, soft), PATH=path, SCALAR=scalar,
             ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            EVEN=config.even, num_warps=config.num_warps,
+            ALIGN=align, EVEN=config.even, num_warps=config.num_warps,
             **compile_options(backend_of(mu), mu.dtype),
         )  # fmt: skip
     return g_mu, g_scale

@@ -134,6 +134,15 @@ def as_rows(t: Tensor) -> tuple[Tensor, int, int]:
     return t, math.prod(t.shape[1:]), 1
 
 
+def alignment(vec: int, *elements: int) -> int:
+    """The largest power of two that divides the size of a row and the strides between rows.
+
+    Beyond a vector only 16 counts, of which Triton knows by itself.
+    """
+    shared = math.gcd(16, *elements)
+    return shared if shared == 16 else min(shared, vec)
+
+
 def row_stride(t: Tensor) -> tuple[Tensor, int]:
     """Per-row values of any shape with the one stride that walks them; copied if none does."""
     if t.is_contiguous():

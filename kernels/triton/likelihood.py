@@ -17,6 +17,7 @@ from .config import likelihood_config
 from .family import HEAVY, WITHOUT_SCALE, element_gradients, element_nll, student_t_constant
 from .launch import (
     accumulation,
+    alignment,
     backend_of,
     collapse,
     compile_options,
@@ -28,8 +29,9 @@ from .launch import (
 from .philox import uniform
 from .reduce import is_last_program, sum_partials
 from .scale import (
-    SOFTPLUS,
-    VAR,
+    LOGSTD,
+    LOGVAR,
+    SOFT,
     bound,
     clamp_code,
     log_scale_slope,
@@ -37,6 +39,7 @@ from .scale import (
     through_bound,
     times_slope,
 )
+from .tile import along, multiple
 
 # Codes of ``SCALE``: one for each element (or packed), for all, for each row, for each element of
 # the event (the forward pass takes it for a full one whose rows are one and the same), or none.
@@ -96,8 +99,8 @@ def likelihood_kernel(
     LIKELIHOOD: tl.constexpr, PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALE: tl.constexpr,
     GROUP: tl.constexpr, SAMPLES: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr,
     ROW_LOSS: tl.constexpr, SUM_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    TILES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    APPROX: tl.constexpr,
+    TILES: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows in each of ``passes``; or SPLIT programs share each row.
 
@@ -115,6 +118,13 @@ def likelihood_kernel(
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     df, constant = tl.full((), df, ACC), tl.full((), constant, ACC)
     x_mul, x_add = tl.full((), x_mul, ACC), tl.full((), x_add, ACC)
+    D, x_row, mask_row = multiple(D, ALIGN), multiple(x_row, ALIGN), multiple(mask_row, ALIGN)
+    mean_row = multiple(mean_row, ALIGN)
+    if SCALE != ROW:  # of which the row's stride is no tile's
+        scale_row = multiple(scale_row, ALIGN)
+    g_mean_row, g_scale_row = multiple(g_mean_row, ALIGN), multiple(g_scale_row, ALIGN)
+    g_x_row, packed = multiple(g_x_row, ALIGN), multiple(packed, ALIGN)
+    g_packed = multiple(g_packed, ALIGN)
     pid = tl.program_id(0)
     part = pid % SPLIT
     # Element (i, j) of a step is in row i % ROWS, and in column j of tile i // ROWS.
@@ -129,7 +139,7 @@ def likelihood_kernel(
         else:
             # The one step of columns that this program sums.
             cols = (part * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
-            raw = tl.load(scale_ptr + cols * scale_col, cols < D, 1.0).to(ACC)
+            raw = tl.load(scale_ptr + along(cols, scale_col), cols < D, 1.0).to(ACC)
             g_tau = tl.zeros([TILES * ROWS, COLS], ACC)
         s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
         slope = log_scale_slope(s, PARAM, APPROX)
@@ -167,20 +177,20 @@ def likelihood_kernel(
             keep = mask
             if mask_ptr is not None:
                 # At most VEC a thread, lest one-byte elements give every tensor a wider layout.
-                seen = tl.max_contiguous(b * mask_row + cols * mask_col, [1, VEC])
+                seen = tl.max_contiguous(b * mask_row + along(cols, mask_col), [1, VEC])
                 keep = mask & tl.load(mask_ptr + seen, mask, 0).to(tl.int1)
             half = cols + cols // GROUP * GROUP if GROUP else cols
             if LEVELS:
-                at = tl.max_contiguous(b * x_row + cols * x_col, [1, VEC])
+                at = tl.max_contiguous(b * x_row + along(cols, x_col), [1, VEC])
                 x = tl.load(x_ptr + at, mask, 0).to(ACC)
                 if key_ptr is not None:
                     x += _uniform(key_ptr, b + first_row, tile, D, COLS, VEC, APPROX).to(ACC)
                 x = x_mul * x + x_add
             else:
-                x = tl.load(x_ptr + b * x_row + cols * x_col, mask, 0.0).to(ACC)
-            mean = tl.load(mean_ptr + n * mean_row + half * mean_col, mask, 0.0).to(ACC)
+                x = tl.load(x_ptr + b * x_row + along(cols, x_col), mask, 0.0).to(ACC)
+            mean = tl.load(mean_ptr + n * mean_row + along(half, mean_col), mask, 0.0).to(ACC)
             if SCALE == FULL:
-                raw = scale_ptr + packed + n * scale_row + half * scale_col
+                raw = scale_ptr + packed + n * scale_row + along(half, scale_col)
                 raw = tl.load(raw, mask, 1.0).to(ACC)
                 s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
             if FORWARD:
@@ -197,15 +207,15 @@ def likelihood_kernel(
                     g_x, fall = tl.where(keep, g_x, 0.0), tl.where(keep, fall, 0.0)
                     g_log_tau = tl.where(keep, g_log_tau, 0.0)
                 if g_x_ptr is not None:
-                    tl.store(g_x_ptr + n * g_x_row + cols * g_x_col, g_x, mask)
+                    tl.store(g_x_ptr + n * g_x_row + along(cols, g_x_col), g_x, mask)
                 if g_mean_ptr is not None:
-                    tl.store(g_mean_ptr + n * g_mean_row + half * g_mean_col, -fall, mask)
+                    tl.store(g_mean_ptr + n * g_mean_row + along(half, g_mean_col), -fall, mask)
                 if SCALE == FULL and g_scale_ptr is not None:
                     g_s = g_log_tau * log_scale_slope(s, PARAM, APPROX)
                     g_s = through_bound(g_s, raw, lo, hi, CLAMP, APPROX)
                     if mask_ptr is not None:
                         g_s = tl.where(keep, g_s, 0.0)
-                    g_scale = g_scale_ptr + g_packed + n * g_scale_row + half * g_scale_col
+                    g_scale = g_scale_ptr + g_packed + n * g_scale_row + along(half, g_scale_col)
                     tl.store(g_scale, g_s, mask)
                 elif SCALE == EVENT:
                     g_tau += tl.where(mask, g_log_tau, 0.0)
@@ -291,12 +301,14 @@ def rescale_kernel(
     N, B, D, steps, passes, g_mean_row, g_mean_col, g_scale_row, g_scale_col, g_nll_row,
     g_loss_row, beta: tl.float64, weight: tl.float64,
     SHARED: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr,
+    TILES: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Multiply row n of the gradients by f[n] in place; where f = 1 it costs no memory traffic."""
     ACC: tl.constexpr = g_log_q_ptr.dtype.element_ty
     beta = tl.full((), beta, ACC)
     weight = tl.full((), weight, ACC)
+    D, g_mean_row = multiple(D, ALIGN), multiple(g_mean_row, ALIGN)
+    g_scale_row = multiple(g_scale_row, ALIGN)
     pid = tl.program_id(0)
     part = pid % SPLIT
     i = tl.arange(0, TILES * ROWS)[:, None]
@@ -314,10 +326,10 @@ def rescale_kernel(
                 tile = (part * steps + step) * TILES + i // ROWS
                 cols = tile * COLS + tl.arange(0, COLS)[None, :]
                 mask = ok & (cols < D)
-                address = g_mean_ptr + n * g_mean_row + cols * g_mean_col
+                address = g_mean_ptr + n * g_mean_row + along(cols, g_mean_col)
                 tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
                 if g_scale_ptr is not None and not SHARED:
-                    address = g_scale_ptr + n * g_scale_row + cols * g_scale_col
+                    address = g_scale_ptr + n * g_scale_row + along(cols, g_scale_col)
                     tl.store(address, tl.load(address, mask, 0.0).to(ACC) * factor, mask)
     # N numbers: not worth a second launch, nor more than one program.
     if SHARED and pid == 0:
@@ -418,6 +430,15 @@ def _kind(scale: Tensor | None, mean: Tensor, likelihood: int) -> int:
     return EVENT.value if scale.shape[1:] == mean.shape[1:] else ROW.value
 
 
+def heaviness(likelihood: int, param: int, lo: float, hi: float, soft: bool) -> int:
+    """How often a thread's elements must be halved, for the registers that they need."""
+    if likelihood in WITHOUT_SCALE:
+        return 0
+    # A logarithm, a division or a soft clamp of the scale needs as many as all else.
+    exponential = param in (LOGVAR.value, LOGSTD.value) and clamp_code(lo, hi, soft) != SOFT.value
+    return HEAVY.get(likelihood, 0) + (not exponential)
+
+
 def _launch(
     x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None,
     log_q: Tensor | None, log_p: Tensor | None, g_nll: Tensor | None, g_loss: Tensor | None,
@@ -483,12 +504,12 @@ def _launch(
     # Levels of one byte do not make the vectors longer; noise comes in quads at the least.
     floats = [t for t in (x, mean, scale_in) if t is not None and t.is_floating_point()]
     itemsize = min(t.element_size() for t in floats)
-    # The logarithm of softplus and the root of a variance need as many registers as all else.
-    wide = param in (VAR.value, SOFTPLUS.value) and kind != ABSENT.value
-    heavy = HEAVY.get(likelihood, 0) + wide
+    heavy = heaviness(likelihood, param, lo, hi, soft)
+    rows = [x_row, mean_row, mask_row, offset, 0 if row else scale_row]
     if key is not None and itemsize == 8:
         itemsize, heavy = 4, heavy + 1
-    config = likelihood_config(n, size, itemsize, *machine(mean), heavy, summed)
+    align = alignment(16 // itemsize, size, *rows)
+    config = likelihood_config(n, size, itemsize, align, *machine(mean), heavy, summed)
     split = config.split
 
     out_x = out_mean = out_scale = None
@@ -542,7 +563,8 @@ def _launch(
             LIKELIHOOD=likelihood, PARAM=param, CLAMP=clamp_code(lo, hi, soft),
             SCALE=FULL.value if event and not summed else kind, GROUP=walk.group,
             SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec, SPLIT=split,
+            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
+            ALIGN=math.gcd(align, g_x_row, g_mean_row, g_scale_row, g_offset), SPLIT=split,
             EVEN=config.even, num_warps=config.num_warps,
             **compile_options(backend_of(mean), mean.dtype, registers=128),
         )  # fmt: skip
@@ -644,14 +666,16 @@ def likelihood_rescale_(
     if reduction == NO_LOSS:
         g_loss = None
     size = math.prod(g_mean.shape[1:])
-    config = likelihood_config(n, size, g_mean.element_size(), *machine(g_mean))
+    itemsize = g_mean.element_size()
+    align = alignment(16 // itemsize, size, g_mean_row, g_scale_row)
+    config = likelihood_config(n, size, itemsize, align, *machine(g_mean))
     with on_device(g_mean, "likelihood rescale"):
         rescale_kernel[(config.programs,)](
             out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,
             n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,
             g_scale_col, g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
             SHARED=shared, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
-            TILES=config.tiles, SPLIT=config.split, num_warps=config.num_warps,
+            TILES=config.tiles, ALIGN=align, SPLIT=config.split, num_warps=config.num_warps,
             num_stages=1,
         )  # fmt: skip
     mean_walk.store(g_mean, out_mean)

@@ -1,7 +1,28 @@
-"""The tile of a program that owns whole rows."""
+"""Where the elements of a tile are."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def multiple(n, ALIGN: tl.constexpr):
+    """``n``, a multiple of ALIGN, and now known to be one: else no access would be a vector.
+
+    Of multiples of 16 Triton knows by itself.
+    """
+    if ALIGN == 1 or ALIGN == 16:
+        return n
+    else:
+        return tl.multiple_of(n & -ALIGN, ALIGN)
+
+
+@triton.jit
+def along(cols, stride):
+    """Offsets of columns. Neighbours have a constant 1 for their stride; others need 64 bits."""
+    if isinstance(stride, tl.constexpr):
+        return cols * stride
+    else:
+        return cols.to(tl.int64) * stride
 
 
 @triton.jit
