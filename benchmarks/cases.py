@@ -86,7 +86,7 @@ class Case:
             copies = max(1, math.ceil(2 * last_level_cache(device) / (5 * self._mean.nbytes)))
         self._sets = itertools.cycle(
             [
-                (x.clone(), *torch.empty(2, *large, dtype=self.dtype, device=device))
+                (x.clone(), torch.empty_like(self._mean), torch.empty_like(self._mean))
                 for _ in range(copies)
             ]
         )

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <type_traits>
@@ -281,6 +282,14 @@ Tensor gradient_like(const Tensor& t) {
 
 bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
+// Whether t, a result that is no view, has memory of its own: none of the others shares it.
+bool owns_memory(const Tensor& t, std::initializer_list<const Tensor*> others) {
+  return t.grad_fn() && !t.is_view() && t.is_non_overlapping_and_dense() &&
+         std::all_of(others.begin(), others.end(), [&](const Tensor* other) {
+           return !other->defined() || other->storage().data() != t.storage().data();
+         });
+}
+
 // (mu, scale, key or None, num_samples, first_row, param, lo, hi, soft, path) -> (z, log_q, log_p) or
 // None
 PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
@@ -318,8 +327,8 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 
 // (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, check)
 // -> (nll, loss) or None.
-// With a check, a function of the five tensors that raises where it may not be, the gradients overwrite
-// mean and scale.
+// With a check the gradients overwrite mean and scale: a function of the five tensors that raises where
+// that may not be. It is not asked where nothing at all is shared.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 11, "elbo takes 11 arguments, got ", count);
@@ -370,11 +379,15 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Targets targets;
   const bool learned = differentiable(scale);
   if (inplace) {
-    PyObject* const checked =
-        PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], objects[3],
-                                     objects[4], nullptr);
-    if (checked == nullptr) return nullptr;
-    Py_DECREF(checked);
+    const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
+                       (!learned || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
+    if (!alone) {
+      PyObject* const checked =
+          PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], objects[3],
+                                       objects[4], nullptr);
+      if (checked == nullptr) return nullptr;
+      Py_DECREF(checked);
+    }
     // The same memory and version counter, but no view: autograd refuses to hand back a chunk that was
     // written to.
     targets = {mean.tensor_data(), learned ? scale.tensor_data() : Tensor(), /*inplace=*/true};
