@@ -76,6 +76,58 @@ def test_same_bits_as_without_it(dtype, inplace, packed, reduction, kl, key):
         assert a.dtype == b.dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", ["learned", "fixed", "packed"])
+def test_the_likelihood_alone_has_the_same_bits(dtype, scale):
+    calls = Calls()
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 9, dtype=dtype), torch.randn(6)
+    mean = torch.randn(6, 18 if scale == "packed" else 9, dtype=dtype, requires_grad=True)
+    s = None if scale == "packed" else torch.randn_like(x, requires_grad=scale == "learned")
+    leaves = [t for t in (mean, s) if t is not None and t.requires_grad]
+
+    def results():
+        nll = vae_fast.gaussian_nll(x, mean, s, clamp=(-1.0, 1.0))
+        with torch.no_grad():
+            value = vae_fast.gaussian_nll(x, mean, s, clamp=(-1.0, 1.0))
+        loss = (nll * w.to(nll.dtype)).sum()
+        return (
+            nll,
+            value,
+            *(g for _ in "ab" for g in torch.autograd.grad(loss, leaves, retain_graph=True)),
+        )
+
+    fast = results()
+    assert calls.taken == ["nll", "nll"]
+    assert torch.equal(fast[0], fast[1])
+    eager.use_shortcut(None)
+    for a, b in zip(fast, results(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_the_likelihood_alone_leaves_the_rest_to_the_long_way():
+    calls = Calls()
+    t = torch.randn(3, 4, requires_grad=True)
+    fixed = torch.randn(3, 4)
+    vae_fast.gaussian_nll(t, fixed, fixed).sum().backward()  # of x
+    vae_fast.gaussian_nll(fixed, fixed, t).sum().backward()  # of the scale alone
+    vae_fast.gaussian_nll(fixed, t, 0.0).sum().backward()
+    vae_fast.gaussian_nll(fixed, fixed.expand(2, 3, 4), fixed)
+    vae_fast.gaussian_nll(fixed, t, fixed, clamp=(-1.0, 1.0), clamp_mode="soft")
+    assert not calls.taken
+    nll = vae_fast.gaussian_nll(fixed, t, fixed)
+    assert calls.taken == ["nll"]
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(nll.sum(), t, create_graph=True)
+    nll = vae_fast.gaussian_nll(fixed, t, fixed)
+    eye = torch.eye(3)
+    each = torch.autograd.grad(nll, t, eye, is_grads_batched=True, retain_graph=True)[0]
+    for row in range(3):
+        (alone,) = torch.autograd.grad(nll, t, eye[row], retain_graph=True)
+        assert torch.equal(each[row], alone)
+
+
 def test_a_seed_draws_the_same_noise():
     z = []
     for module in (eager.shortcut(), None):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vae_fast
-from vae_fast import backends, ops
+from vae_fast import backends, eager, ops
 
 UNCLAMPED = (-math.inf, math.inf)
 
@@ -319,6 +319,7 @@ def test_a_missing_backend_warns_once_and_falls_back(monkeypatch):
     monkeypatch.setattr(backends, "_resolved", {})
     monkeypatch.setattr(backends, "_forced", None)
     monkeypatch.setattr(backends._build, "load", broken)
+    monkeypatch.setattr(eager, "_shortcut", None)
     t = torch.randn(3, 4)
     with pytest.warns(vae_fast.FallbackWarning, match="no compiler") as record:
         results = [vae_fast.gaussian_nll(t, t, t) for _ in range(2)]

@@ -243,8 +243,12 @@ def likelihood_nll(
             key=key,
             first_row=first_row,
         )
-    sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    if _is_plain(model, mask, dequantize) and (shortcut := eager.shortcut()):
+        nll = shortcut.nll(x, mean, scale, *model[1:4])
+        if nll is not None:
+            return nll
+    sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, sampled)
     scale = _fit_scale(scale, mean, 2 if sampled else 1)
     if _validate:
@@ -602,20 +606,15 @@ def fused_elbo(
     _check_flag("inplace", inplace)
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
-    _check_row("first_row", first_row)
-    plain = likelihood == "gaussian" and clamp_mode == "hard" and mask is None and not dequantize
-    if plain and not _validate and (shortcut := eager.shortcut()):
-        code = _check_choice("param", param, _PARAM_CODE)
-        lo, hi = _UNCLAMPED if clamp is None else _check_clamp("clamp", clamp)
+    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    if _is_plain(model, mask, dequantize) and (shortcut := eager.shortcut()):
         check = _check_inplace if inplace else None
-        results = shortcut.elbo(
-            x, mean, scale, log_q, log_p, float(beta), reduction_code, code, lo, hi, check
-        )
+        options = float(beta), reduction_code, *model[1:4]
+        results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, check)
         if results is not None:
             nll, loss = results
             return loss, nll
 
-    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=log_q)
     _check_rows("log_q", log_q, mean, x)
     if log_p is not None:
@@ -666,6 +665,12 @@ def _gradient_in_forward(
     if scale is not None and scale.dim() > 0 and scale.shape != mean.shape:
         return False
     return inplace or reduction != _REDUCTION_CODE["none"]
+
+
+def _is_plain(model: tuple, mask: object, dequantize: object) -> bool:
+    """Whether a likelihood is what ``eager.cpp`` serves, as far as its options go."""
+    likelihood, _, _, _, soft, *_ = model
+    return likelihood == 0 and not soft and mask is None and not dequantize and not _validate
 
 
 # ---- argument checks -----------------------------------------------------------------------

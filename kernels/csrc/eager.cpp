@@ -80,6 +80,17 @@ bool is_data(const Tensor& t) {
   return (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) &&
          t.dim() > 0;
 }
+// Whether a likelihood's tensors are all of one dtype, with a scale for each element.
+bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale) {
+  if (!is_data(x) || !is_data(mean) || mean.scalar_type() != x.scalar_type()) return false;
+  if (scale.defined()) {
+    return scale.scalar_type() == x.scalar_type() && mean.sizes() == x.sizes() &&
+           scale.sizes() == x.sizes();
+  }
+  // Packed along dimension 1.
+  return x.dim() >= 2 && mean.dim() == x.dim() && mean.size(0) == x.size(0) &&
+         mean.size(1) == 2 * x.size(1) && mean.sizes().slice(2) == x.sizes().slice(2);
+}
 bool is_row_term(const Tensor& t, const Tensor& x) {
   return t.defined() && t.dim() == 1 && t.size(0) == x.size(0) &&
          t.scalar_type() == (x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -180,6 +191,89 @@ struct Latent : torch::autograd::Function<Latent> {
   }
 };
 
+// Memory for a gradient of t; needs the GIL.
+Tensor gradient_like(const Tensor& t) {
+  if (!t.defined()) return {};
+  if (t.nbytes() < smallest_reused) return at::empty_like(t.detach());
+  PyObject* const argument = THPVariable_Wrap(t);
+  PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
+  Py_XDECREF(argument);
+  if (made == nullptr) throw python_error();
+  const Tensor gradient = THPVariable_Unpack(made);
+  Py_DECREF(made);
+  return gradient;
+}
+
+bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
+
+std::optional<Tensor> if_defined(const Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
+// Those of a Gaussian, of which no loss is wanted.
+LikelihoodOptions likelihood_options(int64_t param, double lo, double hi) {
+  LikelihoodOptions options{};
+  options.reduction = Reduction::no_loss;
+  options.param = param;
+  options.lo = lo;
+  options.hi = hi;
+  options.df = options.x_mul = 1.0;  // of no use to it
+  return options;
+}
+
+struct NllState {
+  int64_t param;
+  double lo, hi;
+  int64_t learned;  // the scale, if there is one apart
+};
+
+// The likelihood alone, with its gradients in the backward pass. Nobody wants one for x.
+struct Nll : torch::autograd::Function<Nll> {
+  static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
+                        const std::optional<Tensor>& scale, const LikelihoodOptions& options) {
+    ctx->save_for_backward({x, mean, scale.value_or(Tensor())});
+    Kept<NllState>::keep(ctx, {options.param, options.lo, options.hi, scale && scale->requires_grad()});
+    ctx->set_materialize_grads(false);
+    return evaluate(x, mean, scale.value_or(Tensor()), options);
+  }
+
+  static Tensor evaluate(const Tensor& x, const Tensor& mean, const Tensor& scale,
+                         const LikelihoodOptions& options) {
+    const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
+    passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {}, options, view(nll), {});
+    return nll;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+    if (!g[0].defined()) return {{}, {}, {}, {}};
+    refuse_graph();
+    const auto [param, lo, hi, learned] = Kept<NllState>::of(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2];
+    LikelihoodOptions options = likelihood_options(param, lo, hi);
+    if (!is_plain(g) || !is_plain(saved)) {
+      const torch::jit::Stack results =
+          call("vae_fast::likelihood_backward",
+               {optional(g[0]), at::IValue(), x, mean, optional(scale), at::IValue(), 0.0,
+                static_cast<int64_t>(options.reduction), options.likelihood, param, lo, hi, false,
+                options.df, options.x_mul, options.x_add, at::IValue(), options.first_row,
+                false, true, learned != 0});
+      return {{}, results[1].toTensor(), learned ? results[2].toTensor() : Tensor(), {}};
+    }
+    Tensor g_mean, g_scale;
+    {
+      const py::gil_scoped_acquire gil;
+      g_mean = gradient_like(mean);
+      if (learned) g_scale = gradient_like(scale);
+    }
+    passes->likelihood_backward(view(g[0]), {}, view(x), view(mean), view(scale), {}, options, {},
+                                view(g_mean), view(g_scale), {}, {});
+    return {{}, g_mean, g_scale, {}};
+  }
+};
+
 // The loss with its gradients, which the forward pass writes into `targets`.
 struct ElboState {
   double beta;
@@ -267,21 +361,6 @@ PyObject* wrapped(const variable_list& tensors) {
   return tuple;
 }
 
-// Memory for a gradient of t.
-Tensor gradient_like(const Tensor& t) {
-  if (!t.defined()) return {};
-  if (t.nbytes() < smallest_reused) return at::empty_like(t.detach());
-  PyObject* const argument = THPVariable_Wrap(t);
-  PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
-  Py_XDECREF(argument);
-  if (made == nullptr) throw python_error();
-  const Tensor gradient = THPVariable_Unpack(made);
-  Py_DECREF(made);
-  return gradient;
-}
-
-bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
-
 // Whether t, a result that is no view, has memory of its own: none of the others shares it.
 bool owns_memory(const Tensor& t, std::initializer_list<const Tensor*> others) {
   return t.grad_fn() && !t.is_view() && t.is_non_overlapping_and_dense() &&
@@ -325,6 +404,29 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// (x, mean, scale or None, param, lo, hi) -> nll or None
+PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6, "nll takes 6 arguments, got ", count);
+  const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]);
+  if (!x_ || !mean_ || !scale_ || !unwatched() || !fit(*x_, *mean_, *scale_)) Py_RETURN_NONE;
+  const Tensor x = *x_, mean = *mean_, scale = *scale_;
+  const LikelihoodOptions options = likelihood_options(
+      PyLong_AsLongLong(objects[3]), PyFloat_AsDouble(objects[4]), PyFloat_AsDouble(objects[5]));
+  if (PyErr_Occurred()) return nullptr;
+  const bool graph = at::GradMode::is_enabled() &&
+                     (differentiable(x) || differentiable(mean) || differentiable(scale));
+  if (graph && (x.requires_grad() || !mean.requires_grad())) Py_RETURN_NONE;
+  Tensor result;
+  {
+    py::gil_scoped_release no_gil;
+    result = graph ? Nll::apply(x, mean, if_defined(scale), options)
+                   : Nll::evaluate(x, mean, scale, options);
+  }
+  return THPVariable_Wrap(result);
+  END_HANDLE_TH_ERRORS
+}
+
 // (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, check)
 // -> (nll, loss) or None.
 // With a check the gradients overwrite mean and scale: a function of the five tensors that raises where
@@ -337,27 +439,13 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
                *log_q_ = plain(objects[3]), *log_p_ = plain(objects[4]);
   if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
   const Tensor x = *x_, mean = *mean_, scale = *scale_, log_q = *log_q_, log_p = *log_p_;
-  if (!is_data(x) || !is_data(mean) || mean.scalar_type() != x.scalar_type() ||
-      !is_row_term(log_q, x) || (log_p.defined() && !is_row_term(log_p, x))) {
+  if (!fit(x, mean, scale) || !is_row_term(log_q, x) || (log_p.defined() && !is_row_term(log_p, x))) {
     Py_RETURN_NONE;
   }
-  if (scale.defined()) {
-    if (scale.scalar_type() != x.scalar_type() || mean.sizes() != x.sizes() ||
-        scale.sizes() != x.sizes()) {
-      Py_RETURN_NONE;
-    }
-  } else {  // packed along dimension 1
-    if (x.dim() < 2 || mean.dim() != x.dim() || mean.size(0) != x.size(0) ||
-        mean.size(1) != 2 * x.size(1) || mean.sizes().slice(2) != x.sizes().slice(2)) {
-      Py_RETURN_NONE;
-    }
-  }
-  LikelihoodOptions options{};
+  LikelihoodOptions options = likelihood_options(
+      PyLong_AsLongLong(objects[7]), PyFloat_AsDouble(objects[8]), PyFloat_AsDouble(objects[9]));
   options.beta = PyFloat_AsDouble(objects[5]);
   options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[6]));
-  options.param = PyLong_AsLongLong(objects[7]);
-  options.lo = PyFloat_AsDouble(objects[8]);
-  options.hi = PyFloat_AsDouble(objects[9]);
   if (PyErr_Occurred()) return nullptr;
   const bool graph =
       at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
@@ -397,10 +485,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    const auto given = [](const Tensor& t) {
-      return t.defined() ? std::optional(t) : std::nullopt;
-    };
-    results = Elbo::apply(x, mean, given(scale), log_q, given(log_p), options, targets);
+    results = Elbo::apply(x, mean, if_defined(scale), log_q, if_defined(log_p), options, targets);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS
@@ -423,6 +508,7 @@ PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, nullptr},
     {"latent", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(latent)), METH_FASTCALL,
      nullptr},
+    {"nll", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(nll)), METH_FASTCALL, nullptr},
     {"elbo", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(elbo)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "vae_fast._eager", nullptr, -1, methods, nullptr,

@@ -32,7 +32,9 @@ T row_share(int64_t rows, int64_t samples, Reduction reduction) {
   return T(1) / static_cast<T>(reduction == Reduction::mean ? std::max<int64_t>(rows, 1) : samples);
 }
 
-constexpr int64_t kStreamed = int64_t(1) << 21;  // bytes of a gradient that go past the caches
+// Bytes of a gradient that goes past the caches: with five streams of this size the pass overflows a
+// last level of 32 MiB. Smaller ones stay there for whoever reads them next.
+constexpr int64_t kStreamed = int64_t(6) << 20;
 constexpr int64_t kVector = 64;                  // bytes of the widest vector
 
 // What one value of the scale serves.
@@ -409,6 +411,7 @@ void finish_loss(const Likelihood<T>& pass, const T* nll, const View& log_q, con
 template <class T>
 void latent_gradients(int64_t rows, double beta, T share, const RowValues<T>& g_loss,
                       const View& g_log_q, const View& g_log_p) {
+  if (!g_log_q) return;
   T* const q = data_of<T>(g_log_q);
   T* const p = data_of<T>(g_log_p);
   for (int64_t n = 0, b = 0; n < rows; ++n, b = b + 1 == g_loss.batch ? 0 : b + 1) {

@@ -110,6 +110,7 @@ struct Passes {
   decltype(&vae_fast::latent_forward) latent_forward;
   decltype(&vae_fast::latent_backward) latent_backward;
   decltype(&vae_fast::likelihood_forward) likelihood_forward;
+  decltype(&vae_fast::likelihood_backward) likelihood_backward;
   decltype(&vae_fast::likelihood_forward_grad) likelihood_forward_grad;
   decltype(&vae_fast::likelihood_rescale) likelihood_rescale;
   decltype(&vae_fast::advise_huge_pages) advise_huge_pages;
