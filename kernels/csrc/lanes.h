@@ -17,19 +17,32 @@ constexpr int64_t kTile = 1024;  // elements worked on at once, in L1
 template <class F>
 using ScalarOf = typename Traits<F>::Scalar;
 
+// A bf16 in memory; in a register it is a float.
+enum class Bf16 : uint16_t {};
+
 // The vector of elements i, i+1, ... of a row. Of the last, partial one (kPart) only `left` elements
 // exist: the lanes beyond them load `fill`, store nothing and add nothing.
 template <class F, bool kPart>
 struct At {
   using T = ScalarOf<F>;
   int64_t i, left;
-  VAE_FAST_INLINE size_t bytes() const { return kPart ? left * sizeof(T) : sizeof(F); }
+  VAE_FAST_INLINE size_t count() const { return kPart ? left : Traits<F>::width; }
   VAE_FAST_INLINE F load(const T* p, T fill = T(0)) const {
     F v = splat<F>(fill);
-    std::memcpy(&v, p + i, bytes());
+    std::memcpy(&v, p + i, count() * sizeof(T));
     return v;
   }
-  VAE_FAST_INLINE void store(T* p, F v) const { std::memcpy(p + i, &v, bytes()); }
+  VAE_FAST_INLINE F load(const Bf16* p, T fill = T(0)) const {
+    using U = typename Traits<F>::UInt;
+    auto v = typename Traits<F>::UShort{} + static_cast<uint16_t>(bits_as<uint32_t>(fill) >> 16);
+    std::memcpy(&v, p + i, count() * sizeof(Bf16));
+    return bits_as<F>(widen_lanes<U>(v) << 16);
+  }
+  VAE_FAST_INLINE void store(T* p, F v) const { std::memcpy(p + i, &v, count() * sizeof(T)); }
+  VAE_FAST_INLINE void store(Bf16* p, F v) const {
+    const auto rounded = bf16(v);
+    std::memcpy(p + i, &rounded, count() * sizeof(Bf16));
+  }
   // Past the caches where there is an instruction for it; p + i must be aligned to a whole vector.
   VAE_FAST_INLINE void stream(T* p, F v) const {
     if constexpr (kPart) {
@@ -38,11 +51,23 @@ struct At {
       store_past_caches(p + i, v);
     }
   }
+  VAE_FAST_INLINE void stream(Bf16* p, F v) const {
+    if constexpr (kPart) {
+      store(p, v);
+    } else {
+      store_past_caches(reinterpret_cast<uint16_t*>(p + i), bf16(v));
+    }
+  }
   VAE_FAST_INLINE F keep(F v) const {
     if constexpr (!kPart) return v;
     F kept{};
-    std::memcpy(&kept, &v, bytes());
+    std::memcpy(&kept, &v, count() * sizeof(T));
     return kept;
+  }
+
+ private:
+  VAE_FAST_INLINE static auto bf16(F v) {
+    return narrow_lanes<typename Traits<F>::UShort>(bf16_bits<F, typename Traits<F>::UInt>(v));
   }
 };
 
@@ -81,8 +106,8 @@ VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
 // Writes σ of n raw scales, or its inverse, and returns whether every log σ was moderate (math.h);
 // else, or where σ is no exponential, what is written is nothing of use. A loop of its own, since the
 // processor overlaps an exponential better with others than with what needs it.
-template <class F, Param P, bool kInverse>
-VAE_FAST_INLINE bool moderate_sigma(int64_t n, const ScalarOf<F>* scale, ScalarOf<F>* to) {
+template <class F, Param P, bool kInverse, class S>
+VAE_FAST_INLINE bool moderate_sigma(int64_t n, const S* scale, ScalarOf<F>* to) {
   if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
     using I = typename Traits<F>::Int;
     // As bits without their sign floats are ordered, and a NaN is the largest.
@@ -103,8 +128,8 @@ VAE_FAST_INLINE bool moderate_sigma(int64_t n, const ScalarOf<F>* scale, ScalarO
 
 // Calls body(at, scale) for the vectors of n raw scales, at most kTile. The body divides by σ
 // (kInverse), or multiplies with it.
-template <class F, Param P, bool kInverse, class Body>
-VAE_FAST_INLINE void for_scales(int64_t n, const ScalarOf<F>* scale, const Body& body) {
+template <class F, Param P, bool kInverse, class S, class Body>
+VAE_FAST_INLINE void for_scales(int64_t n, const S* scale, const Body& body) {
   using T = ScalarOf<F>;
   alignas(64) T factor[kTile];
   if (moderate_sigma<F, P, kInverse>(n, scale, factor)) {
@@ -178,10 +203,11 @@ struct LatentKernels {
                    Rows<T> g_mu, Rows<T> g_scale, bool add);
 };
 
-template <class T>
-using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const T> x,
-                                  Rows<const T> mean, Rows<const T> scale, Rows<const T> weight,
-                                  Rows<T> g_mean, Rows<T> g_scale, bool stream,
+// On elements stored as S. A scale is that of each element, or of each row.
+template <class T, class S = T>
+using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const S> x,
+                                  Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
+                                  Rows<const T> weight, Rows<S> g_mean, Rows<S> g_scale, bool stream,
                                   LikelihoodTerms<T>* terms);
 
 template <class T>

@@ -25,6 +25,17 @@ LikelihoodKernel<float> likelihood_kernel(Family family, Param param, bool scala
   VAE_FAST_SELECT(likelihood_kernel, family, param, scalar, gradient)
 }
 
+// That of bf16 rows which are read and written as they are; null if there is none.
+template <class T>
+LikelihoodKernel<T, Bf16> bf16_kernel(Family family, Param param, bool scalar, bool gradient) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (family == Family::gaussian) {
+      VAE_FAST_SELECT(gaussian_bf16_kernel, param, scalar, gradient)
+    }
+  }
+  return nullptr;
+}
+
 // ∂loss/∂(row's term), for an upstream gradient of one.
 template <class T>
 T row_share(int64_t rows, int64_t samples, Reduction reduction) {
@@ -110,13 +121,22 @@ struct Likelihood {
     const int64_t work =
         std::max<int64_t>(1, std::min(size, kPiece)) *
         (need_x ? std::max<int64_t>(1, samples) : 1) * block;
-    const bool direct = !g_event && reads_in_place(gradient);
-    const bool stream = gradient && streams();
+    const LikelihoodKernel<T, Bf16> bf16 = bf16_kernel<T>(family, param, scalar, gradient);
+    const bool direct_bf16 = bf16 && !g_event && reads_in_place<Bf16>(gradient);
+    const bool direct = direct_bf16 || (!g_event && reads_in_place<T>(gradient));
+    const bool stream = gradient && (direct_bf16 ? streams<Bf16>() : streams<T>());
+    const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end,
+                              LikelihoodTerms<T>* to) {
+      if (direct_bf16) {
+        run_rows(bf16, gradient, first, last, begin, end, weight, stream, to);
+      } else {
+        run_rows(kernel, gradient, first, last, begin, end, weight, stream, to);
+      }
+    };
     torch::stable::parallel_for(
         0, blocks * pieces, std::max<int64_t>(1, kGrain / work), [&](int64_t first, int64_t last) {
           if (direct && pieces == 1) {
-            run_rows(kernel, gradient, first, last, 0, size, weight, stream,
-                     terms.data() + first);
+            in_place(first, last, 0, size, terms.data() + first);
             return;
           }
           std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
@@ -125,8 +145,7 @@ struct Likelihood {
             const int64_t first_row = unit / pieces * block;
             const int64_t end = std::min(size, begin + kPiece);
             if (direct) {
-              run_rows(kernel, gradient, first_row, first_row + 1, begin, end, weight, stream,
-                       &terms[unit]);
+              in_place(first_row, first_row + 1, begin, end, &terms[unit]);
               continue;
             }
             T* const scale_sum =
@@ -196,42 +215,46 @@ struct Likelihood {
     return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1} : Rows<const T>{&shared, 0};
   }
 
-  // Whether a kernel can read and write the operands' own memory, row by row.
+  // Whether a kernel of elements stored as S can read and write the operands' own memory, row by row.
+  template <class S>
   bool reads_in_place(bool gradient) const {
-    const auto fits = [&](const Operand& o) { return event.direct<T>(o); };
+    const auto fits = [&](const Operand& o) { return event.template direct<S>(o); };
     const auto writes = [&](const Operand& g) { return !gradient || (g && fits(g)); };
     return !mask && !need_x && fits(x) && fits(mean) && writes(g_mean) &&
            (scalar || (!prepared && fits(scale) && writes(g_scale)));
   }
 
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
+  template <class S>
   bool streams() const {
     const auto suits = [&](const Operand& g, const Operand& of) {
-      return !g || (event.direct<T>(g) && g.data != of.data &&
+      return !g || (event.template direct<S>(g) && g.data != of.data &&
                     reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
-                    g.row_stride * sizeof(T) % kVector == 0);
+                    g.row_stride * sizeof(S) % kVector == 0);
     };
-    return rows * size * static_cast<int64_t>(sizeof(T)) >= kStreamed && suits(g_mean, mean) &&
+    return rows * size * static_cast<int64_t>(sizeof(S)) >= kStreamed && suits(g_mean, mean) &&
            (scalar || sharing == Sharing::event || suits(g_scale, scale));
   }
 
   // Rows [first, last) of a batch and its samples, or a piece of each, in place.
-  void run_rows(LikelihoodKernel<T> kernel, bool gradient, int64_t first, int64_t last,
+  template <class S>
+  void run_rows(LikelihoodKernel<T, S> kernel, bool gradient, int64_t first, int64_t last,
                 int64_t begin, int64_t end, Rows<const T> weight, bool stream,
                 LikelihoodTerms<T>* terms) const {
+    const auto at = [&](const Operand& o, int64_t row) {
+      return reinterpret_cast<S*>(o.at(row * o.row_stride + begin));
+    };
     const auto in = [&](const Operand& o, int64_t row) {
-      return Rows<const T>{reinterpret_cast<const T*>(o.at(row * o.row_stride + begin)),
-                           o.row_stride};
+      return o ? Rows<const S>{at(o, row), o.row_stride} : Rows<const S>{};
     };
     const auto out = [&](const Operand& o, int64_t row) {
-      return Rows<T>{reinterpret_cast<T*>(o.at(row * o.row_stride + begin)), o.row_stride};
+      return o && gradient ? Rows<S>{at(o, row), o.row_stride} : Rows<S>{};
     };
     for (int64_t n = first; n < last;) {
       const int64_t b = n % batch, count = std::min(last - n, batch - b);  // of one sample
-      kernel(count, end - begin, model, in(x, b), in(mean, n),
-             scalar ? row_scales(n) : in(scale, n), {weight[n], weight.pitch},
-             gradient ? out(g_mean, n) : Rows<T>{},
-             gradient && !scalar ? out(g_scale, n) : Rows<T>{}, stream, terms);
+      kernel(count, end - begin, model, in(x, b), in(mean, n), in(scale, n),
+             scalar ? row_scales(n) : Rows<const T>{}, {weight[n], weight.pitch}, out(g_mean, n),
+             out(g_scale, n), stream, terms);
       n += count;
       terms += count;
     }
@@ -275,7 +298,7 @@ struct Likelihood {
       Tile tile;
       tile.x = load_x(b, begin, count, x_tile);
       tile.mean = event.load(mean, n, begin, count, m_tile);
-      tile.scale = scalar ? row_scales(n)[0] : event.load(scale, n, begin, count, s_tile);
+      tile.scale = scalar ? nullptr : event.load(scale, n, begin, count, s_tile);
       tile.slope = !scalar && prepared ? slope : nullptr;
       if (tile.slope) {
         tiles.prepare_scale(count, clamp, family != Family::gaussian, tile.scale, s_tile, slope);
@@ -286,13 +309,15 @@ struct Likelihood {
         terms = masked_tile(kernel, gradient, stream, n, b, begin, count, tile, weight, x_sum,
                             scale_sum);
       } else {
-        const bool buffered = !gradient || stream;
+        // Straight past the caches only what nobody has to change any more.
+        const bool past = stream && !tile.slope && !need_x && !scale_sum && (scalar || g_scale);
+        const bool buffered = !gradient || (stream && !past);
         T* const gm = buffered || !g_mean ? gm_tile : event.target(g_mean, n, begin, gm_tile);
         T* const gs = buffered || !g_scale || scale_sum ? gs_tile
                                                         : event.target(g_scale, n, begin, gs_tile);
-        kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, {weight, 0}, {gm, 0},
-               {gs, 0}, false, &terms);
-        if (gradient) {
+        kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
+               {weight, 0}, {gm, 0}, {gs, 0}, past, &terms);
+        if (gradient && !past) {
           store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
         }
       }
@@ -322,15 +347,14 @@ struct Likelihood {
         kept += keep[i * stride] != 0;
       }
     });
-    s_kept[0] = *tile.scale;
     for (int64_t i = 0; i < kept; ++i) {
       x_kept[i] = tile.x[index[i]];
       m_kept[i] = tile.mean[index[i]];
       if (!scalar) s_kept[i] = tile.scale[index[i]];
     }
     LikelihoodTerms<T> terms;
-    kernel(1, kept, model, {x_kept, 0}, {m_kept, 0}, {s_kept, 0}, {weight, 0}, {gm_kept, 0},
-           {gs_kept, 0}, false, &terms);
+    kernel(1, kept, model, {x_kept, 0}, {m_kept, 0}, {s_kept, 0}, row_scales(n), {weight, 0},
+           {gm_kept, 0}, {gs_kept, 0}, false, &terms);
     if (gradient) {
       alignas(64) T gm_tile[kTile] = {}, gs_tile[kTile] = {}, m_tile[kTile] = {};
       for (int64_t i = 0; i < kept; ++i) {

@@ -2,18 +2,18 @@
 //
 // Included once per instruction set (each_isa.h).
 
-// A row's terms are Σ −log p(x|m, τ), and for a scalar scale, which is read once a row, its gradient
-// Σw·∂/∂s. With gradients writes g_mean and, for a full scale, g_scale, for the row's weight w. Outputs
-// may alias the inputs element for element, unless they are streamed past the caches.
-template <class F, Family family, Param P, bool kScalar, bool kGradient>
+// A row's terms are Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
+// writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
+// the inputs element for element, unless they are streamed past the caches.
+template <class F, class S, Family family, Param P, bool kScalar, bool kGradient>
 VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<ScalarOf<F>>& model,
-                                     Rows<const ScalarOf<F>> x, Rows<const ScalarOf<F>> mean,
-                                     Rows<const ScalarOf<F>> scale,
-                                     Rows<const ScalarOf<F>> weight, Rows<ScalarOf<F>> g_mean,
-                                     Rows<ScalarOf<F>> g_scale, bool stream,
+                                     Rows<const S> x, Rows<const S> mean, Rows<const S> scale,
+                                     Rows<const ScalarOf<F>> row_scale,
+                                     Rows<const ScalarOf<F>> weight, Rows<S> g_mean,
+                                     Rows<S> g_scale, bool stream,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
-  const auto store = [stream](auto at, T* p, F v) VAE_FAST_LAMBDA {
+  const auto store = [stream](auto at, S* p, F v) VAE_FAST_LAMBDA {
     if (stream) {
       at.stream(p, v);
     } else {
@@ -26,9 +26,9 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
     LikelihoodTerms<T> sum{T(0), T(0)};
     for (int64_t begin = 0; begin < n; begin += kTile) {  // so that no lane adds up many terms
       const int64_t count = std::min(n - begin, kTile);
-      const T *const xs = x[row] + begin, *const means = mean[row] + begin;
-      const T* const scales = scale[row] + (kScalar ? 0 : begin);
-      T *const to_mean = g_mean[row] + begin, *const to_scale = g_scale[row] + begin;
+      const S *const xs = x[row] + begin, *const means = mean[row] + begin;
+      S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
+      S* const to_scale = kGradient && !kScalar ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{};
       const auto body = [&](auto at, const auto& s) VAE_FAST_LAMBDA {
         const Element<F, family> e(at.load(xs), at.load(means), s, constants);
@@ -46,10 +46,10 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
         }
       };
       if constexpr (kScalar) {
-        const Scale<F, P> shared(splat<F>(*scales));
+        const Scale<F, P> shared(splat<F>(*row_scale[row]));
         for_lanes<F>(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared); });
       } else {
-        for_scales<F, P, /*kInverse=*/true>(count, scales, body);
+        for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, body);
       }
       sum.value += sum_lanes(values);
       sum.g_scale += sum_lanes(g_scalar);
@@ -61,40 +61,50 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
 }
 
 // A backward pass runs the kernel with gradients, and has no use for the values.
-template <class F, Family family, Param P>
-LikelihoodKernel<ScalarOf<F>> likelihood_kernel(bool scalar, bool gradient) {
+template <class F, class S, Family family, Param P>
+LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(bool scalar, bool gradient) {
   if constexpr (has_scale(family)) {
     if (!scalar) {
-      return gradient ? likelihood_rows<F, family, P, false, true>
-                      : likelihood_rows<F, family, P, false, false>;
+      return gradient ? likelihood_rows<F, S, family, P, false, true>
+                      : likelihood_rows<F, S, family, P, false, false>;
     }
   }
-  return gradient ? likelihood_rows<F, family, P, true, true>
-                  : likelihood_rows<F, family, P, true, false>;
+  return gradient ? likelihood_rows<F, S, family, P, true, true>
+                  : likelihood_rows<F, S, family, P, true, false>;
 }
 
-// The Gaussian reads any parameter as it is; for the others the scale is prepared as log σ.
+// The Gaussian reads any parameter as it is.
+template <class F, class S>
+LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, bool scalar, bool gradient) {
+  switch (param) {
+#define VAE_FAST_CASE(P) \
+  case Param::P:         \
+    return likelihood_kernel<F, S, Family::gaussian, Param::P>(scalar, gradient);
+    VAE_FAST_CASE(logvar)
+    VAE_FAST_CASE(logstd)
+    VAE_FAST_CASE(std)
+    VAE_FAST_CASE(var)
+    VAE_FAST_CASE(softplus)
+#undef VAE_FAST_CASE
+  }
+  return nullptr;
+}
+template <class F>
+LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, bool scalar, bool gradient) {
+  return gaussian_kernel<F, Bf16>(param, scalar, gradient);
+}
+
+// For the other families the scale is prepared as log σ.
 template <class F>
 LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param, bool scalar,
                                                 bool gradient) {
-  if (family == Family::gaussian) {
-    switch (param) {
-#define VAE_FAST_CASE(P) \
-  case Param::P:         \
-    return likelihood_kernel<F, Family::gaussian, Param::P>(scalar, gradient);
-      VAE_FAST_CASE(logvar)
-      VAE_FAST_CASE(logstd)
-      VAE_FAST_CASE(std)
-      VAE_FAST_CASE(var)
-      VAE_FAST_CASE(softplus)
-#undef VAE_FAST_CASE
-    }
-  }
+  using T = ScalarOf<F>;
   switch (family) {
+    case Family::gaussian:
+      return gaussian_kernel<F, T>(param, scalar, gradient);
 #define VAE_FAST_CASE(NAME) \
   case Family::NAME:        \
-    return likelihood_kernel<F, Family::NAME, Param::logstd>(scalar, gradient);
-    VAE_FAST_CASE(gaussian)
+    return likelihood_kernel<F, T, Family::NAME, Param::logstd>(scalar, gradient);
     VAE_FAST_CASE(laplace)
     VAE_FAST_CASE(bernoulli)
     VAE_FAST_CASE(logistic)

@@ -124,8 +124,8 @@ VAE_FAST_INLINE f32x16 times_power(f32x16 a, f32x16 n) {
 
 // Writes a vector past the caches, which reads no line of memory first: for results that are much
 // larger than the caches, and an aligned p. finish_stream() must follow before others read them.
-template <class F>
-VAE_FAST_INLINE void store_past_caches(typename Traits<F>::Scalar* p, F v) {
+template <class T, class V>
+VAE_FAST_INLINE void store_past_caches(T* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 VAE_FAST_INLINE void finish_stream() {
@@ -137,6 +137,14 @@ VAE_FAST_INLINE void finish_stream() {
 VAE_FAST_INLINE void store_past_caches(float* p, f32x4 v) { __builtin_ia32_movntps(p, v); }
 VAE_FAST_INLINE void store_past_caches(float* p, f32x8 v) { __builtin_ia32_movntps256(p, v); }
 VAE_FAST_INLINE void store_past_caches(float* p, f32x16 v) { __builtin_ia32_movntps512(p, v); }
+typedef long long i64x2 __attribute__((vector_size(16)));
+typedef long long i64x4 __attribute__((vector_size(32)));
+VAE_FAST_INLINE void store_past_caches(uint16_t* p, u16x8 v) {
+  __builtin_ia32_movntdq((i64x2*)p, (i64x2)v);
+}
+VAE_FAST_INLINE void store_past_caches(uint16_t* p, u16x16 v) {
+  __builtin_ia32_movntdq256((i64x4*)p, (i64x4)v);
+}
 #endif
 
 template <class To, class From>
@@ -146,6 +154,27 @@ VAE_FAST_INLINE To bits_as(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+// Halves of lanes as whole ones, and back. GCC 12 would take 512-bit vectors apart for it.
+template <class U, class S>
+VAE_FAST_INLINE U widen_lanes(S v) {
+  return __builtin_convertvector(v, U);
+}
+template <class S, class U>
+VAE_FAST_INLINE S narrow_lanes(U v) {
+  return __builtin_convertvector(v, S);
+}
+#if defined(VAE_FAST_GCC_X86)
+typedef short i16x16 __attribute__((vector_size(32)));
+template <>
+VAE_FAST_INLINE u32x16 widen_lanes(u16x16 v) {
+  return (u32x16)__builtin_ia32_pmovzxwd512_mask((i16x16)v, i32x16{}, 0xffff);
+}
+template <>
+VAE_FAST_INLINE u16x16 narrow_lanes(u32x16 v) {
+  return (u16x16)__builtin_ia32_pmovdw512_mask((i32x16)v, i16x16{}, 0xffff);
+}
+#endif
 
 // The bits of a float rounded to bf16, to nearest even, in the low half of a lane; a NaN stays one.
 template <class F, class U>

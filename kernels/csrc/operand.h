@@ -46,6 +46,8 @@ auto with_type(ScalarType type, Fn fn) {
 
 template <class T>
 constexpr ScalarType type_of = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+template <>
+constexpr ScalarType type_of<Bf16> = ScalarType::BFloat16;
 
 inline bool is_double(const View& t) { return t.type == ScalarType::Double; }
 
@@ -110,7 +112,7 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
     using S = decltype(tag);
     const S* from = reinterpret_cast<const S*>(o.at(offset));
     if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
-      if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const uint16_t*>(from), n, to);
+      if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to);
     } else if constexpr (std::is_same_v<S, T>) {
       if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
@@ -124,7 +126,7 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
     using S = decltype(tag);
     S* to = reinterpret_cast<S*>(o.at(offset));
     if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
-      if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<uint16_t*>(to));
+      if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to));
     } else if constexpr (std::is_same_v<S, T>) {
       if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
