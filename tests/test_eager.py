@@ -45,10 +45,12 @@ class Calls:
 
 def step(
     dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", kl="monte_carlo",
-    **graph,
+    levels=False, **graph,
 ):  # fmt: skip
     torch.manual_seed(0)
     x, mu, logvar = (torch.randn(6, n, dtype=dtype) for n in (9, 5, 5))
+    if levels:
+        x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
     decoder = torch.nn.Linear(5, 18).to(dtype)
     leaves = [mu.requires_grad_(), logvar.requires_grad_(), *decoder.parameters()]
     elbo = vae_fast.FusedELBO(0.5, num_samples, kl=kl, reduction=reduction, inplace=inplace)
@@ -76,20 +78,35 @@ def test_same_bits_as_without_it(dtype, inplace, packed, reduction, kl, key):
         assert a.dtype == b.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_same_bits_on_levels(dtype, inplace, packed, key):
+    calls = Calls()
+    fast = step(dtype, key, inplace, packed, levels=True)
+    assert "elbo" in calls.taken
+    eager.use_shortcut(None)
+    for a, b in zip(fast, step(dtype, key, inplace, packed, levels=True), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", ["learned", "fixed", "packed"])
-def test_the_likelihood_alone_has_the_same_bits(dtype, scale):
+@pytest.mark.parametrize("levels", [False, True])
+def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels):
     calls = Calls()
     torch.manual_seed(0)
     x, w = torch.randn(6, 9, dtype=dtype), torch.randn(6)
+    data = torch.randint(0, 256, x.shape, dtype=torch.uint8) if levels else x
     mean = torch.randn(6, 18 if scale == "packed" else 9, dtype=dtype, requires_grad=True)
     s = None if scale == "packed" else torch.randn_like(x, requires_grad=scale == "learned")
     leaves = [t for t in (mean, s) if t is not None and t.requires_grad]
 
     def results():
-        nll = vae_fast.gaussian_nll(x, mean, s, clamp=(-1.0, 1.0))
+        nll = vae_fast.gaussian_nll(data, mean, s, clamp=(-1.0, 1.0), x_scale=(0.5, 3.0))
         with torch.no_grad():
-            value = vae_fast.gaussian_nll(x, mean, s, clamp=(-1.0, 1.0))
+            value = vae_fast.gaussian_nll(data, mean, s, clamp=(-1.0, 1.0), x_scale=(0.5, 3.0))
         loss = (nll * w.to(nll.dtype)).sum()
         return (
             nll,

@@ -245,7 +245,7 @@ def likelihood_nll(
         )
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
     if _is_plain(model, mask, dequantize) and (shortcut := eager.shortcut()):
-        nll = shortcut.nll(x, mean, scale, *model[1:4])
+        nll = shortcut.nll(x, mean, scale, *model[1:4], *model[6:8])
         if nll is not None:
             return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -609,7 +609,7 @@ def fused_elbo(
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
     if _is_plain(model, mask, dequantize) and (shortcut := eager.shortcut()):
         check = _check_inplace if inplace else None
-        options = float(beta), reduction_code, *model[1:4]
+        options = float(beta), reduction_code, *model[1:4], *model[6:8]
         results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, check)
         if results is not None:
             nll, loss = results

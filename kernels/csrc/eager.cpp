@@ -80,20 +80,22 @@ bool is_data(const Tensor& t) {
   return (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) &&
          t.dim() > 0;
 }
-// Whether a likelihood's tensors are all of one dtype, with a scale for each element.
+// Whether a likelihood's tensors are all of one dtype, but for an x of levels, with a scale for each
+// element.
 bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale) {
-  if (!is_data(x) || !is_data(mean) || mean.scalar_type() != x.scalar_type()) return false;
+  if (!x.defined() || x.dim() == 0 || !is_data(mean)) return false;
+  if (x.scalar_type() != at::kByte && x.scalar_type() != mean.scalar_type()) return false;
   if (scale.defined()) {
-    return scale.scalar_type() == x.scalar_type() && mean.sizes() == x.sizes() &&
+    return scale.scalar_type() == mean.scalar_type() && mean.sizes() == x.sizes() &&
            scale.sizes() == x.sizes();
   }
   // Packed along dimension 1.
   return x.dim() >= 2 && mean.dim() == x.dim() && mean.size(0) == x.size(0) &&
          mean.size(1) == 2 * x.size(1) && mean.sizes().slice(2) == x.sizes().slice(2);
 }
-bool is_row_term(const Tensor& t, const Tensor& x) {
-  return t.defined() && t.dim() == 1 && t.size(0) == x.size(0) &&
-         t.scalar_type() == (x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+bool is_row_term(const Tensor& t, const Tensor& mean) {
+  return t.defined() && t.dim() == 1 && t.size(0) == mean.size(0) &&
+         t.scalar_type() == (mean.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
 // ---- autograd ------------------------------------------------------------------------------------
@@ -211,19 +213,29 @@ std::optional<Tensor> if_defined(const Tensor& t) {
 }
 
 // Those of a Gaussian, of which no loss is wanted.
-LikelihoodOptions likelihood_options(int64_t param, double lo, double hi) {
+struct Gaussian {
+  int64_t param;
+  double lo, hi, x_mul, x_add;
+};
+LikelihoodOptions likelihood_options(const Gaussian& model) {
   LikelihoodOptions options{};
   options.reduction = Reduction::no_loss;
-  options.param = param;
-  options.lo = lo;
-  options.hi = hi;
-  options.df = options.x_mul = 1.0;  // of no use to it
+  options.param = model.param;
+  options.lo = model.lo;
+  options.hi = model.hi;
+  options.df = 1.0;  // of no use to it
+  options.x_mul = model.x_mul;
+  options.x_add = model.x_add;
   return options;
+}
+// From (param, lo, hi, x_mul, x_add).
+Gaussian gaussian_of(PyObject* const* objects) {
+  return {PyLong_AsLongLong(objects[0]), PyFloat_AsDouble(objects[1]), PyFloat_AsDouble(objects[2]),
+          PyFloat_AsDouble(objects[3]), PyFloat_AsDouble(objects[4])};
 }
 
 struct NllState {
-  int64_t param;
-  double lo, hi;
+  Gaussian model;
   int64_t learned;  // the scale, if there is one apart
 };
 
@@ -232,34 +244,35 @@ struct Nll : torch::autograd::Function<Nll> {
   static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
-                        const std::optional<Tensor>& scale, const LikelihoodOptions& options) {
+                        const std::optional<Tensor>& scale, const Gaussian& model) {
     ctx->save_for_backward({x, mean, scale.value_or(Tensor())});
-    Kept<NllState>::keep(ctx, {options.param, options.lo, options.hi, scale && scale->requires_grad()});
+    Kept<NllState>::keep(ctx, {model, scale && scale->requires_grad()});
     ctx->set_materialize_grads(false);
-    return evaluate(x, mean, scale.value_or(Tensor()), options);
+    return evaluate(x, mean, scale.value_or(Tensor()), model);
   }
 
   static Tensor evaluate(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                         const LikelihoodOptions& options) {
+                         const Gaussian& model) {
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
-    passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {}, options, view(nll), {});
+    passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {},
+                               likelihood_options(model), view(nll), {});
     return nll;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& g) {
     if (!g[0].defined()) return {{}, {}, {}, {}};
     refuse_graph();
-    const auto [param, lo, hi, learned] = Kept<NllState>::of(ctx);
+    const auto [model, learned] = Kept<NllState>::of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2];
-    LikelihoodOptions options = likelihood_options(param, lo, hi);
+    const LikelihoodOptions options = likelihood_options(model);
     if (!is_plain(g) || !is_plain(saved)) {
       const torch::jit::Stack results =
           call("vae_fast::likelihood_backward",
                {optional(g[0]), at::IValue(), x, mean, optional(scale), at::IValue(), 0.0,
-                static_cast<int64_t>(options.reduction), options.likelihood, param, lo, hi, false,
-                options.df, options.x_mul, options.x_add, at::IValue(), options.first_row,
-                false, true, learned != 0});
+                static_cast<int64_t>(options.reduction), options.likelihood, model.param, model.lo,
+                model.hi, false, options.df, model.x_mul, model.x_add, at::IValue(),
+                options.first_row, false, true, learned != 0});
       return {{}, results[1].toTensor(), learned ? results[2].toTensor() : Tensor(), {}};
     }
     Tensor g_mean, g_scale;
@@ -404,15 +417,14 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale or None, param, lo, hi) -> nll or None
+// (x, mean, scale or None, param, lo, hi, x_mul, x_add) -> nll or None
 PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "nll takes 6 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 8, "nll takes 8 arguments, got ", count);
   const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]);
   if (!x_ || !mean_ || !scale_ || !unwatched() || !fit(*x_, *mean_, *scale_)) Py_RETURN_NONE;
   const Tensor x = *x_, mean = *mean_, scale = *scale_;
-  const LikelihoodOptions options = likelihood_options(
-      PyLong_AsLongLong(objects[3]), PyFloat_AsDouble(objects[4]), PyFloat_AsDouble(objects[5]));
+  const Gaussian model = gaussian_of(objects + 3);
   if (PyErr_Occurred()) return nullptr;
   const bool graph = at::GradMode::is_enabled() &&
                      (differentiable(x) || differentiable(mean) || differentiable(scale));
@@ -420,30 +432,29 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Tensor result;
   {
     py::gil_scoped_release no_gil;
-    result = graph ? Nll::apply(x, mean, if_defined(scale), options)
-                   : Nll::evaluate(x, mean, scale, options);
+    result = graph ? Nll::apply(x, mean, if_defined(scale), model)
+                   : Nll::evaluate(x, mean, scale, model);
   }
   return THPVariable_Wrap(result);
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, check)
+// (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, x_mul, x_add, check)
 // -> (nll, loss) or None.
 // With a check the gradients overwrite mean and scale: a function of the five tensors that raises where
 // that may not be. It is not asked where nothing at all is shared.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 11, "elbo takes 11 arguments, got ", count);
-  const bool inplace = objects[10] != Py_None;
+  TORCH_CHECK_TYPE(count == 13, "elbo takes 13 arguments, got ", count);
+  const bool inplace = objects[12] != Py_None;
   const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]),
                *log_q_ = plain(objects[3]), *log_p_ = plain(objects[4]);
   if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
   const Tensor x = *x_, mean = *mean_, scale = *scale_, log_q = *log_q_, log_p = *log_p_;
-  if (!fit(x, mean, scale) || !is_row_term(log_q, x) || (log_p.defined() && !is_row_term(log_p, x))) {
+  if (!fit(x, mean, scale) || !is_row_term(log_q, mean) || (log_p.defined() && !is_row_term(log_p, mean))) {
     Py_RETURN_NONE;
   }
-  LikelihoodOptions options = likelihood_options(
-      PyLong_AsLongLong(objects[7]), PyFloat_AsDouble(objects[8]), PyFloat_AsDouble(objects[9]));
+  LikelihoodOptions options = likelihood_options(gaussian_of(objects + 7));
   options.beta = PyFloat_AsDouble(objects[5]);
   options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[6]));
   if (PyErr_Occurred()) return nullptr;
@@ -471,7 +482,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
                        (!learned || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
     if (!alone) {
       PyObject* const checked =
-          PyObject_CallFunctionObjArgs(objects[10], objects[0], objects[1], objects[2], objects[3],
+          PyObject_CallFunctionObjArgs(objects[12], objects[0], objects[1], objects[2], objects[3],
                                        objects[4], nullptr);
       if (checked == nullptr) return nullptr;
       Py_DECREF(checked);
