@@ -408,14 +408,17 @@ class FusedELBO(nn.Module):
     def _fused(
         self, x, mean, scale, log_q, log_p, beta, reduction, key, first_row, mask
     ) -> tuple[Tensor, Tensor]:
-        return functional.fused_elbo(
-            x,
-            mean,
-            scale,
-            log_q,
-            log_p,
-            beta,
-            reduction,
+        tensors = x, mean, scale, log_q, log_p, beta, reduction
+        return functional.fused_elbo(*tensors, *self._model(key, first_row, mask))
+
+    def _nll(self, x, mean, scale, rows, key, first_row, mask) -> Tensor:
+        """−log p(x|z) alone, in the shape of ``rows``."""
+        model = self._model(key, first_row, mask)
+        return functional._nll_of_rows(x, mean, scale, rows, *model)
+
+    def _model(self, key, first_row, mask) -> tuple:
+        """The arguments of ``fused_elbo`` from ``param`` on."""
+        return (
             self.likelihood_param,
             self.likelihood_clamp,
             mask,
@@ -433,7 +436,9 @@ class FusedELBO(nn.Module):
         self, x, mean, scale, log_q, log_p, beta, key, first_row, mask, weights_tag
     ) -> tuple[Tensor, Tensor]:
         """The rows' losses (B,), and nll, for a loss that the pass itself cannot finish."""
-        if self.likelihood_scale in OPTIMAL:
+        importance = self.objective == "iwae" and log_q.dim() == 2
+        optimal = self.likelihood_scale in OPTIMAL
+        if optimal:
             nll = functional.optimal_gaussian_nll(
                 x,
                 mean.unflatten(0, log_q.shape) if log_q.dim() == 2 else mean,
@@ -447,14 +452,17 @@ class FusedELBO(nn.Module):
                 key if self.dequantize else None,
                 first_row,
             )
-            rows = reference.elbo_loss(nll, log_q, log_p, beta, "none")
+        elif importance and not self.inplace:
+            nll = self._nll(x, mean, scale, log_q, key, first_row, mask)
         else:
             rows, nll = self._fused(
                 x, mean, scale, log_q, log_p, beta, "none", key, first_row, mask
             )
-        if self.objective == "iwae" and log_q.dim() == 2:
+        if importance:
             tagged = nll if weights_tag is None else nll + weights_tag
             rows = functional.importance_bound(tagged, log_q, log_p, beta)
+        elif optimal:
+            rows = reference.elbo_loss(nll, log_q, log_p, beta, "none")
         return rows, nll
 
     def _decode(self, output: object) -> tuple[Tensor, Tensor | float | None]:

@@ -260,6 +260,20 @@ def likelihood_nll(
     return nll.view(rows) if sampled else nll
 
 
+def _nll_of_rows(
+    x, mean, scale, rows, param, clamp, mask, inplace, likelihood, clamp_mode, df, x_scale,
+    dequantize, key, first_row,
+) -> Tensor:  # fmt: skip
+    """−log p(x|z) alone of what :func:`fused_elbo` takes, in the shape of ``rows``; never in place."""
+    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=rows)
+    _check_rows("log_q", rows, mean, x)
+    scale = _fit_scale(scale, mean, 1)
+    if _validate:
+        _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
+    return _nll(x, mean, scale, mask, model, key).view(rows.shape)
+
+
 def _nll(x, mean, scale, mask, model, key) -> Tensor:
     """−log p(x|z) of checked tensors, mean (N, *event) and a fitted scale; (N,)."""
     if backend_for(x.device.type) == "reference":

@@ -349,9 +349,12 @@ def _setup_importance(ctx, inputs, output):
     ctx.beta, ctx.has_log_p = inputs[3], inputs[2] is not None
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the weights, which have none
 
 
 def _differentiate_importance(ctx, g_bound, _, saved=None):
+    if g_bound is None:
+        return (None,) * 4
     (weights,) = ctx.saved_tensors if saved is None else saved
     g_nll, g_log_q, g_log_p = importance_backward(g_bound, weights, ctx.beta)
     return g_nll, g_log_q, g_log_p if ctx.has_log_p else None, None

@@ -613,8 +613,7 @@ class VAE(nn.Module):
                 mask = mask.expand(x.shape).repeat(len(log_q), *(1,) * (x.dim() - 1))
             x = x.repeat(len(log_q), *(1,) * (x.dim() - 1))
             rows = log_q.flatten()
-        _, nll = elbo._fused(x, mean, scale, rows, None, 1.0, "none", key, 0, mask)
-        return nll.view(log_q.shape)
+        return elbo._nll(x, mean, scale, rows, key, 0, mask).view(log_q.shape)
 
     def _sample_prior(self, n: int, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Draw z, (n, *latent), from the prior."""
