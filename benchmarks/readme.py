@@ -13,34 +13,41 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks.report import duration, name, table
+from benchmarks.report import COMPILED, INPLACE, duration, name, table, times
 from benchmarks.saved import OURS, Group, load
 
 ROOT = Path(__file__).resolve().parent.parent
-INPLACE = f"{OURS} inplace"
 
 
 def benchmark_table(path: Path) -> str:
     machine, groups = load(path)
-    groups = [g for g in groups if g.of in ("elbo", "train_step") and g.phase != "forward"]
+    both = [g for g in groups if g.of == "elbo" and g.phase != "forward"]
+    steps = [g for g in groups if g.of == "train_step"]
 
-    def line(group: Group) -> list[str]:
-        best = group.best_peer
-        of = "" if group.of == "elbo" else "training step, "
-        cells = [f"{of}{group.dtype} {group.size}", best, duration(group.rows[best]["median"])]
-        for implementation in (OURS, INPLACE):
-            seconds = group.rows[implementation]["median"]
-            cells += [duration(seconds), f"{group.ratio(implementation):.1f}×"]
-        return cells
+    def speeds(groups: list[Group], *variants: str) -> str:
+        def line(group: Group) -> list[str]:
+            best = group.best_peer
+            cells = [f"{group.dtype} {group.size}", best, duration(group.rows[best]["median"])]
+            for variant in variants:
+                seconds = group.rows[variant]["median"]
+                cells += [duration(seconds), times(group.ratio(variant))]
+            return cells
 
-    header = ("size", "best peer", "its time", OURS, "ratio", "inplace", "ratio")
+        header = ["size", "best peer", "its time"]
+        for variant in variants:
+            header += [variant.removeprefix(f"{OURS} "), "ratio"]
+        return table(header, map(line, groups))
+
     folder = path.resolve().parent.relative_to(ROOT)
     return (
-        f"{table(header, map(line, groups))}\n\n"
+        f"{speeds(both, OURS, INPLACE)}\n\n"
+        "Whole training steps, where matrix products or convolutions take most of the time of "
+        "all; *compiled* is the module under `torch.compile`, as the best peer is:\n\n"
+        f"{speeds(steps, OURS, COMPILED)}\n\n"
         f"![Speed relative to the best peer]({folder}/ratio.png)\n\n"
         f"Medians on {name(machine)}, torch {machine['torch']}; every row in "
-        f"[{folder}]({folder}/README.md). B is the batch, L the latent and D the data size; bf16, "
-        "other sizes and convolutions: `make bench`."
+        f"[{folder}]({folder}/README.md), made by `make bench`. B is the batch, L the latent and D "
+        "the data size; uint8 is the data's type, all else is fp32 there."
     )
 
 

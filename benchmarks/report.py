@@ -20,7 +20,7 @@ TITLES = {
     "elbo": "Whole loss, given the decoder's output",
     "train_step": "Whole training step, optimizer included",
 }
-INPLACE = f"{OURS} inplace"
+INPLACE, COMPILED = f"{OURS} inplace", f"{OURS} compiled"
 PREFACE = """\
 All implementations of a row ran in one process, on the same tensors, in turns; results were checked
 before they were timed. Times are medians. *Ratio* is the best peer's time over ours. *Of copy* is
@@ -37,6 +37,10 @@ def size(number: float) -> str:
     return f"{number / 1e6:.3g} MB" if number >= 1e6 else f"{number / 1e3:.3g} kB"
 
 
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×"
+
+
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(header)]
     lines += [["---"] * len(lines[0]), *map(list, rows)]
@@ -47,20 +51,22 @@ def summary(groups: list[Group]) -> str:
     """A line for each row: ours against the best peer."""
     step = groups[0].of == "train_step"
     last = "outside products" if step else "of copy"
+    variants = (OURS, INPLACE, COMPILED) if step else (OURS, INPLACE)
 
     def line(group: Group) -> Iterable[str]:
         yield from ([] if step else [group.phase])
         yield from (group.dtype, group.size, group.best_peer)
         yield duration(group.rows[group.best_peer]["median"])
-        for name in (OURS, INPLACE):
+        for name in variants:
             facts = group.rows.get(name)
             share = facts and facts.get("outside" if step else "share")
             yield duration(facts["median"]) if facts else ""
-            yield f"**{group.ratio(name):.1f}×**" if facts else ""
+            yield f"**{times(group.ratio(name))}**" if facts else ""
             yield f"{share:.0%}" if share is not None else ""
 
     header = [*([] if step else ["phase"]), "dtype", "size", "best peer", "its time"]
-    header += [OURS, "ratio", last, "inplace", "ratio", last]
+    for name in variants:
+        header += [name.removeprefix(f"{OURS} "), "ratio", last]
     return table(header, map(line, groups))
 
 
