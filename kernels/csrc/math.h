@@ -301,10 +301,10 @@ VAE_FAST_INLINE Exp<double> exp_of(double t) {
 constexpr float kModerate = 11.0f;
 template <class F>
 VAE_FAST_INLINE F exp_moderate(F t) {
-  using I = typename Traits<F>::Int;
+  using U = typename Traits<F>::UInt;  // which may overflow, for a t that is not moderate
   const F shifted = t * 1.44269504f + 12582912.0f;  // as in exp_of
   const F f = t - (shifted - 12582912.0f) * 0.693147181f;
-  return bits_as<F>(bits_as<I>(exp_near_zero(f)) + (bits_as<I>(shifted) << 23));
+  return bits_as<F>(bits_as<U>(exp_near_zero(f)) + (bits_as<U>(shifted) << 23));
 }
 VAE_FAST_INLINE double exp_moderate(double t) { return exp(t); }
 
