@@ -26,22 +26,16 @@ template <class F, bool kPart>
 struct At {
   using T = ScalarOf<F>;
   int64_t i, left;
-  VAE_FAST_INLINE size_t count() const { return kPart ? left : Traits<F>::width; }
-  VAE_FAST_INLINE F load(const T* p, T fill = T(0)) const {
-    F v = splat<F>(fill);
-    std::memcpy(&v, p + i, count() * sizeof(T));
-    return v;
-  }
+  VAE_FAST_INLINE F load(const T* p, T fill = T(0)) const { return read(p + i, splat<F>(fill)); }
   VAE_FAST_INLINE F load(const Bf16* p, T fill = T(0)) const {
-    using U = typename Traits<F>::UInt;
-    auto v = typename Traits<F>::UShort{} + static_cast<uint16_t>(bits_as<uint32_t>(fill) >> 16);
-    std::memcpy(&v, p + i, count() * sizeof(Bf16));
-    return bits_as<F>(widen_lanes<U>(v) << 16);
+    using H = typename Traits<F>::UShort;
+    const uint16_t bits = static_cast<uint16_t>(bits_as<uint32_t>(fill) >> 16);
+    const H v = read(reinterpret_cast<const uint16_t*>(p + i), H{} + bits);
+    return bits_as<F>(widen_lanes<typename Traits<F>::UInt>(v) << 16);
   }
-  VAE_FAST_INLINE void store(T* p, F v) const { std::memcpy(p + i, &v, count() * sizeof(T)); }
+  VAE_FAST_INLINE void store(T* p, F v) const { write(p + i, v); }
   VAE_FAST_INLINE void store(Bf16* p, F v) const {
-    const auto rounded = bf16(v);
-    std::memcpy(p + i, &rounded, count() * sizeof(Bf16));
+    write(reinterpret_cast<uint16_t*>(p + i), bf16(v));
   }
   // Past the caches where there is an instruction for it; p + i must be aligned to a whole vector.
   VAE_FAST_INLINE void stream(T* p, F v) const {
@@ -59,13 +53,30 @@ struct At {
     }
   }
   VAE_FAST_INLINE F keep(F v) const {
-    if constexpr (!kPart) return v;
-    F kept{};
-    std::memcpy(&kept, &v, count() * sizeof(T));
-    return kept;
+    if constexpr (kPart && Traits<F>::width > 1) {
+      typename Traits<F>::Int lane;
+      for (int j = 0; j < Traits<F>::width; ++j) lane[j] = j;
+      v = select(lane < static_cast<int>(left), v, F{});
+    }
+    return v;
   }
 
  private:
+  template <class V, class S>
+  VAE_FAST_INLINE V read(const S* p, V fill) const {
+    if constexpr (kPart) return load_part(p, left, fill);
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  template <class V, class S>
+  VAE_FAST_INLINE void write(S* p, V v) const {
+    if constexpr (kPart) {
+      store_part(p, left, v);
+    } else {
+      std::memcpy(p, &v, sizeof(v));
+    }
+  }
   VAE_FAST_INLINE static auto bf16(F v) {
     return narrow_lanes<typename Traits<F>::UShort>(bf16_bits<F, typename Traits<F>::UInt>(v));
   }

@@ -108,7 +108,7 @@ VAE_FAST_INLINE F select(Mask mask, F yes, F no) {
 // once something is declared for it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define VAE_FAST_GCC_X86 1
-__attribute__((target("avx512f"))) void declare_avx512();
+__attribute__((target("avx2,avx512f,avx512bw,avx512vl"))) void declare_avx512();
 // One instruction each; b where a or b is NaN.
 VAE_FAST_INLINE f32x16 minimum(f32x16 a, f32x16 b) {
   return __builtin_ia32_minps512_mask(a, b, f32x16{}, 0xffff, 4);
@@ -173,6 +173,45 @@ VAE_FAST_INLINE u32x16 widen_lanes(u16x16 v) {
 template <>
 VAE_FAST_INLINE u16x16 narrow_lanes(u32x16 v) {
   return (u16x16)__builtin_ia32_pmovdw512_mask((i32x16)v, i16x16{}, 0xffff);
+}
+#endif
+
+// The first n lanes of a vector, n below its width, as they lie in memory; lanes beyond them load
+// those of `fill`. Without masks in the instruction set a call of memcpy.
+template <class V, class T>
+VAE_FAST_INLINE V load_part(const T* p, int64_t n, V fill) {
+  std::memcpy(&fill, p, n * sizeof(T));
+  return fill;
+}
+template <class V, class T>
+VAE_FAST_INLINE void store_part(T* p, int64_t n, V v) {
+  std::memcpy(p, &v, n * sizeof(T));
+}
+#if defined(VAE_FAST_GCC_X86)
+typedef short i16x8 __attribute__((vector_size(16)));
+VAE_FAST_INLINE uint16_t first_lanes(int64_t n) { return static_cast<uint16_t>((1u << n) - 1u); }
+VAE_FAST_INLINE f32x16 load_part(const float* p, int64_t n, f32x16 fill) {
+  return __builtin_ia32_loadups512_mask(p, fill, first_lanes(n));
+}
+VAE_FAST_INLINE void store_part(float* p, int64_t n, f32x16 v) {
+  __builtin_ia32_storeups512_mask(p, v, first_lanes(n));
+}
+VAE_FAST_INLINE u16x16 load_part(const uint16_t* p, int64_t n, u16x16 fill) {
+  return (u16x16)__builtin_ia32_loaddquhi256_mask((const short*)p, (i16x16)fill, first_lanes(n));
+}
+VAE_FAST_INLINE void store_part(uint16_t* p, int64_t n, u16x16 v) {
+  __builtin_ia32_storedquhi256_mask((short*)p, (i16x16)v, first_lanes(n));
+}
+// AVX2 has no masks for 16-bit lanes.
+VAE_FAST_INLINE i32x8 first_lanes_avx2(int64_t n) {
+  return i32x8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n);
+}
+VAE_FAST_INLINE f32x8 load_part(const float* p, int64_t n, f32x8 fill) {
+  const i32x8 mask = first_lanes_avx2(n);
+  return select(mask, (f32x8)__builtin_ia32_maskloadps256((const f32x8*)p, mask), fill);
+}
+VAE_FAST_INLINE void store_part(float* p, int64_t n, f32x8 v) {
+  __builtin_ia32_maskstoreps256((f32x8*)p, first_lanes_avx2(n), v);
 }
 #endif
 
