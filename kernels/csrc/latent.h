@@ -3,30 +3,18 @@
 // Included once per instruction set (each_isa.h).
 
 // ε of `calls` counters from `counter` on: eps[4·i + lane]. Works in blocks of as many counters as a
-// vector has lanes, and eps is writable up to the next multiple. First all the words, then what is
-// made of them: the processor overlaps either with itself better than one with the other.
+// vector has lanes, and eps is writable up to the next multiple.
 template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                 float* eps) {
   using U = typename Traits<F>::UInt;
-  struct Block {
-    U x, y, z, w;
-  };
-  static_assert(sizeof(Block) == 4 * sizeof(F));
-  constexpr int width = Traits<F>::width;
   philox_blocks<F>(calls, counter, k0, k1, kNormalStream,
-                   [&](int64_t i, U x, U y, U z, U w) VAE_FAST_LAMBDA {
-    const Block words{x, y, z, w};
-    std::memcpy(eps + i * 4 * width, &words, sizeof(words));
-  });
-  for (int64_t i = 0; i < calls; i += width) {
-    Block words;
-    std::memcpy(&words, eps + 4 * i, sizeof(words));
+                   [&](int64_t i, U a, U b, U c, U d) VAE_FAST_LAMBDA {
     F x, y, z, w;
-    box_muller(uniform<F>(words.x), uniform<F>(words.y), x, y);
-    box_muller(uniform<F>(words.z), uniform<F>(words.w), z, w);
-    store_transposed(x, y, z, w, eps + 4 * i);
-  }
+    box_muller(uniform<F>(a), uniform<F>(b), x, y);
+    box_muller(uniform<F>(c), uniform<F>(d), z, w);
+    store_transposed(x, y, z, w, eps + i * 4 * Traits<F>::width);
+  });
 }
 
 // fp64: eps[2·i + lane].
