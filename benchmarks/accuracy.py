@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import re
 import struct
 import sys
@@ -127,9 +128,14 @@ def run(kernel, inputs: list[Tensor], outputs: int, approx: bool, *args, **optio
 # ---- what is measured --------------------------------------------------------------------------
 
 
+def _largest(error: Tensor) -> float:
+    """The largest of some errors, of which a NaN is the largest there is."""
+    return error.nan_to_num(nan=math.inf).max().item()
+
+
 def _relative(value: Tensor, truth: Tensor, least: float = 0.0) -> float:
     """The largest error, relative to the truth or to ``least`` if that is more."""
-    return ((value.double() - truth).abs() / truth.abs().clamp(min=least)).max().item()
+    return _largest((value.double() - truth).abs() / truth.abs().clamp(min=least))
 
 
 def words() -> tuple[Tensor, Tensor]:
@@ -158,7 +164,7 @@ def normals(x: Tensor, y: Tensor, approx: bool) -> tuple[list[Tensor], tuple[Ten
     return run(noise_kernel, [x.to(torch.int32), y.to(torch.int32)], 2, approx), truth
 
 
-def _range(param: str, log_tau: Tensor) -> Tensor:
+def parameter(param: str, log_tau: Tensor) -> Tensor:
     """The parameter that means τ, fp32."""
     tau = log_tau.double().exp()
     of = {
@@ -171,13 +177,17 @@ def _range(param: str, log_tau: Tensor) -> Tensor:
     return of[param].float()
 
 
+def errors_of_noise(x: Tensor, y: Tensor, approx: bool) -> dict[str, float]:
+    """Absolute errors of ε."""
+    pairs = zip(*normals(x, y, approx), strict=True)
+    return {"ε": max(_largest((e.double() - t).abs()) for e, t in pairs)}
+
+
 def noise_errors(approx: bool, device: torch.device) -> dict[str, float]:
     """Absolute errors of ε; and of z = μ + σε, in units of abs(μ) + σ."""
     x, y = (t.to(device) for t in words())
     eps, truth = normals(x, y, approx)
-    errors = {
-        "ε": max((e.double() - t).abs().max().item() for e, t in zip(eps, truth, strict=True))
-    }
+    errors = errors_of_noise(x, y, approx)
     generator = torch.Generator().manual_seed(1)
     s = (16.0 * torch.rand(x.shape, generator=generator) - 8.0).to(device)
     mu = torch.randn(x.shape, generator=generator).to(device)
@@ -185,15 +195,28 @@ def noise_errors(approx: bool, device: torch.device) -> dict[str, float]:
     sigma, *_ = run(scale_kernel, [s], 3, approx, PARAM=0)
     z, true_sigma = mu + sigma * eps[0], (0.5 * s.double()).exp()
     off = z.double() - (mu.double() + true_sigma * truth[0])
-    return errors | {"z": (off.abs() / (mu.abs() + true_sigma)).max().item()}
+    return errors | {"z": _largest(off.abs() / (mu.abs() + true_sigma))}
 
 
 def scale_errors(param: str, approx: bool, device: torch.device) -> dict[str, float]:
-    """Errors of σ and d(log σ)/ds, relative, and of log σ², relative to what exceeds 1.
+    """``errors_of_scale`` for σ of e^-40 to e^40."""
+    return errors_of_scale(param, parameter(param, _wide()).to(device), approx)
 
-    For σ of e^-40 to e^40.
-    """
-    s = _range(param, torch.linspace(-40.0, 40.0, 1 << 15)).to(device)
+
+def _wide() -> Tensor:
+    """From -40 to 40: evenly, as densely as fp32 numbers lie, and both sides of ±½, ±1 and ±2."""
+    generator = torch.Generator().manual_seed(3)
+    first, last = (int(np.float32(x).view(np.int32)) for x in (2.0**-20, 40.0))
+    bits = torch.randint(first, last, (1 << 16,), generator=generator).to(torch.int32)
+    near = torch.tensor([0.5, 1.0, 2.0])[:, None] * (1.0 + torch.arange(-256, 256) * 2.0**-23)
+    some = torch.cat(
+        [bits.view(torch.float32), near.flatten(), torch.linspace(0.0, 40.0, 1 << 14)[1:]]
+    )
+    return torch.cat([some, -some])
+
+
+def errors_of_scale(param: str, s: Tensor, approx: bool) -> dict[str, float]:
+    """Errors of σ and d(log σ)/ds, relative, and of log σ², relative to what exceeds 1."""
     code = PARAMS.index(param)
     truth = run(scale_kernel, [s.double()], 3, False, PARAM=code)
     value = run(scale_kernel, [s], 3, approx, PARAM=code)
@@ -213,7 +236,7 @@ def likelihood_errors(
     x, mean = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
     if likelihood == "logistic":
         x = (x * 256.0).floor() * LEVEL
-    s = _range(param, 16.0 * torch.rand(shape, generator=generator) - 8.0)
+    s = parameter(param, 16.0 * torch.rand(shape, generator=generator) - 8.0)
     inputs = [t.to(device) for t in (x, mean, s)]
     codes = {"LIKELIHOOD": LIKELIHOODS.index(likelihood), "PARAM": PARAMS.index(param)}
     model = DF, student_t_constant(DF), LEVEL
@@ -228,8 +251,12 @@ def likelihood_errors(
 
 
 def kl_errors(approx: bool, device: torch.device) -> dict[str, float]:
+    """``errors_of_kl`` for variances that differ by e^-40 to e^40."""
+    return errors_of_kl(_wide().to(device), approx)
+
+
+def errors_of_kl(t: Tensor, approx: bool) -> dict[str, float]:
     """Relative errors of the KL's e^t - 1 and e^t - 1 - t."""
-    t = torch.linspace(-40.0, 40.0, 1 << 16)[::2].to(device)
     truth = run(kl_kernel, [t.double()], 2, False)
     value = run(kl_kernel, [t], 2, approx)
     names = ("e^t - 1", "e^t - 1 - t")
@@ -359,11 +386,11 @@ class Emulation:
         return SimpleNamespace(get_result=lambda i: results[i])
 
 
-def bounds() -> dict[str, float]:
+def bounds(some: list[Callable] | None = None) -> dict[str, float]:
     """The worst error of each quantity over all ways in which the functions may err."""
     worst: dict[str, float] = {}
     cpu = torch.device("cpu")
-    for measure in measures():
+    for measure in some or measures():
         with Emulation() as first:
             measure(True, cpu)
         names = sorted(first.used - {"sin.approx.ftz.f32"})

@@ -72,6 +72,7 @@ class Case:
         soft: the clamp is soft.
         path: the latent's gradient is the path gradient.
         prior: a KL's prior is given.
+        transposed: rows lie side by side, element by element; a row's elements are far apart.
     """
 
     op: str
@@ -90,6 +91,7 @@ class Case:
     soft: bool = False
     path: bool = False
     prior: bool = True
+    transposed: bool = False
     targets: tuple[str, ...] = ("sm_90",)
 
     def __str__(self) -> str:
@@ -105,6 +107,7 @@ class Case:
         parts += ["soft"] * self.soft + ["clamp"] * (self.clamp != UNCLAMPED)
         parts += ["mask"] * self.mask + ["mixed"] * self.wide + ["levels"] * self.levels
         parts += ["path"] * self.path + ["standard"] * (not self.prior)
+        parts += ["transposed"] * self.transposed
         return " ".join(parts)
 
 
@@ -118,7 +121,7 @@ _KL = ("gaussian_kl_forward", "gaussian_kl_backward")
 CASES = (
     # Latent: the tile of each size of row; two rows to a thread, one, a warp's width, four warps.
     *(Case(op, 16384, 256, d, targets=ALL) for op in _LATENT for d in ("float32", "bfloat16")),
-    *(Case(op, 65536, 16, d) for op in _LATENT for d in ("float32", "bfloat16")),
+    *(Case(op, 65536, n, d) for op in _LATENT for n in (16, 20) for d in ("float32", "bfloat16")),
     *(Case("latent_forward", 16384, size) for size in (64, 128, 512, 4096)),
     Case("latent_forward", 64, 16),
     Case("latent_forward", 4096, 100),
@@ -169,6 +172,9 @@ CASES = (
     *(Case(op, 16384, 256, "bfloat16") for op in _KL),
     *(Case(op, 16384, 256, prior=False) for op in _KL),
     Case("importance_forward", 16384, 0, samples=64, targets=ALL),
+    # Elements so far apart that their offsets do not fit in 32 bits.
+    *(Case(op, 1 << 26, 64, transposed=True) for op in (*_LATENT, *_KL, *_LIKELIHOOD)),
+    Case("likelihood_rescale_", 1 << 26, 64, transposed=True),
 )
 
 
@@ -243,9 +249,15 @@ def _call(case: Case) -> None:
         ops.importance_forward(nll.flatten(), log_q, log_p, 1.0)
         return
     clamp = (*case.clamp, case.soft)
+
+    def empty(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        shape = (size, rows) if case.transposed else (rows, size)
+        t = torch.empty(shape, dtype=dtype)
+        return t.t() if case.transposed else t
+
     if case.op.startswith("latent"):
-        mu = torch.empty(b, d, dtype=dtype)
-        scale = torch.empty(() if case.scale == "scalar" else (b, d), dtype=other)
+        mu = empty(b, d, dtype)
+        scale = torch.empty((), dtype=other) if case.scale == "scalar" else empty(b, d, other)
         key = torch.empty(2, dtype=torch.uint64)
         options = (key, case.samples, 3, case.param, *clamp, case.path)
         if case.op == "latent_forward":
@@ -257,13 +269,13 @@ def _call(case: Case) -> None:
             ops.latent_backward(g_z, g_log_q, g_log_p, mu, scale, *options)
         return
     if case.op.startswith("gaussian_kl"):
-        mu = torch.empty(b, d, dtype=dtype)
+        mu = empty(b, d, dtype)
         prior = (torch.empty_like(mu), torch.empty_like(mu)) if case.prior else (None, None)
         g_kl = (torch.empty(b, dtype=acc),) if case.op.endswith("backward") else ()
         getattr(ops, case.op)(*g_kl, mu, torch.empty_like(mu), *prior, case.param, LOGVAR, *clamp)
         return
-    x = torch.empty(b, d, dtype=torch.uint8 if case.levels else other)
-    mean = torch.empty(k * b, 2 * d if case.scale == "packed" else d, dtype=dtype)
+    x = empty(b, d, torch.uint8 if case.levels else other)
+    mean = empty(k * b, 2 * d if case.scale == "packed" else d, dtype)
     scale = {
         "full": torch.empty_like(mean),
         "packed": None,
@@ -338,7 +350,7 @@ def _is_one(value: Any) -> bool:
 # ---- what the heuristics can choose --------------------------------------------------------------
 
 # Each class of sizes and of rows that the heuristics tell apart, and its neighbours.
-_SIZES = [n + more for p in range(18) for n in (2**p, 3 * 2**p) for more in (-1, 0, 1, 16)]
+_SIZES = [n + more for p in range(18) for n in (2**p, 3 * 2**p) for more in (-1, 0, 1, 2, 4, 8, 16)]
 _ROWS = [n + more for p in range(20) for n in (2**p, 3 * 2**p) for more in (-1, 0, 1)]
 _ROWS += [n * 2**p + more for p in range(13) for n in (132, 304) for more in (-1, 0)]
 _MOST = 2**31  # elements of a tensor: 8 GiB of fp32
@@ -348,32 +360,37 @@ def _tile(rows: int, cols: int, tiles: int, warps: int) -> str:
     return f"{rows}x{cols}x{tiles} w{warps}"
 
 
-def _traits(steps: int, passes: int, split: int, even: bool, size: int) -> str:
-    """What else makes a kernel of its own: loops; no mask; rows at multiples of 16 elements."""
-    names = ("steps", "passes", "split", "even", "aligned")
-    held = (steps > 1, passes > 1, split > 1, even, size % 16 == 0)
+def _traits(steps: int, passes: int, split: int, even: bool, align: int) -> str:
+    """What else makes a kernel of its own: loops; no mask; what rows' first elements divide by."""
+    names = ("steps", "passes", "split", "even", f"/{align}")
+    held = (steps > 1, passes > 1, split > 1, even, True)
     return " ".join(name for name, holds in zip(names, held, strict=True) if holds)
 
 
 def _heuristic(case: Case, target: str) -> tuple[Any, ...]:
-    """What chooses a configuration: a function of rows, size and the rest of this."""
+    """What chooses a configuration: a function, the size of an element, and what it takes after."""
     from vae_fast._triton.config import latent_config, likelihood_config
-    from vae_fast._triton.family import HEAVY
+    from vae_fast._triton.likelihood import heaviness
 
-    given = getattr(torch, case.dtype).itemsize, *MACHINES[TARGETS[target][0][0]]
+    itemsize, machine = getattr(torch, case.dtype).itemsize, MACHINES[TARGETS[target][0][0]]
     if not case.op.startswith("likelihood"):
-        return latent_config, *given
-    heavy = HEAVY.get(case.likelihood, 0) + (case.param in (VAR, SOFTPLUS))
-    return likelihood_config, *given, heavy, case.scale == "event"
+        return latent_config, itemsize, *machine
+    if case.op == "likelihood_rescale_":
+        return likelihood_config, itemsize, *machine, 0, False
+    heavy = heaviness(case.likelihood, case.param, *case.clamp, case.soft)
+    return likelihood_config, itemsize, *machine, heavy, case.scale == "event"
 
 
 def _chosen(heuristic: tuple[Any, ...], rows: int, size: int) -> tuple[str, str]:
-    """Tile and traits of a call."""
-    function, *given = heuristic
-    c = function(rows, size, *given)
+    """Tile and traits of a call with contiguous tensors."""
+    from vae_fast._triton.launch import alignment
+
+    function, itemsize, *given = heuristic
+    align = alignment(16 // itemsize, size)
+    c = function(rows, size, itemsize, align, *given)
     loops = (getattr(c, name, 1) for name in ("steps", "passes", "split"))
     tile = _tile(c.rows, c.cols, c.tiles, c.num_warps)
-    return tile, _traits(*loops, c.even, size)
+    return tile, _traits(*loops, c.even, align)
 
 
 @functools.cache
@@ -395,17 +412,20 @@ def configuration(case: Case, target: str) -> tuple[str, str]:
 
 def configurations(case: Case, target: str) -> dict[tuple[str, str], Case]:
     """Every tile and traits that there are for ``case``, and the largest that gets it."""
-    return {
-        key: replace(case, rows=rows, size=size, targets=(target,))
-        for key, (rows, size) in _largest(_heuristic(case, target)).items()
-    }
+    found = {}
+    for (tile, traits), (rows, size) in _largest(_heuristic(case, target)).items():
+        if case.op == "likelihood_rescale_":  # always masked
+            traits = traits.replace("even ", "")
+        found[tile, traits] = replace(case, rows=rows, size=size, targets=(target,))
+    return found
 
 
 def all_configurations() -> dict[tuple[str, str, str, str], Case]:
     """The sweep: by name of the case without its rows and size, target, tile and traits.
 
     In fp32 and bf16 on sm_90, all of them. Elsewhere each tile once, with rows that need a mask
-    where it has such.
+    where it has such. Then every likelihood with every scale, at its plainest and with every
+    option, on sm_90, of whole vectors and of less.
     """
     plain = [
         Case(op, 0, 0, dtype)
@@ -424,17 +444,37 @@ def all_configurations() -> dict[tuple[str, str, str, str], Case]:
     ]
     sweep = {}
     for target, case in itertools.product(TARGETS, (*plain, *special)):
-        if target != "sm_90" and (case in special or case.dtype == "float64"):
-            continue
         every = target == "sm_90" and case in plain and case.dtype != "float64"
-        every &= case.op != "likelihood_rescale_"  # whose code is the same with a mask or without
         found = configurations(case, target)
-        # A mask and aligned rows last, so that they stay where each tile is kept once.
-        order = sorted(found, key=lambda key: ("even" not in key[1], "aligned" in key[1]))
+        # A mask and the most aligned rows last, so that they stay where one of several is kept.
+        order = sorted(found, key=lambda key: ("even" not in key[1], alignment_of(key[1])))
         kept = {key if every else key[0]: key for key in order}
         name = str(case).replace(" 0x0", "")
         sweep |= {(name, target, *key): found[key] for key in kept.values()}
-    return sweep
+    for case in _models():
+        sweep[(str(case), "sm_90", *configuration(case, "sm_90"))] = case
+    order = list(TARGETS)  # which audit_all goes by
+    return dict(sorted(sweep.items(), key=lambda item: order.index(item[0][1])))
+
+
+def _models() -> Iterable[Case]:
+    """Every likelihood with every scale, at its plainest and with every option."""
+    scaled = itertools.product((GAUSSIAN, LAPLACE, LOGISTIC, STUDENT_T), range(5), ("full",))
+    models = (*scaled, (BERNOULLI, LOGVAR, "none"), (SQUARED_ERROR, LOGVAR, "none"))
+    for op, dtype, model, size in itertools.product(
+        _LIKELIHOOD, ("float32", "bfloat16"), models, (783, 784)
+    ):
+        likelihood, param, scale = model
+        case = Case(op, 4096, size, dtype, scale, param=param, likelihood=likelihood)
+        yield case
+        if scale == "full":
+            case = replace(case, clamp=(-5.0, 5.0), soft=True)
+        yield replace(case, mask=True, levels=True)
+
+
+def alignment_of(traits: str) -> int:
+    """What divides the rows' first elements."""
+    return int(traits.split("/")[1])
 
 
 # ---- taking it apart ---------------------------------------------------------------------------
@@ -501,16 +541,18 @@ def _audit(jobs: tuple[tuple[Case, str], ...]) -> list[Report]:
         columns, tiles = a.get("COLS", a.get("SAMPLES")), a.get("TILES", 1)
         tile = _tile(a["ROWS"], columns, tiles, launch.options["num_warps"])
         loops = (a.get(name, 1) for name in ("steps", "passes", "SPLIT"))
-        traits = _traits(*loops, a.get("EVEN", False), case.size)
+        traits = _traits(*loops, a.get("EVEN", False), a.get("ALIGN", 1))
         report = Report(str(case), case.op, case.dtype, target, tile, traits)
         report.shared = binary.metadata.shared
         report.converts = _tile_converts(binary.asm["ttgir"], a["ROWS"] * tiles)
+        report.narrow = sorted(set(re.findall(r"tt\.splat %(\w+_col) : i32", binary.asm["ttir"])))
         reports.append(report)
     if backend == "hip":
         for report, binary in zip(reports, binaries, strict=True):
             text = binary.asm["amdgcn"]
             report.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-            report.spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+            # Scalar registers spill into vector registers, and only those into memory.
+            report.spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
             report.loads = sass.amd_widths(text, "load")
             report.stores = sass.amd_widths(text, "store")
         return reports

@@ -138,7 +138,8 @@ def widths(kernel: list[Instruction], opcode: str) -> dict[int, int]:
 
 def amd_widths(assembly: str, access: str) -> dict[int, int]:
     """The same from AMD's assembly; ``access`` is "load" or "store"."""
-    dwords = re.findall(rf"\bglobal_{access}_(dword(?:x\d)?|\w*short|\w*byte)", assembly)
+    name = rf"\b(?:buffer|flat|global)_{access}_(dword(?:x\d)?|\w*short|\w*byte)"
+    dwords = re.findall(name, assembly)
     bits = {"dword": 32, "short": 16, "byte": 8}
     names = (re.fullmatch(r".*?(dword|short|byte)(?:x(\d))?", name) for name in dwords)
     return dict(Counter(bits[name[1]] * int(name[2] or 1) for name in names))

@@ -131,6 +131,7 @@ def likelihood_config(
         columns: a program owns one step of its rows, to sum each column over them.
     """
     vec = _vector(itemsize, align)
+    light = heavy == 0
     heavy += align < vec  # each element has an address of its own
     # 16 elements a thread and step keep enough loads in flight; 4 in fp64, for the registers.
     each = max((4 if itemsize == 8 else 16) >> heavy, min(vec, 4))
@@ -158,7 +159,8 @@ def likelihood_config(
         while split < steps and row_tiles * split < enough:
             split *= 2
         steps = -(-steps // split)
-        passes = 1 if split > 1 else -(-row_tiles // most)
+        # A heavy likelihood has no registers for this loop, and hides a longer sum.
+        passes = -(-row_tiles // most) if split == 1 and light else 1
     return LikelihoodConfig(
         rows=tile_rows,
         cols=cols,
