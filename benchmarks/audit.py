@@ -9,7 +9,8 @@ Triton ships (see sass.py).
 
 Printed are the cases that show what each feature costs. ``--out`` audits every configuration that
 the heuristics can choose as well, and writes all of it, with the accuracy of the approximate
-functions (see accuracy.py), to DIR/audit.md and two files beside it: some ten minutes on two cores.
+functions (see accuracy.py), to DIR/audit.md and the files beside it: some twenty minutes on two
+cores.
 
 Executed instructions per element are counted in sm_90 SASS, for a program that is not the last to
 finish (the last one's tail, behind the exit that the others take after the ticket, is left out).
@@ -614,6 +615,9 @@ def main() -> None:
     else:
         accuracy, every = _accuracy(), all_configurations()
         swept = dict(zip(every, audit_all(every.values()), strict=True))
+        wrong = [key for key, r in swept.items() if (r.tile, r.traits) != key[2:]]
+        if wrong:
+            raise RuntimeError(f"the launchers choose otherwise than the heuristics: {wrong[:3]}")
         audit_report.write(args.out, reports, swept, accuracy)
 
 
