@@ -264,7 +264,7 @@ def _nll_of_rows(
     x, mean, scale, rows, param, clamp, mask, inplace, likelihood, clamp_mode, df, x_scale,
     dequantize, key, first_row,
 ) -> Tensor:  # fmt: skip
-    """−log p(x|z) alone of what :func:`fused_elbo` takes, in the shape of ``rows``; never in place."""
+    """−log p(x|z) of what :func:`fused_elbo` takes, in the shape of ``rows``; never in place."""
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=rows)
     _check_rows("log_q", rows, mean, x)
