@@ -73,3 +73,39 @@ def test_a_gradient_just_below_overflow_is_finite(size):
     )
     want = 0.5 * (3e38 * torch.exp(torch.tensor(-87.5).double())) ** 2 + 87.5 + 0.9189385332
     torch.testing.assert_close(far.double(), want.expand(1) * size, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_a_scale_that_is_known_to_be_moderate_is_exact(size):
+    # In a row of moderate scales the exponential is another one than in a row with one that is not.
+    s = torch.linspace(-22.0, 22.0, size)
+    far = torch.cat([s, torch.tensor([22.5])])
+    zeros, key = torch.zeros(1, size), torch.tensor([1, 2], dtype=torch.uint64)
+    eps, z = (vae_fast.reparameterize(zeros, t, key=key)[0] for t in (zeros, s[None]))
+    torch.testing.assert_close(
+        z.double(), torch.exp(0.5 * s.double()) * eps.double(), rtol=5e-7, atol=0
+    )
+
+    def gradient(s):
+        mean = torch.zeros(1, len(s), requires_grad=True)
+        vae_fast.gaussian_nll(torch.ones(1, len(s)), mean, s[None]).sum().backward()
+        return mean.grad[0]
+
+    want = -torch.exp(-s.double())
+    for got in (gradient(s), gradient(far)[:size]):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+def test_gradients_at_the_ends_of_fp32_are_no_nans():
+    one = torch.ones(1, 4)
+    s = torch.zeros(1, 4, requires_grad=True)
+    nll = vae_fast.gaussian_nll(one, one.clone().requires_grad_(), s, param="logstd")
+    (g,) = torch.autograd.grad(nll, s, torch.tensor([2e38]))
+    assert torch.equal(g, 2e38 * one)
+    s = torch.full((1, 4), 1e-40, requires_grad=True)
+    nll = vae_fast.gaussian_nll(one, one.clone().requires_grad_(), s, param="std")
+    (g,) = torch.autograd.grad(nll.sum(), s)
+    assert torch.equal(g, torch.inf * one)  # 1/σ
+    z, _, log_p = vae_fast.reparameterize(one, torch.full((1, 4), -torch.inf), param="softplus")
+    assert torch.equal(z, one)
+    assert log_p.isfinite().all()

@@ -47,7 +47,9 @@ def log_scale_and_scale(s: Tensor, param: str) -> tuple[Tensor, Tensor]:
         # to fp64 rounding once the next term of log(1+y)/y is kept.
         tail = s < -15.0
         log_sigma = torch.where(
-            tail, s - 0.5 * torch.exp(s.clamp(max=-15.0)), torch.log(F.softplus(s.clamp(min=-15.0)))
+            tail,
+            s - 0.5 * torch.exp(s.clamp(max=-15.0)),
+            torch.log(F.softplus(s.clamp(min=-15.0), threshold=100.0)),
         )
         return log_sigma, sigma
     raise ValueError(f"param must be one of logvar, logstd, std, var, softplus; got {param!r}")

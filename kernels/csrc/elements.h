@@ -59,7 +59,7 @@ struct Element<F, Family::gaussian> {
     value = half + s.log_sigma;
     d_x = inverse.times(r);
   }
-  VAE_FAST_INLINE F d_log_scale(F w) const { return w - half * (w * T(2)); }
+  VAE_FAST_INLINE F d_log_scale(F w) const { return (half * T(-2) + T(1)) * w; }
 };
 
 template <class F>
