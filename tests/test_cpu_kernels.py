@@ -109,3 +109,13 @@ def test_gradients_at_the_ends_of_fp32_are_no_nans():
     z, _, log_p = vae_fast.reparameterize(one, torch.full((1, 4), -torch.inf), param="softplus")
     assert torch.equal(z, one)
     assert log_p.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_of_the_smallest_residual_nothing_is_lost(size):
+    mean = torch.full((1, size), 1e-45, requires_grad=True)
+    s = torch.linspace(-60.0, -47.0, size)[None]
+    nll = vae_fast.gaussian_nll(torch.zeros(1, size), mean, s, param="logstd")
+    (g,) = torch.autograd.grad(nll.sum(), mean)
+    exact = mean.detach().double() * torch.exp(-2 * s.double())
+    torch.testing.assert_close(g.double(), exact, rtol=2e-5, atol=0)

@@ -314,8 +314,9 @@ VAE_FAST_INLINE Exp<F> exp_of(F t) {
   return {exp_near_zero(f) * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23)};
 }
 #if defined(VAE_FAST_GCC_X86)
-// With an instruction that multiplies by any 2^n, the factor is kept as 2^n·p instead, p < 1 so that
-// d·p cannot overflow.
+// With an instruction that multiplies by any 2^n, the factor is kept as 2^n·p instead: p < 1, so that
+// d·p cannot overflow, but for a large factor 2^24 times that, so that of the smallest d nothing is
+// lost on the way.
 template <>
 struct Exp<f32x16> {
   f32x16 n, p;
@@ -326,7 +327,8 @@ VAE_FAST_INLINE Exp<f32x16> exp_of(f32x16 t) {
   t = minimum(splat<f32x16>(300.0f), maximum(splat<f32x16>(-300.0f), t));
   const f32x16 n = (t * 1.44269504f + 12582912.0f) - 12582912.0f;
   const f32x16 f = (t - n * 0.693359375f) - n * -2.12194440e-4f;
-  return {n + 1.0f, exp_near_zero(f) * 0.5f};
+  const f32x16 ahead = select(n > 24.0f, splat<f32x16>(24.0f), f32x16{}) - 1.0f;
+  return {n - ahead, times_power(exp_near_zero(f), ahead)};
 }
 #endif
 VAE_FAST_INLINE Exp<double> exp_of(double t) {
