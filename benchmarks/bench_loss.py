@@ -16,7 +16,8 @@ from functools import lru_cache, partial
 import torch
 from cases import BOTH, CASES, FORWARD, Size
 from measure import Clock, copy_bandwidth, peak_bytes, race, saved_bytes
-from peers import IMPLEMENTATIONS, INPLACE
+from peers import IMPLEMENTATIONS
+from saved import INPLACE
 
 SMALL = Size(64, 16, 784)
 SIZES = (

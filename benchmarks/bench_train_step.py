@@ -18,8 +18,8 @@ from functools import lru_cache
 import torch
 from cases import close
 from measure import Clock, peak_bytes, race, saved_bytes
-from peers import COMPILED, INPLACE, eager_latent, eager_likelihood, whole
-from saved import OURS
+from peers import MODES, eager_latent, eager_likelihood, whole
+from saved import COMPILED, INPLACE, OURS
 
 from vae_fast import VAE
 from vae_fast.cli.profile import PRODUCTS
@@ -84,11 +84,11 @@ def implementations() -> dict[str, tuple[dict, Callable]]:
         "eager": ({}, plain),
         **{
             name: ({}, lambda vae, mode=mode: torch.compile(plain(vae), dynamic=False, mode=mode))
-            for name, mode in COMPILED.items()
+            for name, mode in MODES.items()
         },
         OURS: ({}, ours),
         INPLACE: ({"inplace": True}, ours),
-        f"{OURS} compiled": ({}, lambda vae: torch.compile(ours(vae), dynamic=False)),
+        COMPILED: ({}, lambda vae: torch.compile(ours(vae), dynamic=False)),
     }
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from saved import OURS
+from saved import INPLACE, OURS
 from torch.distributions import Normal
 from torch.nn import functional as F
 
@@ -82,17 +82,16 @@ def fused_likelihood_inplace(x, mean, logvar):
     return vae_fast.fused_elbo(x, mean, logvar, kl, inplace=True)[0]
 
 
-INPLACE = f"{OURS} inplace"
-COMPILED = {"torch.compile": None, "torch.compile max-autotune": "max-autotune"}
+MODES = {"torch.compile": None, "torch.compile max-autotune": "max-autotune"}
 if torch.cuda.is_available():
-    COMPILED["torch.compile CUDA graphs"] = "reduce-overhead"
+    MODES["torch.compile CUDA graphs"] = "reduce-overhead"
 
 
 def compiled(function) -> dict[str, Callable]:
     """The function compiled for one shape, in each mode."""
     return {
         name: lambda mode=mode: torch.compile(function, dynamic=False, mode=mode)
-        for name, mode in COMPILED.items()
+        for name, mode in MODES.items()
     }
 
 

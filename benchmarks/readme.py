@@ -13,8 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks.report import COMPILED, INPLACE, duration, name, table, times
-from benchmarks.saved import OURS, Group, load
+from benchmarks.report import duration, name, table, times
+from benchmarks.saved import COMPILED, INPLACE, OURS, Group, load
 
 ROOT = Path(__file__).resolve().parent.parent
 

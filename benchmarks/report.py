@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.saved import OURS, Group, is_ours, load, shrink
+from benchmarks.saved import COMPILED, INPLACE, OURS, Group, is_ours, load, shrink
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
@@ -20,7 +20,6 @@ TITLES = {
     "elbo": "Whole loss, given the decoder's output",
     "train_step": "Whole training step, optimizer included",
 }
-INPLACE, COMPILED = f"{OURS} inplace", f"{OURS} compiled"
 PREFACE = """\
 All implementations of a row ran in one process, on the same tensors, in turns; results were checked
 before they were timed. Times are medians. *Ratio* is the best peer's time over ours. *Of copy* is
@@ -136,6 +135,7 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     last = {g.of: g.phase for g in groups}
     drawn = [g for g in groups if g.dtype == "fp32" and g.phase == last[g.of]]
@@ -160,8 +160,13 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
             range(len(own)), [g.size for g in own], rotation=30, ha="right", fontsize=8
         )
         panel.grid(alpha=0.3)
-        if panel.lines and min(min(line.get_ydata()) for line in panel.lines) > 0:
+        values = [v for line in panel.lines for v in line.get_ydata()]
+        if values and 0 < 2 * min(values) < max(values):
             panel.set_yscale("log")
+            few = max(values) < 1e3 * min(values)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
     panels[0][0].set_ylabel(label)
     handles = {
         h.get_label(): h for panel in panels[0] for h in panel.get_legend_handles_labels()[0]
@@ -183,10 +188,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, help="folder; by default one named after the machine")
     args = parser.parse_args()
-    machine, groups = load(args.run)
+    machine, _ = load(args.run)
     out = args.out or RESULTS / slug(machine)
     out.mkdir(parents=True, exist_ok=True)
     shrink(args.run, out / "run.json")
+    _, groups = load(out / "run.json")  # the same digits for whoever reports what is kept
     for picture, (label, value) in PICTURES.items():
         shown = [g for g in groups if picture != "bandwidth" or g.of != "train_step"]
         _lines(shown, value, label, out / f"{picture}.png")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "vae_fast"
+INPLACE, COMPILED = f"{OURS} inplace", f"{OURS} compiled"
 
 
 def is_ours(implementation: str) -> bool:

@@ -46,6 +46,7 @@ NLL = [
     (dict(x_scale=(0, 1)), ValueError, r"x_scale must be finite with a > 0, got \(0.0, 1.0\)"),
     (dict(x_scale=2.0), ValueError, "x_scale must be a pair of numbers"),
     (dict(dequantize=True), TypeError, "dequantize=True needs x of dtype uint8, got torch.float32"),
+    (dict(dequantize=0), TypeError, "dequantize must be a bool, got int"),
     (dict(df=0.0), ValueError, "df must be a positive number, got 0.0"),
     (dict(scale=t(5, 1)), ValueError, r"scale of shape \(5, 1\) does not broadcast to \(4, 6\)"),
     (dict(mean=t(4, 6, dtype=torch.float64)), TypeError, "mean is float64.*does not mix"),

@@ -59,6 +59,30 @@ def test_gradients_larger_than_the_caches(size, num_samples, scalar, inplace):
         )
 
 
+@pytest.mark.parametrize("what", ["clamp", "levels", "bf16", "mask"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_gradient_past_the_caches_has_the_same_bits(what, learned):
+    dtype = torch.bfloat16 if what == "bf16" else torch.float32
+    batch, few, size = 8192 // dtype.itemsize, 100, 784
+    assert few * size * dtype.itemsize < 6 << 20 < batch * size * dtype.itemsize
+    x, mean, s = (torch.randn(batch, size).to(dtype) for _ in range(3))
+    if what == "levels":
+        x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    options = {"clamp": (-0.5, 0.5)} if what == "clamp" else {}
+    mask = torch.rand(batch, size) > 0.5 if what == "mask" else None
+
+    def gradients(rows):
+        log = torch.zeros(rows)
+        leaves = [mean[:rows].clone().requires_grad_(), s[:rows].clone().requires_grad_(learned)]
+        masked = {} if mask is None else {"mask": mask[:rows]}
+        arguments = x[:rows], *leaves, log, log
+        vae_fast.fused_elbo(*arguments, reduction="sum", **options, **masked)[0].backward()
+        return [t.grad[:few] for t in leaves if t.requires_grad]
+
+    for streamed, cached in zip(gradients(batch), gradients(few), strict=True):
+        assert torch.equal(streamed, cached)
+
+
 @pytest.mark.parametrize("size", [1, 16, 100])
 def test_a_gradient_just_below_overflow_is_finite(size):
     mean = torch.zeros(1, size, requires_grad=True)

@@ -27,6 +27,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARAM_CODE = {name: code for code, name in enumerate(ops.PARAMS)}
 _REDUCTION_CODE = {name: code for code, name in enumerate(ops.REDUCTIONS)}
 _LIKELIHOOD_CODE = {name: code for code, name in enumerate(ops.LIKELIHOODS)}
+_GAUSSIAN = _LIKELIHOOD_CODE["gaussian"]
 _DISCRETE = ("bernoulli", "logistic")  # probabilities of x itself, not densities
 _CLAMP_MODES = ("hard", "soft")
 _OPTIMAL_OVER = ("batch", "sample", "channel")
@@ -244,8 +245,9 @@ def likelihood_nll(
             first_row=first_row,
         )
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
-    if _is_plain(model, mask, dequantize) and (shortcut := eager.shortcut()):
-        nll = shortcut.nll(x, mean, scale, *model[1:4], *model[6:8])
+    plain = _plain_gaussian(model, mask, dequantize)
+    if plain is not None and (shortcut := eager.shortcut()):
+        nll = shortcut.nll(x, mean, scale, *plain)
         if nll is not None:
             return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -621,9 +623,10 @@ def fused_elbo(
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
-    if _is_plain(model, mask, dequantize) and (shortcut := eager.shortcut()):
+    plain = _plain_gaussian(model, mask, dequantize)
+    if plain is not None and (shortcut := eager.shortcut()):
         check = _check_inplace if inplace else None
-        options = float(beta), reduction_code, *model[1:4], *model[6:8]
+        options = float(beta), reduction_code, *plain
         results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, check)
         if results is not None:
             nll, loss = results
@@ -681,10 +684,11 @@ def _gradient_in_forward(
     return inplace or reduction != _REDUCTION_CODE["none"]
 
 
-def _is_plain(model: tuple, mask: object, dequantize: object) -> bool:
-    """Whether a likelihood is what ``eager.cpp`` serves, as far as its options go."""
-    likelihood, _, _, _, soft, *_ = model
-    return likelihood == 0 and not soft and mask is None and not dequantize and not _validate
+def _plain_gaussian(model: tuple, mask: object, dequantize: object) -> tuple | None:
+    """Param, lo, hi, x_mul and x_add of what ``eager.cpp`` serves; None of anything else."""
+    likelihood, param, lo, hi, soft, _, mul, add, _ = model
+    plain = likelihood == _GAUSSIAN and not soft and mask is None and dequantize is False
+    return (param, lo, hi, mul, add) if plain and not _validate else None
 
 
 # ---- argument checks -----------------------------------------------------------------------

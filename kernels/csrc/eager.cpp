@@ -212,11 +212,11 @@ std::optional<Tensor> if_defined(const Tensor& t) {
   return t.defined() ? std::optional(t) : std::nullopt;
 }
 
-// Those of a Gaussian, of which no loss is wanted.
 struct Gaussian {
   int64_t param;
   double lo, hi, x_mul, x_add;
 };
+// Its options, where no loss is wanted.
 LikelihoodOptions likelihood_options(const Gaussian& model) {
   LikelihoodOptions options{};
   options.reduction = Reduction::no_loss;
@@ -451,7 +451,8 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
                *log_q_ = plain(objects[3]), *log_p_ = plain(objects[4]);
   if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
   const Tensor x = *x_, mean = *mean_, scale = *scale_, log_q = *log_q_, log_p = *log_p_;
-  if (!fit(x, mean, scale) || !is_row_term(log_q, mean) || (log_p.defined() && !is_row_term(log_p, mean))) {
+  if (!fit(x, mean, scale) || !is_row_term(log_q, mean) ||
+      (log_p.defined() && !is_row_term(log_p, mean))) {
     Py_RETURN_NONE;
   }
   LikelihoodOptions options = likelihood_options(gaussian_of(objects + 7));

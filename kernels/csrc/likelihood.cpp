@@ -46,7 +46,7 @@ T row_share(int64_t rows, int64_t samples, Reduction reduction) {
 // Bytes of a gradient that goes past the caches: with five streams of this size the pass overflows a
 // last level of 32 MiB. Smaller ones stay there for whoever reads them next.
 constexpr int64_t kStreamed = int64_t(6) << 20;
-constexpr int64_t kVector = 64;                  // bytes of the widest vector
+constexpr int64_t kVector = 64;  // bytes of the widest vector
 
 // What one value of the scale serves.
 enum class Sharing { none, all, row, event };
@@ -211,6 +211,7 @@ struct Likelihood {
     gather(o, 0, o.row_stride, count, to);
     if (prepared) tiles.prepare_scale(count, clamp, family != Family::gaussian, to, to, slope);
   }
+  // Of no meaning where each element has its own.
   Rows<const T> row_scales(int64_t n) const {
     return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1} : Rows<const T>{&shared, 0};
   }
@@ -253,8 +254,8 @@ struct Likelihood {
     for (int64_t n = first; n < last;) {
       const int64_t b = n % batch, count = std::min(last - n, batch - b);  // of one sample
       kernel(count, end - begin, model, in(x, b), in(mean, n), in(scale, n),
-             scalar ? row_scales(n) : Rows<const T>{}, {weight[n], weight.pitch}, out(g_mean, n),
-             out(g_scale, n), stream, terms);
+             row_scales(n), {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n), stream,
+             terms);
       n += count;
       terms += count;
     }

@@ -188,7 +188,6 @@ VAE_FAST_INLINE void store_part(T* p, int64_t n, V v) {
   std::memcpy(p, &v, n * sizeof(T));
 }
 #if defined(VAE_FAST_GCC_X86)
-typedef short i16x8 __attribute__((vector_size(16)));
 VAE_FAST_INLINE uint16_t first_lanes(int64_t n) { return static_cast<uint16_t>((1u << n) - 1u); }
 VAE_FAST_INLINE f32x16 load_part(const float* p, int64_t n, f32x16 fill) {
   return __builtin_ia32_loadups512_mask(p, fill, first_lanes(n));
@@ -349,7 +348,6 @@ VAE_FAST_INLINE F exp_moderate(F t) {
                                    : (t - n * 0.693359375f) - n * -2.12194440e-4f;
   return bits_as<F>(bits_as<U>(exp_near_zero(f)) + (bits_as<U>(shifted) << 23));
 }
-VAE_FAST_INLINE double exp_moderate(double t) { return exp(t); }
 
 // sin(2πu) and cos(2πu) for u in [0, 1]: the nearest quarter turn is removed exactly, and minimax
 // polynomials in f² serve both (errors 5e-9 and 5e-11).
@@ -501,7 +499,7 @@ struct Scale<F, Param::softplus> {
   VAE_FAST_INLINE explicit Scale(F s) : raw(s), tail(s - cut) {
     const Negative<F> negative(s);
     const F w = exp_of(negative.choose(s, -s)).value();
-    value = negative.choose(select(s == s, F{}, s), s) + log1p_unit(w);  // a NaN stays one
+    value = negative.choose(F{}, s) + log1p_unit(w);  // a NaN stays one, through w
     log_sigma = tail.choose(s, log_any(value));
     slope = tail.choose(splat<F>(T(1)), negative.choose(w, splat<F>(T(1))) / ((w + T(1)) * value));
   }
