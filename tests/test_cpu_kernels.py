@@ -59,7 +59,7 @@ def test_gradients_larger_than_the_caches(size, num_samples, scalar, inplace):
         )
 
 
-@pytest.mark.parametrize("what", ["clamp", "levels", "bf16", "mask"])
+@pytest.mark.parametrize("what", ["clamp", "soft clamp", "levels", "bf16", "mask"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_gradient_past_the_caches_has_the_same_bits(what, learned):
     dtype = torch.bfloat16 if what == "bf16" else torch.float32
@@ -68,7 +68,8 @@ def test_a_gradient_past_the_caches_has_the_same_bits(what, learned):
     x, mean, s = (torch.randn(batch, size).to(dtype) for _ in range(3))
     if what == "levels":
         x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
-    options = {"clamp": (-0.5, 0.5)} if what == "clamp" else {}
+    options = {"clamp": (-0.5, 0.5)} if "clamp" in what else {}
+    options |= {"clamp_mode": "soft"} if what == "soft clamp" else {}
     mask = torch.rand(batch, size) > 0.5 if what == "mask" else None
 
     def gradients(rows):
@@ -143,3 +144,13 @@ def test_of_the_smallest_residual_nothing_is_lost(size):
     (g,) = torch.autograd.grad(nll.sum(), mean)
     exact = mean.detach().double() * torch.exp(-2 * s.double())
     torch.testing.assert_close(g.double(), exact, rtol=2e-5, atol=0)
+
+
+def test_a_scale_that_is_nan_is_within_every_bound():
+    s = torch.zeros(1, 20)
+    s[0, 3] = torch.nan
+    s.requires_grad_()
+    nll = vae_fast.gaussian_nll(torch.zeros(1, 20), torch.zeros(1, 20), s, clamp=(-1.0, 1.0))
+    nll.sum().backward()
+    assert nll.isnan()
+    assert s.grad.isnan().nonzero().tolist() == [[0, 3]]

@@ -94,9 +94,10 @@ def test_an_ensemble_of_models(options, backend, key):
             torch.testing.assert_close(gradients[name][i], p.grad)
 
 
-@pytest.mark.parametrize("kind, event, widths", [("mlp", (9,), (8,)), ("conv", (2, 5, 3), (4,))])
-def test_gradients_of_each_sample(kind, event, widths, backend, key):
-    vae = getattr(vae_fast.VAE, kind)(event, 3, widths).to(backend)
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_gradients_of_each_sample(kind, backend, key):
+    event = (9,) if kind == "mlp" else (2, 5, 3)
+    vae = getattr(vae_fast.VAE, kind)(event, 3, (8,)).to(backend)
     x = torch.rand(4, *event, device=backend)
     parameters = dict(vae.named_parameters())
     keys = torch.tensor([[1, i] for i in range(4)], dtype=torch.uint64, device=backend)

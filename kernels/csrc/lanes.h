@@ -117,15 +117,16 @@ VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
 // Writes σ of n raw scales, or its inverse, and returns whether every log σ was moderate (math.h);
 // else, or where σ is no exponential, what is written is nothing of use. A loop of its own, since the
 // processor overlaps an exponential better with others than with what needs it.
-template <class F, Param P, bool kInverse, class S>
-VAE_FAST_INLINE bool moderate_sigma(int64_t n, const S* scale, ScalarOf<F>* to) {
+template <class F, Param P, bool kInverse, class S, class Bound>
+VAE_FAST_INLINE bool moderate_sigma(int64_t n, const S* scale, const Bound& bound,
+                                    ScalarOf<F>* to) {
   if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
     using I = typename Traits<F>::Int;
     // As bits without their sign floats are ordered, and a NaN is the largest.
     const I most = bits_as<I>(splat<F>(kModerate));
     I room{};  // negative where there is none
     for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-      const F t = Scale<F, P>(at.load(scale)).log_sigma;
+      const F t = Scale<F, P>(bound(at.load(scale)).kept).log_sigma;
       room |= most - (bits_as<I>(t) & 0x7fffffff);
       at.store(to, exp_moderate(kInverse ? -t : t));
     });
@@ -137,20 +138,29 @@ VAE_FAST_INLINE bool moderate_sigma(int64_t n, const S* scale, ScalarOf<F>* to) 
   return false;
 }
 
-// Calls body(at, scale) for the vectors of n raw scales, at most kTile. The body divides by σ
-// (kInverse), or multiplies with it.
-template <class F, Param P, bool kInverse, class S, class Body>
-VAE_FAST_INLINE void for_scales(int64_t n, const S* scale, const Body& body) {
+// Calls body(at, scale, raw) for the vectors of n raw scales, at most kTile, after bound(raw) has
+// made them Bounded or Unbounded. The body divides by σ (kInverse), or multiplies with it.
+template <class F, Param P, bool kInverse, class S, class Bound, class Body>
+VAE_FAST_INLINE void for_scales(int64_t n, const S* scale, const Bound& bound, const Body& body) {
   using T = ScalarOf<F>;
   alignas(64) T factor[kTile];
-  if (moderate_sigma<F, P, kInverse>(n, scale, factor)) {
+  if (moderate_sigma<F, P, kInverse>(n, scale, bound, factor)) {
     for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-      body(at, ModerateScale<F, P>(at.load(scale, T(1)), at.load(factor, T(1))));
+      const auto raw = bound(at.load(scale, T(1)));
+      body(at, ModerateScale<F, P>(raw.kept, at.load(factor, T(1))), raw);
     });
   } else {
-    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA { body(at, Scale<F, P>(at.load(scale, T(1)))); });
+    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+      const auto raw = bound(at.load(scale, T(1)));
+      body(at, Scale<F, P>(raw.kept), raw);
+    });
   }
 }
+// A bound of for_scales.
+template <class F>
+struct NoBound {
+  VAE_FAST_INLINE Unbounded<F> operator()(F s) const { return {s}; }
+};
 
 // Calls body(i, x, y, z, w) with the words of as many Philox counters as a vector has lanes, for
 // i = 0, 1, ... blocks from `counter` on; of the last block some may not be wanted.
@@ -214,7 +224,11 @@ struct LatentKernels {
                    Rows<T> g_mu, Rows<T> g_scale, bool add);
 };
 
-// On elements stored as S. A scale is that of each element, or of each row.
+// Of a likelihood's scale: one value a row, or one an element; and whether the kernel itself keeps
+// the latter in bounds.
+enum class ScaleKind { row, each, bounded };
+
+// On elements stored as S.
 template <class T, class S = T>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const S> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,

@@ -79,7 +79,7 @@ struct Latent {
         mu(mu_),
         kernels(latent_kernels<T>(static_cast<Param>(options.param), options.path)),
         tiles(tile_kernels<T>(static_cast<Param>(options.param))),
-        clamp{options.lo, options.hi, options.soft} {
+        clamp{options.lo, options.hi, options.soft != 0} {
     if (scalar) {
       std::fill(shared, shared + std::min(size, kTile), scalar_value<T>(scale_));
     } else {

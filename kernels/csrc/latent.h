@@ -42,13 +42,14 @@ VAE_FAST_TARGET void latent_forward_rows(int64_t rows, int64_t n, Rows<const Sca
     const T *const mus = mu[row], *const scales = scale[row], *const noise = eps[row];
     T* const to = z[row];
     F q{}, p{};
-    for_scales<F, P, /*kInverse=*/false>(n, scales, [&](auto at, const auto& s) VAE_FAST_LAMBDA {
+    const auto body = [&](auto at, const auto& s, const auto&) VAE_FAST_LAMBDA {
       const F e = at.load(noise);
       const F sample = at.load(mus) + s.sigma() * e;
       at.store(to, sample);
       q += at.keep(e * e * T(0.5) + s.log_sigma);
       p += at.keep(sample * sample * T(0.5));
-    });
+    };
+    for_scales<F, P, /*kInverse=*/false>(n, scales, NoBound<F>{}, body);
     log_q[row] -= sum_lanes(q);
     log_p[row] -= sum_lanes(p);
   }
@@ -70,7 +71,7 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
     const T *const mus = mu[row], *const scales = scale[row], *const noise = eps[row];
     const T* const upstream = g_z[row];
     T *const to_mu = g_mu[row], *const to_scale = g_scale[row];
-    const auto body = [&](auto at, const auto& s) VAE_FAST_LAMBDA {
+    const auto body = [&](auto at, const auto& s, const auto&) VAE_FAST_LAMBDA {
       const F e = at.load(noise), shift = s.sigma() * e;
       F h = at.load(upstream) - (at.load(mus) + shift) * row_p;
       if constexpr (kPath) h -= s.inverse().times(e) * row_q;
@@ -80,10 +81,10 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
     };
     if constexpr (kPath) {  // both multiplies and divides
       for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-        body(at, Scale<F, P>(at.load(scales, T(1))));
+        body(at, Scale<F, P>(at.load(scales, T(1))), NoBound<F>{});
       });
     } else {
-      for_scales<F, P, /*kInverse=*/false>(n, scales, body);
+      for_scales<F, P, /*kInverse=*/false>(n, scales, NoBound<F>{}, body);
     }
   }
 }

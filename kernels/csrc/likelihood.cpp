@@ -15,22 +15,24 @@ namespace vae_fast {
 namespace {
 
 template <class T>
-LikelihoodKernel<T> likelihood_kernel(Family family, Param param, bool scalar, bool gradient);
+LikelihoodKernel<T> likelihood_kernel(Family family, Param param, ScaleKind scale, bool gradient);
 template <>
-LikelihoodKernel<double> likelihood_kernel(Family family, Param param, bool scalar, bool gradient) {
-  return base::likelihood_kernel<double>(family, param, scalar, gradient);
+LikelihoodKernel<double> likelihood_kernel(Family family, Param param, ScaleKind scale,
+                                           bool gradient) {
+  return base::likelihood_kernel<double>(family, param, scale, gradient);
 }
 template <>
-LikelihoodKernel<float> likelihood_kernel(Family family, Param param, bool scalar, bool gradient) {
-  VAE_FAST_SELECT(likelihood_kernel, family, param, scalar, gradient)
+LikelihoodKernel<float> likelihood_kernel(Family family, Param param, ScaleKind scale,
+                                          bool gradient) {
+  VAE_FAST_SELECT(likelihood_kernel, family, param, scale, gradient)
 }
 
 // That of bf16 rows which are read and written as they are; null if there is none.
 template <class T>
-LikelihoodKernel<T, Bf16> bf16_kernel(Family family, Param param, bool scalar, bool gradient) {
+LikelihoodKernel<T, Bf16> bf16_kernel(Family family, Param param, ScaleKind scale, bool gradient) {
   if constexpr (std::is_same_v<T, float>) {
     if (family == Family::gaussian) {
-      VAE_FAST_SELECT(gaussian_bf16_kernel, param, scalar, gradient)
+      VAE_FAST_SELECT(gaussian_bf16_kernel, param, scale, gradient)
     }
   }
   return nullptr;
@@ -66,7 +68,7 @@ struct Likelihood {
   bool packed;  // the scale is the second half of the mean's tensor
   Model<T> model;
   Clamp clamp;
-  bool prepared;  // whether the kernel reads something else than the raw scale
+  bool prepared;  // whether the kernel reads something else than the raw scale of an element
   LikelihoodOptions options;
   TileKernels<T> tiles;
 
@@ -82,7 +84,7 @@ struct Likelihood {
         packed(!scale_ && has_scale(family)),
         model(family, options_.df, options_.x_mul, options_.x_add),
         clamp{options_.lo, options_.hi, options_.soft},
-        prepared(clamp.active() || family != Family::gaussian),
+        prepared((clamp.active() && clamp.soft) || family != Family::gaussian),
         options(options_),
         tiles(tile_kernels<T>(param)) {
     size = event.numel();
@@ -92,6 +94,8 @@ struct Likelihood {
     split(mean_, scale_, mean, scale);
     if (sharing == Sharing::all || sharing == Sharing::row) load_row_scales(scale_);
     if (mask_) mask = operand(mask_);
+    model.lo = static_cast<T>(clamp.lo);
+    model.hi = static_cast<T>(clamp.hi);
   }
 
   // What is absent is not wanted; of a packed mean there are both or none.
@@ -109,8 +113,10 @@ struct Likelihood {
   // −log p(x|z) and their shares of a scalar scale's gradient, and g_event that of a shared event.
   void run(bool gradient, Rows<const T> weight, T* value, T* g_shared,
            const Operand* g_event = nullptr) const {
-    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(
-        family, family == Family::gaussian ? param : Param::logstd, scalar, gradient);
+    const ScaleKind kind = scalar                       ? ScaleKind::row
+                           : prepared || !clamp.active() ? ScaleKind::each
+                                                         : ScaleKind::bounded;
+    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(family, param, kind, gradient);
     // With a gradient for x, the samples that share a row of x belong to one unit of work; with one
     // for a shared event, a block of rows.
     const int64_t first_rows = need_x ? batch : rows;
@@ -121,7 +127,7 @@ struct Likelihood {
     const int64_t work =
         std::max<int64_t>(1, std::min(size, kPiece)) *
         (need_x ? std::max<int64_t>(1, samples) : 1) * block;
-    const LikelihoodKernel<T, Bf16> bf16 = bf16_kernel<T>(family, param, scalar, gradient);
+    const LikelihoodKernel<T, Bf16> bf16 = bf16_kernel<T>(family, param, kind, gradient);
     const bool direct_bf16 = bf16 && !g_event && reads_in_place<Bf16>(gradient);
     const bool direct = direct_bf16 || (!g_event && reads_in_place<T>(gradient));
     const bool stream = gradient && (direct_bf16 ? streams<Bf16>() : streams<T>());
@@ -209,7 +215,9 @@ struct Likelihood {
     T* const slope = each ? row_slope.data() : &shared_slope;
     const Operand o = operand(scale_, each ? 1 : 0);
     gather(o, 0, o.row_stride, count, to);
-    if (prepared) tiles.prepare_scale(count, clamp, family != Family::gaussian, to, to, slope);
+    if (prepared || clamp.active()) {
+      tiles.prepare_scale(count, clamp, family != Family::gaussian, to, to, slope);
+    }
   }
   // Of no meaning where each element has its own.
   Rows<const T> row_scales(int64_t n) const {

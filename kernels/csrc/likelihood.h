@@ -5,7 +5,7 @@
 // A row's terms are Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
 // writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
 // the inputs element for element, unless they are streamed past the caches.
-template <class F, class S, Family family, Param P, bool kScalar, bool kGradient>
+template <class F, class S, Family family, Param P, ScaleKind kScale, bool kGradient>
 VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<ScalarOf<F>>& model,
                                      Rows<const S> x, Rows<const S> mean, Rows<const S> scale,
                                      Rows<const ScalarOf<F>> row_scale,
@@ -13,6 +13,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
                                      Rows<S> g_scale, bool stream,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
+  constexpr bool kRow = kScale == ScaleKind::row;
   const auto store = [stream](auto at, S* p, F v) VAE_FAST_LAMBDA {
     if (stream) {
       at.stream(p, v);
@@ -21,6 +22,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
     }
   };
   const Model<T> constants = model;
+  const F lo = splat<F>(model.lo), hi = splat<F>(model.hi);
   for (int64_t row = 0; row < rows; ++row) {
     const T w = kGradient ? *weight[row] : T(0);
     LikelihoodTerms<T> sum{T(0), T(0)};
@@ -28,28 +30,32 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       const int64_t count = std::min(n - begin, kTile);
       const S *const xs = x[row] + begin, *const means = mean[row] + begin;
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
-      S* const to_scale = kGradient && !kScalar ? g_scale[row] + begin : nullptr;
+      S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{};
-      const auto body = [&](auto at, const auto& s) VAE_FAST_LAMBDA {
+      const auto body = [&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
         const Element<F, family> e(at.load(xs), at.load(means), s, constants);
         values += at.keep(e.value);
         if constexpr (kGradient) {
           store(at, to_mean, e.d_x * -w);
           if constexpr (has_scale(family)) {
             const F g = e.d_log_scale(s.slope * w);
-            if constexpr (kScalar) {
+            if constexpr (kRow) {
               g_scalar += at.keep(g);
             } else {
-              store(at, to_scale, g);
+              store(at, to_scale, raw.gradient(g));
             }
           }
         }
       };
-      if constexpr (kScalar) {
-        const Scale<F, P> shared(splat<F>(*row_scale[row]));
-        for_lanes<F>(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared); });
+      if constexpr (kRow) {
+        const F s = splat<F>(*row_scale[row]);
+        const Scale<F, P> shared(s);
+        for_lanes<F>(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared, Unbounded<F>{s}); });
+      } else if constexpr (kScale == ScaleKind::each) {
+        for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, NoBound<F>{}, body);
       } else {
-        for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, body);
+        const auto bound = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
+        for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, bound, body);
       }
       sum.value += sum_lanes(values);
       sum.g_scale += sum_lanes(g_scalar);
@@ -61,25 +67,32 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
 }
 
 // A backward pass runs the kernel with gradients, and has no use for the values.
-template <class F, class S, Family family, Param P>
-LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(bool scalar, bool gradient) {
-  if constexpr (has_scale(family)) {
-    if (!scalar) {
-      return gradient ? likelihood_rows<F, S, family, P, false, true>
-                      : likelihood_rows<F, S, family, P, false, false>;
-    }
-  }
-  return gradient ? likelihood_rows<F, S, family, P, true, true>
-                  : likelihood_rows<F, S, family, P, true, false>;
+template <class F, class S, Family family, Param P, ScaleKind kScale>
+LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(bool gradient) {
+  return gradient ? likelihood_rows<F, S, family, P, kScale, true>
+                  : likelihood_rows<F, S, family, P, kScale, false>;
 }
 
 // The Gaussian reads any parameter as it is.
+template <class F, class S, Param P>
+LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(ScaleKind scale, bool gradient) {
+  constexpr Family family = Family::gaussian;
+  switch (scale) {
+    case ScaleKind::row:
+      return likelihood_kernel<F, S, family, P, ScaleKind::row>(gradient);
+    case ScaleKind::each:
+      return likelihood_kernel<F, S, family, P, ScaleKind::each>(gradient);
+    case ScaleKind::bounded:
+      return likelihood_kernel<F, S, family, P, ScaleKind::bounded>(gradient);
+  }
+  return nullptr;
+}
 template <class F, class S>
-LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, bool scalar, bool gradient) {
+LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, ScaleKind scale, bool gradient) {
   switch (param) {
 #define VAE_FAST_CASE(P) \
   case Param::P:         \
-    return likelihood_kernel<F, S, Family::gaussian, Param::P>(scalar, gradient);
+    return gaussian_kernel<F, S, Param::P>(scale, gradient);
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
@@ -90,21 +103,33 @@ LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, bool scalar, bool 
   return nullptr;
 }
 template <class F>
-LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, bool scalar, bool gradient) {
-  return gaussian_kernel<F, Bf16>(param, scalar, gradient);
+LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, ScaleKind scale,
+                                                         bool gradient) {
+  return gaussian_kernel<F, Bf16>(param, scale, gradient);
 }
 
 // For the other families the scale is prepared as log σ.
+template <class F, Family family>
+LikelihoodKernel<ScalarOf<F>> prepared_kernel(ScaleKind scale, bool gradient) {
+  using T = ScalarOf<F>;
+  if constexpr (has_scale(family)) {
+    if (scale != ScaleKind::row) {
+      return likelihood_kernel<F, T, family, Param::logstd, ScaleKind::each>(gradient);
+    }
+  }
+  return likelihood_kernel<F, T, family, Param::logstd, ScaleKind::row>(gradient);
+}
+
 template <class F>
-LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param, bool scalar,
+LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param, ScaleKind scale,
                                                 bool gradient) {
   using T = ScalarOf<F>;
   switch (family) {
     case Family::gaussian:
-      return gaussian_kernel<F, T>(param, scalar, gradient);
+      return gaussian_kernel<F, T>(param, scale, gradient);
 #define VAE_FAST_CASE(NAME) \
   case Family::NAME:        \
-    return likelihood_kernel<F, T, Family::NAME, Param::logstd>(scalar, gradient);
+    return prepared_kernel<F, Family::NAME>(scale, gradient);
     VAE_FAST_CASE(laplace)
     VAE_FAST_CASE(bernoulli)
     VAE_FAST_CASE(logistic)

@@ -509,6 +509,24 @@ struct Scale<F, Param::softplus> {
   }
 };
 
+// A raw scale, kept within bounds or not, and what that makes of its gradient.
+template <class F>
+struct Unbounded {
+  F kept;
+  VAE_FAST_INLINE F gradient(F g) const { return g; }
+};
+// Outside of its bounds it has no gradient; a NaN is outside of nothing.
+template <class F>
+struct Bounded {
+  F raw, kept;
+  VAE_FAST_INLINE Bounded(F s, F lo, F hi) : raw(s), kept(select(s < lo, lo, s)) {
+    kept = select(kept > hi, hi, kept);
+  }
+  VAE_FAST_INLINE F gradient(F g) const {
+    return select(absolute(kept - raw) > typename Traits<F>::Scalar(0), F{}, g);
+  }
+};
+
 // The tanh of y and its derivative, which a scale's soft bounds are made of.
 template <class F>
 struct SoftClamp {

@@ -18,10 +18,9 @@ VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf
       s = c.value * reach + middle;
       d = c.slope;
     } else {
-      F kept = select(s < lo, lo, s);  // false for NaN, which passes through with its gradient
-      kept = select(kept > hi, hi, kept);
-      d = select(absolute(kept - s) > T(0), F{}, d);
-      s = kept;
+      const Bounded<F> bounded(s, lo, hi);
+      s = bounded.kept;
+      d = bounded.gradient(d);
     }
     if constexpr (kLog) {
       const Scale<F, P> scale(s);
