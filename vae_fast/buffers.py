@@ -61,7 +61,8 @@ def empty_like(t: Tensor) -> Tensor:
 
 
 def _take(t: Tensor, nbytes: int) -> Tensor:
-    for i, buffer in enumerate(_kept):
+    for i in reversed(range(len(_kept))):  # of what was used last a cache may still have some
+        buffer = _kept[i]
         if buffer.fits(t) and buffer.holders() == buffer.alone:
             _kept.append(_kept.pop(i))
             return buffer.tensor.view_as(buffer.tensor)
