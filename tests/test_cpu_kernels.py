@@ -84,6 +84,18 @@ def test_a_gradient_past_the_caches_has_the_same_bits(what, learned):
         assert torch.equal(streamed, cached)
 
 
+@pytest.mark.parametrize("batch", [1, 2048])  # the larger one goes past the caches
+def test_a_scale_far_beyond_its_bounds_has_no_gradient_however_large_the_residual(batch):
+    mean = torch.full((batch, 1024), 1e20, requires_grad=True)
+    s = torch.full((batch, 1024), 1e3, requires_grad=True)
+    log = torch.zeros(batch)
+    x = torch.zeros(batch, 1024)
+    soft = {"clamp": (-1.0, 1.0), "clamp_mode": "soft"}
+    vae_fast.fused_elbo(x, mean, s, log, log, **soft)[0].backward()
+    assert mean.grad.isfinite().all()
+    assert (s.grad == 0).all()
+
+
 @pytest.mark.parametrize("size", [1, 16, 100])
 def test_a_gradient_just_below_overflow_is_finite(size):
     mean = torch.zeros(1, size, requires_grad=True)

@@ -83,11 +83,21 @@ def test_families(family, dtype, fused):
     check_family(fused, family, 5, (37,), dtype)
 
 
+@pytest.mark.parametrize(
+    ("scale_shape", "dtype"),
+    [
+        ((4, 19), torch.float32),
+        ((4, 19), torch.float64),
+        ((), torch.float64),
+        ((4, 1), torch.float64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("param", ops.PARAMS)
 @pytest.mark.parametrize("family", ["gaussian", "laplace", "logistic", "student_t"])
-def test_families_params_and_clamps(family, param, fused):
+def test_families_params_and_clamps(family, param, scale_shape, dtype, fused):
     for clamp, mode in ((None, "hard"), ((0.35, 0.9), "hard"), ((0.3, 1.2), "soft")):
-        check_family(fused, family, 4, (19,), torch.float64, param, clamp, mode)
+        check_family(fused, family, 4, (19,), dtype, param, clamp, mode, scale_shape)
 
 
 # Below a vector, ragged, several tiles, several pieces of a row.

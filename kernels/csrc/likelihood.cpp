@@ -68,7 +68,8 @@ struct Likelihood {
   bool packed;  // the scale is the second half of the mean's tensor
   Model<T> model;
   Clamp clamp;
-  bool prepared;  // whether the kernel reads something else than the raw scale of an element
+  bool prepared;  // whether an element's scale is not read raw, but with soft bounds or as log σ
+  bool as_log;    // the latter
   LikelihoodOptions options;
   TileKernels<T> tiles;
 
@@ -84,7 +85,9 @@ struct Likelihood {
         packed(!scale_ && has_scale(family)),
         model(family, options_.df, options_.x_mul, options_.x_add),
         clamp{options_.lo, options_.hi, options_.soft},
-        prepared((clamp.active() && clamp.soft) || family != Family::gaussian),
+        prepared((clamp.active() && clamp.soft) ||
+                 (family != Family::gaussian && !is_exponential(param))),
+        as_log(prepared && family != Family::gaussian),
         options(options_),
         tiles(tile_kernels<T>(param)) {
     size = event.numel();
@@ -116,7 +119,8 @@ struct Likelihood {
     const ScaleKind kind = scalar                       ? ScaleKind::row
                            : prepared || !clamp.active() ? ScaleKind::each
                                                          : ScaleKind::bounded;
-    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(family, param, kind, gradient);
+    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(
+        family, as_log ? Param::logstd : param, kind, gradient);
     // With a gradient for x, the samples that share a row of x belong to one unit of work; with one
     // for a shared event, a block of rows.
     const int64_t first_rows = need_x ? batch : rows;
@@ -216,7 +220,7 @@ struct Likelihood {
     const Operand o = operand(scale_, each ? 1 : 0);
     gather(o, 0, o.row_stride, count, to);
     if (prepared || clamp.active()) {
-      tiles.prepare_scale(count, clamp, family != Family::gaussian, to, to, slope);
+      tiles.prepare_scale(count, clamp, as_log, to, to, slope);
     }
   }
   // Of no meaning where each element has its own.
@@ -310,7 +314,7 @@ struct Likelihood {
       tile.scale = scalar ? nullptr : event.load(scale, n, begin, count, s_tile);
       tile.slope = !scalar && prepared ? slope : nullptr;
       if (tile.slope) {
-        tiles.prepare_scale(count, clamp, family != Family::gaussian, tile.scale, s_tile, slope);
+        tiles.prepare_scale(count, clamp, as_log, tile.scale, s_tile, slope);
         tile.scale = s_tile;
       }
       LikelihoodTerms<T> terms;

@@ -72,27 +72,26 @@ LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(bool gradient) {
   return gradient ? likelihood_rows<F, S, family, P, kScale, true>
                   : likelihood_rows<F, S, family, P, kScale, false>;
 }
+template <class F, class S, Family family, Param P>
+LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(ScaleKind scale, bool gradient) {
+  if constexpr (has_scale(family)) {
+    if (scale == ScaleKind::each) {
+      return likelihood_kernel<F, S, family, P, ScaleKind::each>(gradient);
+    }
+    if (scale == ScaleKind::bounded) {
+      return likelihood_kernel<F, S, family, P, ScaleKind::bounded>(gradient);
+    }
+  }
+  return likelihood_kernel<F, S, family, P, ScaleKind::row>(gradient);
+}
 
 // The Gaussian reads any parameter as it is.
-template <class F, class S, Param P>
-LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(ScaleKind scale, bool gradient) {
-  constexpr Family family = Family::gaussian;
-  switch (scale) {
-    case ScaleKind::row:
-      return likelihood_kernel<F, S, family, P, ScaleKind::row>(gradient);
-    case ScaleKind::each:
-      return likelihood_kernel<F, S, family, P, ScaleKind::each>(gradient);
-    case ScaleKind::bounded:
-      return likelihood_kernel<F, S, family, P, ScaleKind::bounded>(gradient);
-  }
-  return nullptr;
-}
 template <class F, class S>
 LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, ScaleKind scale, bool gradient) {
   switch (param) {
 #define VAE_FAST_CASE(P) \
   case Param::P:         \
-    return gaussian_kernel<F, S, Param::P>(scale, gradient);
+    return likelihood_kernel<F, S, Family::gaussian, Param::P>(scale, gradient);
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
@@ -108,16 +107,16 @@ LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, ScaleKind 
   return gaussian_kernel<F, Bf16>(param, scale, gradient);
 }
 
-// For the other families the scale is prepared as log σ.
+// The other families read exponential ones; any other is prepared as log σ.
 template <class F, Family family>
-LikelihoodKernel<ScalarOf<F>> prepared_kernel(ScaleKind scale, bool gradient) {
+LikelihoodKernel<ScalarOf<F>> family_kernel(Param param, ScaleKind scale, bool gradient) {
   using T = ScalarOf<F>;
   if constexpr (has_scale(family)) {
-    if (scale != ScaleKind::row) {
-      return likelihood_kernel<F, T, family, Param::logstd, ScaleKind::each>(gradient);
+    if (param == Param::logvar) {
+      return likelihood_kernel<F, T, family, Param::logvar>(scale, gradient);
     }
   }
-  return likelihood_kernel<F, T, family, Param::logstd, ScaleKind::row>(gradient);
+  return likelihood_kernel<F, T, family, Param::logstd>(scale, gradient);
 }
 
 template <class F>
@@ -129,7 +128,7 @@ LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param, Scal
       return gaussian_kernel<F, T>(param, scale, gradient);
 #define VAE_FAST_CASE(NAME) \
   case Family::NAME:        \
-    return prepared_kernel<F, Family::NAME>(scale, gradient);
+    return family_kernel<F, Family::NAME>(param, scale, gradient);
     VAE_FAST_CASE(laplace)
     VAE_FAST_CASE(bernoulli)
     VAE_FAST_CASE(logistic)

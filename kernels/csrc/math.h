@@ -243,6 +243,18 @@ VAE_FAST_INLINE F absolute(F v) {
   return Negative<F>(v).choose(-v, v);
 }
 
+// a·b, and 0 where either is 0, whatever the other.
+template <class F>
+VAE_FAST_INLINE F product_or_zero(F a, F b) {
+  using I = typename Traits<F>::Int;
+  // Bits without their sign are 0 or more, and one less is negative for 0 alone.
+  const I zero = ((bits_as<I>(a) & 0x7fffffff) - 1) | ((bits_as<I>(b) & 0x7fffffff) - 1);
+  return bits_as<F>(bits_as<I>(a * b) & ~(zero >> 31));
+}
+VAE_FAST_INLINE double product_or_zero(double a, double b) {
+  return a == 0.0 || b == 0.0 ? 0.0 : a * b;
+}
+
 // ---- log, exp, sine and cosine -------------------------------------------------------------
 //
 // Polynomials are summed in pairs, not term by term: as many instructions, which wait less for each
@@ -527,19 +539,21 @@ struct Bounded {
   }
 };
 
-// The tanh of y and its derivative, which a scale's soft bounds are made of.
+// m + c·tanh((s − m)/c) of the middle m and half the width c, whose derivative is 1 − tanh².
 template <class F>
-struct SoftClamp {
+struct SoftlyBounded {
   using T = typename Traits<F>::Scalar;
-  F value, slope;
-  VAE_FAST_INLINE explicit SoftClamp(F y) {
+  F kept, slope;
+  VAE_FAST_INLINE SoftlyBounded(F s, F middle, F reach) {
+    const F y = (s - middle) / reach;
     const Negative<F> negative(y);
     const F w = exp_of(negative.choose(y, -y) * T(2)).value();  // e^(−2|y|)
     const F rest = splat<F>(T(1)) / (w + T(1));
     const F size = (T(1) - w) * rest;
-    value = negative.choose(-size, size);
+    kept = negative.choose(-size, size) * reach + middle;
     slope = w * rest * rest * T(4);
   }
+  VAE_FAST_INLINE F gradient(F g) const { return slope * g; }
 };
 
 }  // namespace vae_fast

@@ -260,9 +260,7 @@ Event event_of(const View& t, int64_t event_from = 1) {
 template <class T>
 void scale_by(const T* slope, int64_t n, T* g) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    g[i] = (slope[i] == T(0)) | (g[i] == T(0)) ? T(0) : g[i] * slope[i];
-  }
+  for (int64_t i = 0; i < n; ++i) g[i] = product_or_zero(g[i], slope[i]);
 }
 
 // ---- outputs and per-row values ----------------------------------------------------------------

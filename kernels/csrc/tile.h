@@ -3,35 +3,39 @@
 //
 // Included once per instruction set (each_isa.h).
 
+template <class F, Param P, bool kLog, class Bound>
+VAE_FAST_INLINE void prepare_scale(int64_t n, const Bound& bound, const ScalarOf<F>* from,
+                                   ScalarOf<F>* to, ScalarOf<F>* slope) {
+  using T = ScalarOf<F>;
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    const auto raw = bound(at.load(from, T(1)));
+    if constexpr (kLog) {
+      const Scale<F, P> scale(raw.kept);
+      at.store(to, scale.log_sigma);
+      at.store(slope, raw.gradient(scale.slope));
+    } else {
+      at.store(to, raw.kept);
+      at.store(slope, raw.gradient(splat<F>(T(1))));
+    }
+  });
+}
 template <class F, Param P, bool kLog>
 VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf<F>* from,
                                    ScalarOf<F>* to, ScalarOf<F>* slope) {
   using T = ScalarOf<F>;
   const F lo = splat<F>(static_cast<T>(clamp.lo)), hi = splat<F>(static_cast<T>(clamp.hi));
-  const T middle = static_cast<T>(0.5 * (clamp.lo + clamp.hi));
-  const T reach = static_cast<T>(0.5 * (clamp.hi - clamp.lo));
-  const bool soft = clamp.soft;
-  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-    F s = at.load(from, T(1)), d = splat<F>(T(1));
-    if (soft) {
-      const SoftClamp<F> c((s - middle) / reach);
-      s = c.value * reach + middle;
-      d = c.slope;
-    } else {
-      const Bounded<F> bounded(s, lo, hi);
-      s = bounded.kept;
-      d = bounded.gradient(d);
-    }
-    if constexpr (kLog) {
-      const Scale<F, P> scale(s);
-      at.store(to, scale.log_sigma);
-      // Selected, since a slope of zero may meet an infinite one.
-      at.store(slope, select(d == T(0), F{}, d * scale.slope));
-    } else {
-      at.store(to, s);
-      at.store(slope, d);
-    }
-  });
+  const F middle = splat<F>(static_cast<T>(0.5 * (clamp.lo + clamp.hi)));
+  const F reach = splat<F>(static_cast<T>(0.5 * (clamp.hi - clamp.lo)));
+  const auto soft = [&](F s) VAE_FAST_LAMBDA { return SoftlyBounded<F>(s, middle, reach); };
+  const auto hard = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
+  // One loop each: GCC takes the vectors of one that chooses apart.
+  if (!clamp.active()) {
+    prepare_scale<F, P, kLog>(n, NoBound<F>{}, from, to, slope);
+  } else if (clamp.soft) {
+    prepare_scale<F, P, kLog>(n, soft, from, to, slope);
+  } else {
+    prepare_scale<F, P, kLog>(n, hard, from, to, slope);
+  }
 }
 
 template <class F, Param P>
@@ -62,10 +66,7 @@ VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const Scala
                                  ScalarOf<F>* to) {
   for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     F v = at.load(from);
-    if (slope != nullptr) {
-      const F s = at.load(slope);
-      v = select(s == ScalarOf<F>(0), F{}, select(v == ScalarOf<F>(0), F{}, v * s));  // as scale_by
-    }
+    if (slope != nullptr) v = product_or_zero(v, at.load(slope));
     at.stream(to, v);
   });
   finish_stream();
