@@ -87,7 +87,7 @@ struct Softplus {
   F value, slope;
   VAE_FAST_INLINE explicit Softplus(F v) {
     const Negative<F> negative(v);
-    const F w = exp_of(negative.choose(v, -v)).value();  // a NaN stays one
+    const F w = exp_any(negative.choose(v, -v));  // a NaN stays one
     value = negative.choose(F{}, v) + log1p_unit(w);
     slope = negative.choose(w, splat<F>(T(1))) / (w + T(1));
   }
@@ -100,7 +100,7 @@ struct Element<F, Family::bernoulli> {
   VAE_FAST_INLINE Element(F x, F m, const S&, const Model<typename Traits<F>::Scalar>&) {
     using T = typename Traits<F>::Scalar;
     const Negative<F> negative(m);
-    const F w = exp_of(negative.choose(m, -m)).value();
+    const F w = exp_any(negative.choose(m, -m));
     value = negative.choose(-x, T(1) - x) * m + log1p_unit(w);
     d_x = x - negative.choose(w, splat<F>(T(1))) / (w + T(1));
   }

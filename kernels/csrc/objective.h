@@ -58,7 +58,7 @@ VAE_FAST_TARGET void importance_tile(int64_t samples, int64_t n, int64_t pitch,
     largest = select(absolute(largest) < T(INFINITY), largest, F{});
     F sum{};
     for (int64_t k = 0; k < samples; ++k) {
-      const F w = exp_of(at.load(weights + k * pitch) - largest).value();
+      const F w = exp_any(at.load(weights + k * pitch) - largest);
       at.store(weights + k * pitch, w);
       sum += w;
     }
