@@ -1,4 +1,4 @@
-"""The latent pass, the likelihood pass and the whole loss, against what people use instead.
+"""The latent pass, the likelihood pass, its options and the whole loss, against what people use.
 
     pytest benchmarks --benchmark-only [--quick] [--device cuda] [-k "elbo and fp32"]
 
@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 import torch
 from cases import BOTH, CASES, FORWARD, Size
 from measure import Clock, copy_bandwidth, peak_bytes, race, saved_bytes
-from peers import IMPLEMENTATIONS
+from peers import IMPLEMENTATIONS, OPTIONS
 from saved import INPLACE
 
 SMALL = Size(64, 16, 784)
@@ -28,7 +28,8 @@ SIZES = (
     Size(16384, 256, 3072),
 )
 GPU_SIZES = (*SIZES, Size(65536, 256, 3072), Size(256, 4096, 196608))
-LEVELS = (Size(1024, 64, 784), Size(4096, 128, 3072))  # sizes that are also timed on uint8 data
+# Sizes that are also timed on uint8 data, and the only ones of the likelihood's options.
+FEW = (Size(1024, 64, 784), Size(4096, 128, 3072))
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Row:
         return f"{self.group} {self.phase} {self.dtype} {self.size}"
 
 
+def dtypes(group: str, size: Size, quick: bool) -> tuple[str, ...]:
+    if group in OPTIONS:
+        return ("uint8",) if group == "logistic" else ("fp32",)
+    if quick:
+        return ("fp32",)
+    return ("fp32", "bf16", *(("uint8",) if group != "latent" and size in FEW else ()))
+
+
 def rows(quick: bool, device: str) -> list[Row]:
     cpu = device == "cpu"
     sizes = (
@@ -59,10 +68,10 @@ def rows(quick: bool, device: str) -> list[Row]:
     return [
         Row(group, phase, dtype, size, implementation)
         for group, implementations in IMPLEMENTATIONS.items()
-        for size in sizes
-        for dtype in (("fp32",) if quick else ("fp32", "bf16", "uint8"))
-        if dtype != "uint8" or (group != "latent" and size in LEVELS)
-        for phase in ((BOTH,) if quick else (FORWARD, BOTH))
+        if not (quick and group in OPTIONS)
+        for size in (FEW if group in OPTIONS else sizes)
+        for dtype in dtypes(group, size, quick)
+        for phase in ((BOTH,) if quick or group in OPTIONS else (FORWARD, BOTH))
         for implementation in implementations
         # Without gradients there is nothing to write in place.
         if not (implementation == INPLACE and phase == FORWARD)
@@ -99,4 +108,7 @@ def measured(group, phase, dtype, size, names, device, budget):
 def test_loss(row, names, device, budget, hand_in):
     place = row.group, row.phase, row.dtype, row.size
     result = measured(*place, names, device, budget)[row.implementation]
-    hand_in(row, result, of=row.group, phase=row.phase, dtype=row.dtype, size=str(row.size))
+    of, size = row.group, str(row.size)
+    if of in OPTIONS:
+        of, size = "option", f"{of} {size}"
+    hand_in(row, result, of=of, phase=row.phase, dtype=row.dtype, size=size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from measure import Wrong, last_level_cache
-from peers import LOG_2PI
+from peers import LOG_2PI, OPTIONS
 from torch import Tensor
+
+from vae_fast import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "uint8": torch.float32}  # uint8: x alone
 FORWARD, BOTH = "forward", "forward+backward"
@@ -78,9 +81,7 @@ class Case:
         if self.group == "latent":
             self.upstream = self._randn(small), *torch.randn(2, size.batch, device=device)
             return
-        x = torch.rand(large, device=device) * 255 if dtype == "uint8" else self._randn(large)
-        x = x.to(torch.uint8) if dtype == "uint8" else x
-        self._mean, self._logvar_x = self._randn(large), 0.5 * self._randn(large)
+        x, self._mean, self._logvar_x = self._make(large, dtype)
         copies = 1
         if self._mean.nbytes >= LARGE:
             copies = max(1, math.ceil(2 * last_level_cache(device) / (5 * self._mean.nbytes)))
@@ -94,6 +95,14 @@ class Case:
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def _make(self, shape: tuple[int, ...], dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Data, and the decoder's output."""
+        if dtype == "uint8":
+            x = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+        else:
+            x = self._randn(shape)
+        return x, self._randn(shape), 0.5 * self._randn(shape)
 
     def reset(self) -> None:
         """Before every step: new decoder outputs (one may have been overwritten), no gradients."""
@@ -276,4 +285,45 @@ class ELBO(Case):
         return Latent.bytes_moved(self, phase) + Likelihood.bytes_moved(self, phase)
 
 
+class Option(Likelihood):
+    """The likelihood pass with an option of peers.OPTIONS."""
+
+    def __init__(self, option: str, size: Size, dtype: str, device: str) -> None:
+        self.option = option
+        super().__init__(size, dtype, device)
+
+    def _make(self, shape, dtype):
+        x, mean, logvar = super()._make(shape, dtype)
+        if self.option == "bernoulli":
+            x = torch.rand(shape, device=self.device).to(self.dtype)
+        if self.option == "logistic":  # some levels wide, so that eager's differences are exact
+            mean, logvar = x / 255 + 0.03 * mean, logvar - 7
+        return x, mean, logvar
+
+    def check(self, step, phase):
+        value = step().detach().double()
+        options = OPTIONS[self.option][0]
+        total, rows = 0.0, self._rows()
+        for start in range(0, self.size.batch, 1024):
+            total += self._reference(slice(start, start + 1024), options)[0]
+        close("loss", value, torch.tensor(total / self.size.batch), self.exact)
+        if phase == BOTH:
+            _, g_mean, g_logvar = self._reference(rows, options)
+            got = self.g_mean[rows].double() * self.size.batch
+            close("decoder mean", got, g_mean, self.exact)
+            if g_logvar is not None:
+                got = self.g_logvar_x[rows].double() * self.size.batch
+                close("decoder scale", got, g_logvar, self.exact)
+
+    def _reference(self, rows, options) -> tuple[float, Tensor, Tensor | None]:
+        """Of some rows the exact sum of −log p(x|z), and its gradients."""
+        mean, logvar = (t[rows].double().requires_grad_() for t in (self._mean, self._logvar_x))
+        x = self.x[rows] if self.x.dtype == torch.uint8 else self.x[rows].double()
+        scale = None if self.option == "bernoulli" else logvar
+        nll = reference.likelihood_nll(x, mean, scale, **options).sum()
+        nll.backward()
+        return nll.item(), mean.grad, logvar.grad
+
+
 CASES = {case.group: case for case in (Latent, Likelihood, ELBO)}
+CASES |= {option: functools.partial(Option, option) for option in OPTIONS}

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from saved import INPLACE, OURS
-from torch.distributions import Normal
+from torch.distributions import Bernoulli, Laplace, Normal, StudentT
 from torch.nn import functional as F
 
 import vae_fast
@@ -76,10 +77,68 @@ def fused(inplace):
     return lambda x, mu, logvar, decode: elbo(x, mu, logvar, decode).loss
 
 
-def fused_likelihood_inplace(x, mean, logvar):
-    """The likelihood pass of FusedELBO(inplace=True): no KL term."""
-    kl = torch.zeros(len(x), device=x.device)
-    return vae_fast.fused_elbo(x, mean, logvar, kl, inplace=True)[0]
+def fused_likelihood(inplace, **options):
+    """The likelihood pass of FusedELBO: no KL term."""
+
+    def loss(x, mean, logvar):
+        kl = torch.zeros(len(x), device=x.device)
+        scale = None if options.get("likelihood") == "bernoulli" else logvar
+        return vae_fast.fused_elbo(x, mean, scale, kl, inplace=inplace, **options)[0]
+
+    return loss
+
+
+CLAMP = (-1.0, 1.0)
+
+
+def eager_clamped(x, mean, logvar):
+    return eager_likelihood(x, mean, logvar.clamp(*CLAMP))
+
+
+def eager_laplace(x, mean, logvar):
+    return ((x - mean).abs() * torch.exp(-0.5 * logvar) + 0.5 * logvar + math.log(2)).sum(1)
+
+
+def eager_student_t(x, mean, logvar):
+    df = 4.0
+    constant = math.lgamma(df / 2) - math.lgamma((df + 1) / 2) + 0.5 * math.log(math.pi * df)
+    square = (x - mean).square() * torch.exp(-logvar)
+    return (0.5 * (df + 1) * torch.log1p(square / df) + 0.5 * logvar + constant).sum(1)
+
+
+def eager_bernoulli(x, mean, logvar):
+    return F.binary_cross_entropy_with_logits(mean, x, reduction="none").sum(1)
+
+
+def eager_logistic(x, mean, logvar):
+    """The masses of 256 levels, as PixelCNN++ has them."""
+    r, half = scaled(x, mean) - mean, 0.5 / 255
+    inverse = torch.exp(-0.5 * logvar)
+    above, below = (r + half) * inverse, (r - half) * inverse
+    inner = torch.log((torch.sigmoid(above) - torch.sigmoid(below)).clamp(min=1e-12))
+    edge = torch.where(x == 0, F.logsigmoid(above), F.logsigmoid(-below))
+    return -torch.where((x == 0) | (x == 255), edge, inner).sum(1)
+
+
+def by_distribution(make):
+    """The likelihood of a torch.distributions object."""
+    return lambda x, mean, logvar: -make(mean, logvar).log_prob(x).sum(1)
+
+
+def normal_clamped(mean, logvar):
+    return Normal(mean, torch.exp(0.5 * logvar.clamp(*CLAMP)), validate_args=False)
+
+
+def laplace(mean, logvar):
+    return Laplace(mean, torch.exp(0.5 * logvar), validate_args=False)
+
+
+def student_t(mean, logvar):
+    return StudentT(4.0, mean, torch.exp(0.5 * logvar), validate_args=False)
+
+
+def bernoulli(mean, logvar):
+    return Bernoulli(logits=mean, validate_args=False)
 
 
 MODES = {"torch.compile": None, "torch.compile max-autotune": "max-autotune"}
@@ -114,7 +173,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
         ),
         **compiled(mean_of(eager_likelihood)),
         OURS: lambda: mean_of(vae_fast.gaussian_nll),
-        INPLACE: lambda: fused_likelihood_inplace,
+        INPLACE: lambda: fused_likelihood(inplace=True),
     },
     "elbo": {
         **made(
@@ -127,3 +186,20 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
         INPLACE: lambda: fused(inplace=True),
     },
 }
+
+#: Options of the likelihood: those of ours, then how others write it.
+OPTIONS: dict[str, tuple[dict, Callable, Callable | None]] = {
+    "clamped": ({"clamp": CLAMP}, eager_clamped, normal_clamped),
+    "laplace": ({"likelihood": "laplace"}, eager_laplace, laplace),
+    "student_t": ({"likelihood": "student_t"}, eager_student_t, student_t),
+    "bernoulli": ({"likelihood": "bernoulli"}, eager_bernoulli, bernoulli),
+    "logistic": ({"likelihood": "logistic"}, eager_logistic, None),
+}
+for name, (options, eager, distribution) in OPTIONS.items():
+    others = {} if distribution is None else {"distributions": by_distribution(distribution)}
+    IMPLEMENTATIONS[name] = {
+        **made(eager=mean_of(eager), **{n: mean_of(f) for n, f in others.items()}),
+        **compiled(mean_of(eager)),
+        OURS: partial(fused_likelihood, inplace=False, **options),
+        INPLACE: partial(fused_likelihood, inplace=True, **options),
+    }

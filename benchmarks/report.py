@@ -17,6 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
     "latent": "Latent pass: z, log q(z|x), log p(z)",
     "likelihood": "Likelihood pass: the mean of −log p(x|z)",
+    "option": "Likelihood pass: other densities, and a clamped scale",
     "elbo": "Whole loss, given the decoder's output",
     "train_step": "Whole training step, optimizer included",
 }
@@ -194,7 +195,11 @@ def main() -> None:
     shrink(args.run, out / "run.json")
     _, groups = load(out / "run.json")  # the same digits for whoever reports what is kept
     for picture, (label, value) in PICTURES.items():
-        shown = [g for g in groups if picture != "bandwidth" or g.of != "train_step"]
+        shown = [
+            g
+            for g in groups
+            if g.of != "option" and (picture != "bandwidth" or g.of != "train_step")
+        ]
         _lines(shown, value, label, out / f"{picture}.png")
     (out / "README.md").write_text(report(machine, groups))
     print(out / "README.md")

@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 
+import bench_loss
 import cases
 import measure
 import peers
@@ -24,10 +25,10 @@ NAMES = [
 @pytest.mark.parametrize("phase", [cases.FORWARD, cases.BOTH])
 @pytest.mark.parametrize(("group", "name"), NAMES)
 def test_whoever_is_right_passes_the_check(group, name, phase):
-    for dtype in ("fp32", "bf16", "uint8"):
-        if (group, dtype) != ("latent", "uint8"):
-            case = cases.CASES[group](SIZE, dtype, "cpu")
-            case.check(case.step(peers.IMPLEMENTATIONS[group][name](), phase), phase)
+    dtypes = bench_loss.dtypes(group, bench_loss.FEW[0], quick=False)
+    for dtype in dtypes:
+        case = cases.CASES[group](SIZE, dtype, "cpu")
+        case.check(case.step(peers.IMPLEMENTATIONS[group][name](), phase), phase)
 
 
 def _without_noise(mu, logvar):
@@ -44,10 +45,18 @@ def _detached_scale(x, mean, logvar):
     return value - 0.5 * (logvar - logvar.detach()).sum(1)
 
 
+def _straight_through(x, mean, logvar):
+    kept = logvar.clamp(*peers.CLAMP)
+    return peers.eager_likelihood(x, mean, logvar + (kept - logvar).detach())
+
+
 WRONG = [
     ("latent", _without_noise, cases.FORWARD),
     ("likelihood", peers.mean_of(_no_constant), cases.FORWARD),
     ("likelihood", peers.mean_of(_detached_scale), cases.BOTH),
+    ("clamped", peers.mean_of(peers.eager_likelihood), cases.FORWARD),
+    ("clamped", peers.mean_of(_straight_through), cases.BOTH),
+    ("bernoulli", peers.mean_of(peers.eager_laplace), cases.FORWARD),
     ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.BOTH),
     ("elbo", peers.whole(peers.eager_latent, _no_constant), cases.FORWARD),
     ("elbo", peers.whole(peers.eager_latent, _detached_scale), cases.BOTH),

@@ -116,7 +116,7 @@ struct Likelihood {
   // −log p(x|z) and their shares of a scalar scale's gradient, and g_event that of a shared event.
   void run(bool gradient, Rows<const T> weight, T* value, T* g_shared,
            const Operand* g_event = nullptr) const {
-    const ScaleKind kind = scalar                       ? ScaleKind::row
+    const ScaleKind kind = scalar                        ? ScaleKind::row
                            : prepared || !clamp.active() ? ScaleKind::each
                                                          : ScaleKind::bounded;
     const LikelihoodKernel<T> kernel = likelihood_kernel<T>(
