@@ -67,6 +67,11 @@ NLL = [
 ]
 
 LIKELIHOOD = [
+    (
+        dict(mean=t(4, 5), scale=None, likelihood="bernoulli"),
+        ValueError,
+        r"mean of shape \(4, 5\) does not fit x of shape \(4, 6\)",
+    ),
     (dict(likelihood="cauchy"), ValueError, "likelihood must be one of gaussian, .*'cauchy'"),
     (dict(likelihood="bernoulli"), ValueError, "scale must be None, for likelihood='bernoulli'"),
     (

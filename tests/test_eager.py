@@ -123,15 +123,87 @@ def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels):
         assert a.dtype == b.dtype
 
 
+DENSITIES = [
+    {"likelihood": "laplace", "param": "std"},
+    {"likelihood": "student_t", "df": 3.0, "param": "logstd"},
+    {"likelihood": "bernoulli"},
+    {"likelihood": "logistic", "x_scale": (0.25, -1.0)},
+    {"clamp": (-0.5, 0.5), "clamp_mode": "soft"},
+    {"scale": 0.3},
+    {"scale": 0.3, "likelihood": "laplace", "param": "var", "clamp": (0.4, 1.0)},
+    {"scale": torch.tensor(0.3)},
+    {"scale": None, "likelihood": "student_t"},  # packed
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("density", DENSITIES, ids=str)
+def test_every_density_has_the_same_bits(density, inplace, dtype):
+    calls = Calls()
+    torch.manual_seed(0)
+    options = dict(density)
+    logistic = options.get("likelihood") == "logistic"
+    x = torch.rand(6, 9).to(dtype)
+    x = torch.randint(0, 256, x.shape, dtype=torch.uint8) if logistic else x
+    without = options.get("likelihood") == "bernoulli"
+    scale = options.pop("scale", None if without else torch.rand(6, 9).to(dtype) + 0.1)
+    columns = 9 if without or scale is not None else 18
+    mean, w, log_q = torch.randn(6, columns).to(dtype), torch.randn(6), torch.randn(6)
+    log_q = log_q.to(dtype) if dtype == torch.float64 else log_q
+    full = isinstance(scale, torch.Tensor) and scale.dim() > 0
+    if isinstance(scale, torch.Tensor) and dtype == torch.float64:
+        scale = scale.double()
+
+    def results():
+        leaves = [mean.clone().requires_grad_()]
+        leaves += [scale.clone().requires_grad_()] if full else []
+
+        def tensors():
+            own = [t * 1.0 for t in leaves]  # not leaves
+            return own[0], own[1] if full else scale
+
+        nll = vae_fast.likelihood_nll(x, *tensors(), **options)
+        each = torch.eye(6, dtype=nll.dtype)
+        batched = torch.autograd.grad(nll, leaves, each, is_grads_batched=True, retain_graph=True)
+        grads = *batched, *torch.autograd.grad((nll * w.to(nll.dtype)).sum(), leaves)
+        elbo = vae_fast.fused_elbo(x, *tensors(), log_q, None, 0.5, inplace=inplace, **options)
+        return nll, *grads, *elbo, *torch.autograd.grad(elbo[0], leaves)
+
+    fast = results()
+    assert calls.taken == ["nll", "elbo"]
+    eager.use_shortcut(None)
+    for a, b in zip(fast, results(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_one_scale_of_another_dtype_is_still_refused():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    mean = x.clone().requires_grad_()
+    for scale in (torch.zeros(()), torch.zeros((), dtype=torch.long)):
+        with pytest.raises(TypeError, match="scale"):
+            vae_fast.gaussian_nll(x, mean, scale)
+
+
+def test_a_density_without_a_scale_refuses_one():
+    t = torch.randn(3, 4, requires_grad=True)
+    for scale in (t, 0.0, torch.zeros(())):
+        with pytest.raises(ValueError, match="scale must be None"):
+            vae_fast.likelihood_nll(torch.rand(3, 4), t, scale, "bernoulli")
+
+
 def test_the_likelihood_alone_leaves_the_rest_to_the_long_way():
     calls = Calls()
     t = torch.randn(3, 4, requires_grad=True)
     fixed = torch.randn(3, 4)
     vae_fast.gaussian_nll(t, fixed, fixed).sum().backward()  # of x
     vae_fast.gaussian_nll(fixed, fixed, t).sum().backward()  # of the scale alone
-    vae_fast.gaussian_nll(fixed, t, 0.0).sum().backward()
+    vae_fast.gaussian_nll(fixed, t, torch.zeros((), requires_grad=True)).sum().backward()
+    vae_fast.gaussian_nll(fixed, t, torch.zeros(4)).sum().backward()  # one event for all
+    vae_fast.gaussian_nll(fixed, t, 0).sum().backward()  # an int
     vae_fast.gaussian_nll(fixed, fixed.expand(2, 3, 4), fixed)
-    vae_fast.gaussian_nll(fixed, t, fixed, clamp=(-1.0, 1.0), clamp_mode="soft")
+    vae_fast.gaussian_nll(fixed, t, fixed, mask=fixed > 0)
     assert not calls.taken
     nll = vae_fast.gaussian_nll(fixed, t, fixed)
     assert calls.taken == ["nll"]

@@ -27,7 +27,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARAM_CODE = {name: code for code, name in enumerate(ops.PARAMS)}
 _REDUCTION_CODE = {name: code for code, name in enumerate(ops.REDUCTIONS)}
 _LIKELIHOOD_CODE = {name: code for code, name in enumerate(ops.LIKELIHOODS)}
-_GAUSSIAN = _LIKELIHOOD_CODE["gaussian"]
 _DISCRETE = ("bernoulli", "logistic")  # probabilities of x itself, not densities
 _CLAMP_MODES = ("hard", "soft")
 _OPTIMAL_OVER = ("batch", "sample", "channel")
@@ -245,9 +244,9 @@ def likelihood_nll(
             first_row=first_row,
         )
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
-    plain = _plain_gaussian(model, mask, dequantize)
-    if plain is not None and (shortcut := eager.shortcut()):
-        nll = shortcut.nll(x, mean, scale, *plain)
+    if _is_plain(mask, dequantize) and (shortcut := eager.shortcut()):
+        scaled = model[0] not in ops.WITHOUT_SCALE
+        nll = shortcut.nll(x, mean, scale, scaled, *model[:-1])
         if nll is not None:
             return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -623,11 +622,11 @@ def fused_elbo(
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
     model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
-    plain = _plain_gaussian(model, mask, dequantize)
-    if plain is not None and (shortcut := eager.shortcut()):
+    if _is_plain(mask, dequantize) and (shortcut := eager.shortcut()):
+        scaled = model[0] not in ops.WITHOUT_SCALE
         check = _check_inplace if inplace else None
-        options = float(beta), reduction_code, *plain
-        results = shortcut.elbo(x, mean, scale, log_q, log_p, *options, check)
+        options = float(beta), reduction_code, check, *model[:-1]
+        results = shortcut.elbo(x, mean, scale, scaled, log_q, log_p, *options)
         if results is not None:
             nll, loss = results
             return loss, nll
@@ -684,11 +683,9 @@ def _gradient_in_forward(
     return inplace or reduction != _REDUCTION_CODE["none"]
 
 
-def _plain_gaussian(model: tuple, mask: object, dequantize: object) -> tuple | None:
-    """Param, lo, hi, x_mul and x_add of what ``eager.cpp`` serves; None of anything else."""
-    likelihood, param, lo, hi, soft, _, mul, add, _ = model
-    plain = likelihood == _GAUSSIAN and not soft and mask is None and dequantize is False
-    return (param, lo, hi, mul, add) if plain and not _validate else None
+def _is_plain(mask: object, dequantize: object) -> bool:
+    """Whether ``eager.cpp`` may serve a likelihood, as far as its options go."""
+    return mask is None and dequantize is False and not _validate
 
 
 # ---- argument checks -----------------------------------------------------------------------

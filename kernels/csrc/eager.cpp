@@ -81,13 +81,16 @@ bool is_data(const Tensor& t) {
          t.dim() > 0;
 }
 // Whether a likelihood's tensors are all of one dtype, but for an x of levels, with a scale for each
-// element.
-bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale) {
+// element, a fixed one for all, or none where there is none (not `scaled`).
+bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale, bool scaled) {
   if (!x.defined() || x.dim() == 0 || !is_data(mean)) return false;
   if (x.scalar_type() != at::kByte && x.scalar_type() != mean.scalar_type()) return false;
+  if (!scaled) return !scale.defined() && mean.sizes() == x.sizes();
   if (scale.defined()) {
-    return scale.scalar_type() == mean.scalar_type() && mean.sizes() == x.sizes() &&
-           scale.sizes() == x.sizes();
+    const bool same = scale.scalar_type() == mean.scalar_type();
+    const bool fixed = scale.dim() == 0 && !scale.requires_grad() &&
+                       (same || scale.scalar_type() == row_options(mean).dtype().toScalarType());
+    return (fixed || (same && scale.sizes() == x.sizes())) && mean.sizes() == x.sizes();
   }
   // Packed along dimension 1.
   return x.dim() >= 2 && mean.dim() == x.dim() && mean.size(0) == x.size(0) &&
@@ -212,30 +215,37 @@ std::optional<Tensor> if_defined(const Tensor& t) {
   return t.defined() ? std::optional(t) : std::nullopt;
 }
 
-struct Gaussian {
-  int64_t param;
-  double lo, hi, x_mul, x_add;
+// A density, by the names of LikelihoodOptions.
+struct Density {
+  int64_t likelihood, param;
+  double lo, hi;
+  int64_t soft;
+  double df, x_mul, x_add;
 };
+constexpr Py_ssize_t kDensity = 8;  // objects that it is made of, in that order
+Density density_of(PyObject* const* objects) {
+  return {PyLong_AsLongLong(objects[0]),       PyLong_AsLongLong(objects[1]),
+          PyFloat_AsDouble(objects[2]),        PyFloat_AsDouble(objects[3]),
+          PyObject_IsTrue(objects[4]) == 1,    PyFloat_AsDouble(objects[5]),
+          PyFloat_AsDouble(objects[6]),        PyFloat_AsDouble(objects[7])};
+}
 // Its options, where no loss is wanted.
-LikelihoodOptions likelihood_options(const Gaussian& model) {
+LikelihoodOptions likelihood_options(const Density& model) {
   LikelihoodOptions options{};
   options.reduction = Reduction::no_loss;
+  options.likelihood = model.likelihood;
   options.param = model.param;
   options.lo = model.lo;
   options.hi = model.hi;
-  options.df = 1.0;  // of no use to it
+  options.soft = model.soft != 0;
+  options.df = model.df;
   options.x_mul = model.x_mul;
   options.x_add = model.x_add;
   return options;
 }
-// From (param, lo, hi, x_mul, x_add).
-Gaussian gaussian_of(PyObject* const* objects) {
-  return {PyLong_AsLongLong(objects[0]), PyFloat_AsDouble(objects[1]), PyFloat_AsDouble(objects[2]),
-          PyFloat_AsDouble(objects[3]), PyFloat_AsDouble(objects[4])};
-}
 
 struct NllState {
-  Gaussian model;
+  Density model;
   int64_t learned;  // the scale, if there is one apart
 };
 
@@ -244,7 +254,7 @@ struct Nll : torch::autograd::Function<Nll> {
   static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
-                        const std::optional<Tensor>& scale, const Gaussian& model) {
+                        const std::optional<Tensor>& scale, const Density& model) {
     ctx->save_for_backward({x, mean, scale.value_or(Tensor())});
     Kept<NllState>::keep(ctx, {model, scale && scale->requires_grad()});
     ctx->set_materialize_grads(false);
@@ -252,7 +262,7 @@ struct Nll : torch::autograd::Function<Nll> {
   }
 
   static Tensor evaluate(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                         const Gaussian& model) {
+                         const Density& model) {
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
     passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {},
                                likelihood_options(model), view(nll), {});
@@ -270,8 +280,8 @@ struct Nll : torch::autograd::Function<Nll> {
       const torch::jit::Stack results =
           call("vae_fast::likelihood_backward",
                {optional(g[0]), at::IValue(), x, mean, optional(scale), at::IValue(), 0.0,
-                static_cast<int64_t>(options.reduction), options.likelihood, model.param, model.lo,
-                model.hi, false, options.df, model.x_mul, model.x_add, at::IValue(),
+                static_cast<int64_t>(options.reduction), model.likelihood, model.param, model.lo,
+                model.hi, options.soft, model.df, model.x_mul, model.x_add, at::IValue(),
                 options.first_row, false, true, learned != 0});
       return {{}, results[1].toTensor(), learned ? results[2].toTensor() : Tensor(), {}};
     }
@@ -417,14 +427,30 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale or None, param, lo, hi, x_mul, x_add) -> nll or None
+// A likelihood's x, mean and scale, of objects that are tensors, or for the scale a number or None.
+struct Data {
+  Tensor x, mean, scale;
+};
+std::optional<Data> data_of(PyObject* const* objects, bool scaled) {
+  const Tensor *x = plain(objects[0]), *mean = plain(objects[1]);
+  const bool number = PyFloat_CheckExact(objects[2]);
+  const Tensor* scale = plain(number ? Py_None : objects[2]);
+  if (!x || !mean || !scale || !unwatched()) return std::nullopt;
+  Data data{*x, *mean, *scale};
+  if (number && data.mean.defined()) {
+    data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]), row_options(data.mean));
+  }
+  return fit(data.x, data.mean, data.scale, scaled) ? std::optional(data) : std::nullopt;
+}
+
+// (x, mean, scale, scaled, density...) -> nll or None
 PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8, "nll takes 8 arguments, got ", count);
-  const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]);
-  if (!x_ || !mean_ || !scale_ || !unwatched() || !fit(*x_, *mean_, *scale_)) Py_RETURN_NONE;
-  const Tensor x = *x_, mean = *mean_, scale = *scale_;
-  const Gaussian model = gaussian_of(objects + 3);
+  TORCH_CHECK_TYPE(count == 4 + kDensity, "nll takes ", 4 + kDensity, " arguments, got ", count);
+  const std::optional<Data> data = data_of(objects, objects[3] == Py_True);
+  if (!data) Py_RETURN_NONE;
+  const auto& [x, mean, scale] = *data;
+  const Density model = density_of(objects + 4);
   if (PyErr_Occurred()) return nullptr;
   const bool graph = at::GradMode::is_enabled() &&
                      (differentiable(x) || differentiable(mean) || differentiable(scale));
@@ -439,25 +465,23 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale or None, log_q, log_p or None, beta, reduction, param, lo, hi, x_mul, x_add, check)
-// -> (nll, loss) or None.
+// (x, mean, scale, scaled, log_q, log_p or None, beta, reduction, check, density...) -> (nll, loss) or
+// None.
 // With a check the gradients overwrite mean and scale: a function of the five tensors that raises where
 // that may not be. It is not asked where nothing at all is shared.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 13, "elbo takes 13 arguments, got ", count);
-  const bool inplace = objects[12] != Py_None;
-  const Tensor *x_ = plain(objects[0]), *mean_ = plain(objects[1]), *scale_ = plain(objects[2]),
-               *log_q_ = plain(objects[3]), *log_p_ = plain(objects[4]);
-  if (!x_ || !mean_ || !scale_ || !log_q_ || !log_p_ || !unwatched()) Py_RETURN_NONE;
-  const Tensor x = *x_, mean = *mean_, scale = *scale_, log_q = *log_q_, log_p = *log_p_;
-  if (!fit(x, mean, scale) || !is_row_term(log_q, mean) ||
-      (log_p.defined() && !is_row_term(log_p, mean))) {
-    Py_RETURN_NONE;
-  }
-  LikelihoodOptions options = likelihood_options(gaussian_of(objects + 7));
-  options.beta = PyFloat_AsDouble(objects[5]);
-  options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[6]));
+  TORCH_CHECK_TYPE(count == 9 + kDensity, "elbo takes ", 9 + kDensity, " arguments, got ", count);
+  const std::optional<Data> data = data_of(objects, objects[3] == Py_True);
+  const Tensor *log_q_ = plain(objects[4]), *log_p_ = plain(objects[5]);
+  if (!data || !log_q_ || !log_p_) Py_RETURN_NONE;
+  const auto& [x, mean, scale] = *data;
+  const Tensor log_q = *log_q_, log_p = *log_p_;
+  if (!is_row_term(log_q, mean) || (log_p.defined() && !is_row_term(log_p, mean))) Py_RETURN_NONE;
+  const bool inplace = objects[8] != Py_None;
+  LikelihoodOptions options = likelihood_options(density_of(objects + 9));
+  options.beta = PyFloat_AsDouble(objects[6]);
+  options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[7]));
   if (PyErr_Occurred()) return nullptr;
   const bool graph =
       at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
@@ -483,8 +507,8 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
                        (!learned || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
     if (!alone) {
       PyObject* const checked =
-          PyObject_CallFunctionObjArgs(objects[12], objects[0], objects[1], objects[2], objects[3],
-                                       objects[4], nullptr);
+          PyObject_CallFunctionObjArgs(objects[8], objects[0], objects[1], objects[2], objects[4],
+                                       objects[5], nullptr);
       if (checked == nullptr) return nullptr;
       Py_DECREF(checked);
     }
