@@ -160,7 +160,7 @@ def test_every_density_has_the_same_bits(density, inplace, dtype):
         leaves += [scale.clone().requires_grad_()] if full else []
 
         def tensors():
-            own = [t * 1.0 for t in leaves]  # not leaves
+            own = [(t * 1.0).view_as(t) for t in leaves]  # views of a result, as a chunk is
             return own[0], own[1] if full else scale
 
         nll = vae_fast.likelihood_nll(x, *tensors(), **options)

@@ -506,9 +506,9 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
                        (!learned || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
     if (!alone) {
-      PyObject* const checked =
-          PyObject_CallFunctionObjArgs(objects[8], objects[0], objects[1], objects[2], objects[4],
-                                       objects[5], nullptr);
+      PyObject* const tensor = PyFloat_CheckExact(objects[2]) ? Py_None : objects[2];
+      PyObject* const checked = PyObject_CallFunctionObjArgs(
+          objects[8], objects[0], objects[1], tensor, objects[4], objects[5], nullptr);
       if (checked == nullptr) return nullptr;
       Py_DECREF(checked);
     }
