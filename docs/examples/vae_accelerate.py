@@ -100,6 +100,9 @@ def main(arguments: list[str] | None = None) -> vae_fast.VAE:
     if accelerator.is_main_process:
         model.save(args.folder / "model.safetensors")  # for vae_fast.VAE.load
     accelerator.wait_for_everyone()  # or one that ends may leave another waiting for ever
+    # So may DistributedDataParallel, if it is the last to let go of the process group: it keeps
+    # Python's lock then, which gloo's thread needs to end.
+    vae, optimizer = accelerator.free_memory(vae, optimizer)
     accelerator.end_training()
     return model
 
