@@ -142,18 +142,18 @@ class Case:
         """Those of the mean likelihood, in the rows that are checked."""
         if phase == FORWARD:
             return
-        rows = self._rows()
+        rows, n = self._rows(), self.size.batch
+        _, g_mean, g_logvar = self._truth(rows)
+        close("decoder mean", self.g_mean[rows].double() * n, g_mean, self.exact)
+        if g_logvar is not None:
+            close("decoder scale", self.g_logvar_x[rows].double() * n, g_logvar, self.exact)
+
+    def _truth(self, rows: slice) -> tuple[float, Tensor, Tensor | None]:
+        """Of some rows the exact sum of −log p(x|z), and its gradients."""
         x, mean, s = self._data(rows)
-        precision = torch.exp(-s)
-        r = x - mean
-        g_mean, g_s = self.g_mean[rows], self.g_logvar_x[rows]
-        close("decoder mean", g_mean.double() * self.size.batch, -r * precision, self.exact)
-        close(
-            "decoder scale",
-            g_s.double() * self.size.batch,
-            0.5 * (1 - r * r * precision),
-            self.exact,
-        )
+        precision, r = torch.exp(-s), x - mean
+        nll = 0.5 * (r.square() * precision + s + LOG_2PI).sum().item()
+        return nll, -r * precision, 0.5 * (1 - r.square() * precision)
 
     def _data(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         x = self.x[rows].double()
@@ -166,8 +166,7 @@ class Case:
         if not hasattr(self, "_exact_nll"):
             total = 0.0
             for start in range(0, self.size.batch, 1024):
-                x, mean, s = self._data(slice(start, start + 1024))
-                total += 0.5 * ((x - mean).square() * torch.exp(-s) + s + LOG_2PI).sum().item()
+                total += self._truth(slice(start, start + 1024))[0]
             self._exact_nll = total / self.size.batch
         return self._exact_nll
 
@@ -300,27 +299,11 @@ class Option(Likelihood):
             mean, logvar = x / 255 + 0.03 * mean, logvar - 7
         return x, mean, logvar
 
-    def check(self, step, phase):
-        value = step().detach().double()
-        options = OPTIONS[self.option][0]
-        total, rows = 0.0, self._rows()
-        for start in range(0, self.size.batch, 1024):
-            total += self._reference(slice(start, start + 1024), options)[0]
-        close("loss", value, torch.tensor(total / self.size.batch), self.exact)
-        if phase == BOTH:
-            _, g_mean, g_logvar = self._reference(rows, options)
-            got = self.g_mean[rows].double() * self.size.batch
-            close("decoder mean", got, g_mean, self.exact)
-            if g_logvar is not None:
-                got = self.g_logvar_x[rows].double() * self.size.batch
-                close("decoder scale", got, g_logvar, self.exact)
-
-    def _reference(self, rows, options) -> tuple[float, Tensor, Tensor | None]:
-        """Of some rows the exact sum of −log p(x|z), and its gradients."""
+    def _truth(self, rows):
         mean, logvar = (t[rows].double().requires_grad_() for t in (self._mean, self._logvar_x))
         x = self.x[rows] if self.x.dtype == torch.uint8 else self.x[rows].double()
         scale = None if self.option == "bernoulli" else logvar
-        nll = reference.likelihood_nll(x, mean, scale, **options).sum()
+        nll = reference.likelihood_nll(x, mean, scale, **OPTIONS[self.option][0]).sum()
         nll.backward()
         return nll.item(), mean.grad, logvar.grad
 

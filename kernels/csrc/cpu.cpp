@@ -71,9 +71,9 @@ void advise_huge_pages(const View& t) {
 
 const vae_fast::Passes* vae_fast_passes() {
   static const vae_fast::Passes passes = {
-      vae_fast::is_straight,        vae_fast::latent_forward,
-      vae_fast::latent_backward,    vae_fast::likelihood_forward,
+      vae_fast::is_straight,         vae_fast::latent_forward,
+      vae_fast::latent_backward,     vae_fast::likelihood_forward,
       vae_fast::likelihood_backward, vae_fast::likelihood_forward_grad,
-      vae_fast::likelihood_rescale, vae_fast::advise_huge_pages};
+      vae_fast::likelihood_rescale,  vae_fast::advise_huge_pages};
   return &passes;
 }

@@ -81,7 +81,8 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
     };
     if constexpr (kPath) {  // both multiplies and divides
       for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-        body(at, Scale<F, P>(at.load(scales, T(1))), NoBound<F>{});
+        const F raw = at.load(scales, T(1));
+        body(at, Scale<F, P>(raw), Unbounded<F>{raw});
       });
     } else {
       for_scales<F, P, /*kInverse=*/false>(n, scales, NoBound<F>{}, body);
