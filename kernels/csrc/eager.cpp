@@ -10,18 +10,25 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "passes.h"
@@ -30,7 +37,10 @@ namespace vae_fast {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::collect_next_edges;
+using torch::autograd::edge_list;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 const Passes* passes = nullptr;
@@ -103,25 +113,6 @@ bool is_row_term(const Tensor& t, const Tensor& mean) {
 
 // ---- autograd ------------------------------------------------------------------------------------
 
-// What a node keeps besides tensors, as a list of integers: compiled autograd has to compare it.
-template <class Options>
-struct Kept {
-  static_assert(std::is_trivially_copyable_v<Options> && sizeof(Options) % sizeof(int64_t) == 0);
-  static constexpr size_t kWords = sizeof(Options) / sizeof(int64_t);
-
-  static void keep(AutogradContext* ctx, const Options& options) {
-    std::vector<int64_t> words(kWords);
-    std::memcpy(words.data(), &options, sizeof(Options));
-    ctx->saved_data["options"] = std::move(words);
-  }
-  static Options of(AutogradContext* ctx) {
-    const std::vector<int64_t> words = ctx->saved_data["options"].toIntVector();
-    Options options;
-    std::memcpy(&options, words.data(), sizeof(Options));
-    return options;
-  }
-};
-
 // A graph of the derivative would have to be differentiable in turn.
 void refuse_graph() {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -144,15 +135,124 @@ torch::jit::Stack call(const char* op, torch::jit::Stack stack) {
 
 at::IValue optional(const Tensor& t) { return t.defined() ? at::IValue(t) : at::IValue(); }
 
-struct Latent : torch::autograd::Function<Latent> {
-  static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
+// The node that a pass leaves in the graph, with a State of plain data and the tensors that it saved.
+// torch::autograd::Function would write it for us, but costs more than a small batch's arithmetic.
+template <class Pass>
+class Recorded final : public Node {
+ public:
+  using State = typename Pass::State;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& scale,
-                               const Tensor& key, const LatentOptions& options) {
-    ctx->save_for_backward({mu, scale, key});
-    Kept<LatentOptions>::keep(ctx, options);
-    ctx->set_materialize_grads(false);
-    return run(mu, scale, key, options);
+  explicit Recorded(edge_list&& edges) : Node(std::move(edges)) {}
+
+  void keep(const State& state, const std::array<Tensor, Pass::kSaved>& tensors) {
+    state_ = state;
+    for (size_t i = 0; i < Pass::kSaved; ++i) saved_[i] = {tensors[i], /*is_output=*/false};
+  }
+
+  std::string name() const override { return Pass::kName; }
+
+  variable_list apply(variable_list&& gradients) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!any_defined(gradients)) return variable_list(Pass::kGradients);
+    return Pass::backward(state_, unpacked(), gradients);
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& tensor : saved_) tensor.reset_data();
+  }
+
+  // Compiled autograd compares nodes by what they hold, and then traces the derivative with tensors
+  // that stand for these. Those are not plain, and go to the ops.
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(name());
+    args.collect(words());
+    for (const SavedVariable& tensor : saved_) args.collect(tensor, /*is_output=*/false);
+  }
+
+  variable_list apply_with_saved(const variable_list& gradients,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    using torch::dynamo::autograd::IValuePacker;
+    for (SavedVariable& tensor : saved_) swap.before(tensor);
+    torch::dynamo::autograd::PackedArgs packed;
+    packed.pack(unpacked());
+    packed.pack(words());
+    std::vector<at::TypePtr> types;
+    for (const at::IValue& value : packed.vec()) types.push_back(value.type());
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const std::string function =
+        compiler->bind_function(swap.get_py_compiler(), name(), traced, types,
+                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto metadata = torch::dynamo::autograd::get_input_metadata(next_edges());
+    variable_list results = compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", function, gradients, packed.vec(),
+        IValuePacker<std::decay_t<decltype(metadata)>>::pack(metadata));
+    for (SavedVariable& tensor : saved_) swap.after(tensor);
+    return results;
+  }
+
+ private:
+  static_assert(std::is_trivially_copyable_v<State> && sizeof(State) % sizeof(int64_t) == 0);
+
+  static bool any_defined(const variable_list& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(),
+                       [](const Tensor& tensor) { return tensor.defined(); });
+  }
+
+  variable_list unpacked() const {
+    variable_list tensors;
+    tensors.reserve(Pass::kSaved);
+    for (const SavedVariable& tensor : saved_) tensors.push_back(tensor.unpack());
+    return tensors;
+  }
+
+  std::vector<int64_t> words() const {
+    std::vector<int64_t> words(sizeof(State) / sizeof(int64_t));
+    std::memcpy(words.data(), &state_, sizeof(State));
+    return words;
+  }
+
+  static variable_list traced(const variable_list& gradients,
+                              const std::vector<at::IValue>& values) {
+    if (!any_defined(gradients)) return variable_list(Pass::kGradients);
+    torch::dynamo::autograd::PackedArgs packed(values);
+    const auto saved = packed.unpack<variable_list>();
+    const auto words = packed.unpack<std::vector<int64_t>>();
+    State state;
+    std::memcpy(&state, words.data(), sizeof(State));
+    return Pass::backward(state, saved, gradients);
+  }
+
+  State state_{};
+  std::array<SavedVariable, Pass::kSaved> saved_;
+};
+
+// A new node with edges to the tensors it differentiates by. torch counts nodes with std::shared_ptr up
+// to 2.12, and from then on with its own pointer.
+template <class Pass, class... Tensors>
+auto record(const Tensors&... inputs) {
+  using Made = Recorded<Pass>;
+  if constexpr (std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<Node>>) {
+    return std::shared_ptr<Made>(new Made(collect_next_edges(inputs...)),
+                                 [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Made>(collect_next_edges(inputs...));
+  }
+}
+
+struct Latent {
+  using State = LatentOptions;
+  static constexpr const char* kName = "vae_fast::LatentBackward";
+  static constexpr size_t kSaved = 3, kGradients = 2;
+
+  static variable_list recorded(const Tensor& mu, const Tensor& scale, const Tensor& key,
+                                const LatentOptions& options) {
+    const auto node = record<Latent>(mu, scale);
+    variable_list results = run(mu, scale, key, options);
+    node->keep(options, {mu, scale, key});
+    torch::autograd::set_history(results, node);
+    return results;
   }
 
   static variable_list run(const Tensor& mu, const Tensor& scale, const Tensor& key,
@@ -170,11 +270,9 @@ struct Latent : torch::autograd::Function<Latent> {
     return {z, log_q, log_p};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& g) {
-    if (!g[0].defined() && !g[1].defined() && !g[2].defined()) return {{}, {}, {}, {}};
+  static variable_list backward(const LatentOptions& o, const variable_list& saved,
+                                const variable_list& g) {
     refuse_graph();
-    const LatentOptions o = Kept<LatentOptions>::of(ctx);
-    const variable_list saved = ctx->get_saved_variables();
     const Tensor &mu = saved[0], &scale = saved[1], &key = saved[2];
     const bool sampled = o.num_samples > 0;
     if (!is_plain(g) || !is_plain(saved) || !passes->is_straight(view(mu), 1) ||
@@ -184,7 +282,7 @@ struct Latent : torch::autograd::Function<Latent> {
           call("vae_fast::latent_backward",
                {optional(g[0]), optional(g[1]), optional(g[2]), mu, scale, key, o.num_samples,
                 o.first_row, o.param, o.lo, o.hi, o.soft != 0, o.path != 0});
-      return {results[0].toTensor(), results[1].toTensor(), {}, {}};
+      return {results[0].toTensor(), results[1].toTensor()};
     }
     const Tensor g_mu = at::empty(mu.sizes(), mu.options());
     const Tensor g_scale = at::empty(scale.sizes(), scale.options());
@@ -192,7 +290,7 @@ struct Latent : torch::autograd::Function<Latent> {
     passes->advise_huge_pages(view(g_scale));
     passes->latent_backward(view(g[0]), view(g[1]), view(g[2]), view(mu), view(scale), view(key), o,
                             view(g_mu), view(g_scale));
-    return {g_mu, g_scale, {}, {}};
+    return {g_mu, g_scale};
   }
 };
 
@@ -210,10 +308,6 @@ Tensor gradient_like(const Tensor& t) {
 }
 
 bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
-
-std::optional<Tensor> if_defined(const Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
 
 // A density, by the names of LikelihoodOptions.
 struct Density {
@@ -250,30 +344,32 @@ struct NllState {
 };
 
 // The likelihood alone, with its gradients in the backward pass. Nobody wants one for x.
-struct Nll : torch::autograd::Function<Nll> {
-  static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
+struct Nll {
+  using State = NllState;
+  static constexpr const char* kName = "vae_fast::LikelihoodBackward";
+  static constexpr size_t kSaved = 3, kGradients = 2;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
-                        const std::optional<Tensor>& scale, const Density& model) {
-    ctx->save_for_backward({x, mean, scale.value_or(Tensor())});
-    Kept<NllState>::keep(ctx, {model, scale && scale->requires_grad()});
-    ctx->set_materialize_grads(false);
-    return evaluate(x, mean, scale.value_or(Tensor()), model);
+  static Tensor recorded(const Tensor& x, const Tensor& mean, const Tensor& scale,
+                         const Density& model) {
+    const auto node = record<Nll>(mean, scale);
+    const Tensor nll = run(x, mean, scale, model);
+    node->keep({model, differentiable(scale)}, {x, mean, scale});
+    torch::autograd::set_history(nll, node);
+    return nll;
   }
 
-  static Tensor evaluate(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                         const Density& model) {
+  static Tensor run(const Tensor& x, const Tensor& mean, const Tensor& scale,
+                    const Density& model) {
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
     passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {},
                                likelihood_options(model), view(nll), {});
     return nll;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& g) {
-    if (!g[0].defined()) return {{}, {}, {}, {}};
+  static variable_list backward(const NllState& state, const variable_list& saved,
+                                const variable_list& g) {
     refuse_graph();
-    const auto [model, learned] = Kept<NllState>::of(ctx);
-    const variable_list saved = ctx->get_saved_variables();
+    const auto& [model, learned] = state;
     const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2];
     const LikelihoodOptions options = likelihood_options(model);
     if (!is_plain(g) || !is_plain(saved)) {
@@ -283,7 +379,7 @@ struct Nll : torch::autograd::Function<Nll> {
                 static_cast<int64_t>(options.reduction), model.likelihood, model.param, model.lo,
                 model.hi, options.soft, model.df, model.x_mul, model.x_add, at::IValue(),
                 options.first_row, false, true, learned != 0});
-      return {{}, results[1].toTensor(), learned ? results[2].toTensor() : Tensor(), {}};
+      return {results[1].toTensor(), learned ? results[2].toTensor() : Tensor()};
     }
     Tensor g_mean, g_scale;
     {
@@ -293,7 +389,7 @@ struct Nll : torch::autograd::Function<Nll> {
     }
     passes->likelihood_backward(view(g[0]), {}, view(x), view(mean), view(scale), {}, options, {},
                                 view(g_mean), view(g_scale), {}, {});
-    return {{}, g_mean, g_scale, {}};
+    return {g_mean, g_scale};
   }
 };
 
@@ -308,32 +404,34 @@ struct Targets {
   bool inplace = false;
 };
 
-struct Elbo : torch::autograd::Function<Elbo> {
-  static constexpr bool is_traceable = true;  // fakes are not plain, and go to the ops
+struct Elbo {
+  using State = ElboState;
+  static constexpr const char* kName = "vae_fast::ElboBackward";
+  static constexpr size_t kSaved = 2, kGradients = 4;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& mean,
-                               const std::optional<Tensor>& scale, const Tensor& log_q,
-                               const std::optional<Tensor>& log_p,
-                               const LikelihoodOptions& options, const Targets& targets) {
-    // Here autograd knows the edges to them: after the bump, a view would make a new one of its own,
-    // without the hooks of the old.
+  static variable_list recorded(const Tensor& x, const Tensor& mean, const Tensor& scale,
+                                const Tensor& log_q, const Tensor& log_p,
+                                const LikelihoodOptions& options, const Targets& targets) {
+    const auto node = record<Elbo>(mean, scale, log_q, log_p);
+    // The node has its edges: after the bump, a view would make new ones of its own, without the hooks
+    // of the old.
     if (targets.inplace) mean.unsafeGetTensorImpl()->bump_version();
-    if (targets.inplace && targets.g_scale.defined()) scale->unsafeGetTensorImpl()->bump_version();
+    if (targets.inplace && targets.g_scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
     const Tensor loss = loss_like(nll, x, options);
-    passes->likelihood_forward_grad(view(x), view(mean), scale ? view(*scale) : View{}, {},
-                                    view(log_q), log_p ? view(*log_p) : View{}, options,
-                                    view(targets.g_mean),
-                                    view(targets.g_scale), view(nll), view(loss), {});
-    ctx->save_for_backward({targets.g_mean, targets.g_scale});
-    Kept<ElboState>::keep(ctx, {options.beta, options.reduction, x.size(0), log_p.has_value()});
-    ctx->set_materialize_grads(false);
-    return {nll, loss};
+    passes->likelihood_forward_grad(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
+                                    options, view(targets.g_mean), view(targets.g_scale),
+                                    view(nll), view(loss), {});
+    node->keep({options.beta, options.reduction, x.size(0), log_p.defined()},
+               {targets.g_mean, targets.g_scale});
+    variable_list results{nll, loss};
+    torch::autograd::set_history(results, node);
+    return results;
   }
 
-  static variable_list evaluate(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                                const Tensor& log_q, const Tensor& log_p,
-                                const LikelihoodOptions& options) {
+  static variable_list run(const Tensor& x, const Tensor& mean, const Tensor& scale,
+                           const Tensor& log_q, const Tensor& log_p,
+                           const LikelihoodOptions& options) {
     const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
     const Tensor loss = loss_like(nll, x, options);
     passes->likelihood_forward(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
@@ -346,20 +444,19 @@ struct Elbo : torch::autograd::Function<Elbo> {
                                                 : at::empty({}, nll.options());
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& g) {
-    if (!g[0].defined() && !g[1].defined()) return {{}, {}, {}, {}, {}, {}, {}};
+  static variable_list backward(const ElboState& state, const variable_list& saved,
+                                const variable_list& g) {
     refuse_graph();
-    const auto [beta, reduction, batch, has_log_p] = Kept<ElboState>::of(ctx);
-    variable_list saved = ctx->get_saved_variables();
-    Tensor &g_mean = saved[0], &g_scale = saved[1];
+    const auto& [beta, reduction, batch, has_log_p] = state;
+    Tensor g_mean = saved[0], g_scale = saved[1];
     const int64_t rows = g_mean.size(0), samples = rows / std::max<int64_t>(batch, 1);
     if (!is_plain(g) || !is_plain(saved)) {
       const torch::jit::Stack results =
           call("vae_fast::likelihood_rescale",
                {g_mean, optional(g_scale), at::IValue(), optional(g[0]), optional(g[1]), beta,
                 static_cast<int64_t>(reduction), samples, batch});
-      return {{}, results[0].toTensor(), g_scale.defined() ? results[1].toTensor() : Tensor(),
-              results[2].toTensor(), has_log_p ? results[3].toTensor() : Tensor(), {}, {}};
+      return {results[0].toTensor(), g_scale.defined() ? results[1].toTensor() : Tensor(),
+              results[2].toTensor(), has_log_p ? results[3].toTensor() : Tensor()};
     }
     if (torch::autograd::get_current_graph_task_keep_graph()) {
       // Which may be walked again: leave what it saved as it is.
@@ -370,7 +467,7 @@ struct Elbo : torch::autograd::Function<Elbo> {
     const Tensor g_log_p = at::empty({rows}, row_options(g_mean));
     passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]), beta,
                                reduction, samples, batch, view(g_log_q), view(g_log_p), {});
-    return {{}, g_mean, g_scale, g_log_q, has_log_p ? g_log_p : Tensor(), {}, {}};
+    return {g_mean, g_scale, g_log_q, has_log_p ? g_log_p : Tensor()};
   }
 };
 
@@ -421,7 +518,7 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
                 .view(at::kUInt64);
     }
     const bool graph = at::GradMode::is_enabled() && (differentiable(m) || differentiable(s));
-    results = graph ? Latent::apply(m, s, key, options) : Latent::run(m, s, key, options);
+    results = graph ? Latent::recorded(m, s, key, options) : Latent::run(m, s, key, options);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS
@@ -458,8 +555,7 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Tensor result;
   {
     py::gil_scoped_release no_gil;
-    result = graph ? Nll::apply(x, mean, if_defined(scale), model)
-                   : Nll::evaluate(x, mean, scale, model);
+    result = graph ? Nll::recorded(x, mean, scale, model) : Nll::run(x, mean, scale, model);
   }
   return THPVariable_Wrap(result);
   END_HANDLE_TH_ERRORS
@@ -491,7 +587,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     variable_list results;
     {
       py::gil_scoped_release no_gil;
-      results = Elbo::evaluate(x, mean, scale, log_q, log_p, options);
+      results = Elbo::run(x, mean, scale, log_q, log_p, options);
     }
     return wrapped(results);
   }
@@ -521,7 +617,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    results = Elbo::apply(x, mean, if_defined(scale), log_q, if_defined(log_p), options, targets);
+    results = Elbo::recorded(x, mean, scale, log_q, log_p, options, targets);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS
