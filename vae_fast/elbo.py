@@ -238,6 +238,8 @@ class FusedELBO(nn.Module):
         functional._check_df(self.df)
         if self.x_scale is not None:
             functional._check_x_scale(self.x_scale)
+        for name in ("inplace", "dequantize"):
+            functional._check_flag(name, getattr(self, name))
         self._check_likelihood_scale()
         _check_number("free_bits", self.free_bits)
         if self.free_bits is not None and not 0.0 <= self.free_bits < math.inf:
@@ -279,6 +281,22 @@ class FusedELBO(nn.Module):
             raise ValueError('free_bits needs kl="analytic": it bounds the KL of each element')
         if self.kl == "analytic" and callable(self.prior):
             raise ValueError('kl="analytic" needs a Gaussian prior, not a callable')
+
+        # As the passes take them, so that a step need not check them again.
+        self._posterior = functional._posterior(
+            self.posterior_param,
+            self.posterior_clamp,
+            self.posterior_clamp_mode,
+            self.estimator != "standard",
+        )
+        self._density = functional._density(
+            self.likelihood,
+            self.likelihood_param,
+            self.likelihood_clamp,
+            self.likelihood_clamp_mode,
+            self.df,
+            self.x_scale,
+        )
 
     def _check_likelihood_scale(self) -> None:
         scale = self.likelihood_scale
@@ -340,17 +358,8 @@ class FusedELBO(nn.Module):
             key = noise.make_key(mu.device, generator)
         samples = self.num_samples
         samples = samples if samples > 1 else None
-        z, log_q, log_p = functional.reparameterize(
-            mu,
-            scale,
-            self.posterior_param,
-            samples,
-            key,
-            generator,
-            first_row,
-            self.posterior_clamp,
-            self.posterior_clamp_mode,
-            self.estimator != "standard",
+        z, log_q, log_p = functional._reparameterize(
+            mu, scale, self._posterior, samples, key, generator, first_row
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
@@ -408,29 +417,16 @@ class FusedELBO(nn.Module):
     def _fused(
         self, x, mean, scale, log_q, log_p, beta, reduction, key, first_row, mask
     ) -> tuple[Tensor, Tensor]:
-        tensors = x, mean, scale, log_q, log_p, beta, reduction
-        return functional.fused_elbo(*tensors, *self._model(key, first_row, mask))
+        """The loss and nll; ``key`` is the latent pass's, which the dequantization shares."""
+        key = key if self.dequantize else None
+        options = self._density, mask, self.inplace, self.dequantize, key, first_row
+        return functional._fused_elbo(x, mean, scale, log_q, log_p, beta, reduction, *options)
 
     def _nll(self, x, mean, scale, rows, key, first_row, mask) -> Tensor:
         """−log p(x|z) alone, in the shape of ``rows``."""
-        model = self._model(key, first_row, mask)
-        return functional._nll_of_rows(x, mean, scale, rows, *model)
-
-    def _model(self, key, first_row, mask) -> tuple:
-        """The arguments of ``fused_elbo`` from ``param`` on."""
-        return (
-            self.likelihood_param,
-            self.likelihood_clamp,
-            mask,
-            self.inplace,
-            self.likelihood,
-            self.likelihood_clamp_mode,
-            self.df,
-            self.x_scale,
-            self.dequantize,
-            key if self.dequantize else None,
-            first_row,
-        )
+        key = key if self.dequantize else None
+        options = self._density, mask, self.dequantize, key, first_row
+        return functional._nll_of_rows(x, mean, scale, rows, *options)
 
     def _rows(
         self, x, mean, scale, log_q, log_p, beta, key, first_row, mask, weights_tag

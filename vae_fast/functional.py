@@ -90,30 +90,31 @@ def reparameterize(
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes, devices, ``param``, ``num_samples``, ``clamp`` or ``key`` do not fit.
     """
-    if has_torch_function((mu, scale)):
-        return handle_torch_function(
-            reparameterize,
-            (mu, scale),
-            mu,
-            scale,
-            param=param,
-            num_samples=num_samples,
-            key=key,
-            generator=generator,
-            first_row=first_row,
-            clamp=clamp,
-            clamp_mode=clamp_mode,
-            path_gradient=path_gradient,
-        )
-    code = _check_choice("param", param, _PARAM_CODE)
-    lo, hi, soft = _clamp_options(clamp, clamp_mode)
+    posterior = _posterior(param, clamp, clamp_mode, path_gradient)
     if num_samples is not None:
         _check_count("num_samples", num_samples)
+    return _reparameterize(mu, scale, posterior, num_samples, key, generator, first_row)
+
+
+def _reparameterize(
+    mu: Tensor,
+    scale: Tensor,
+    posterior: tuple,
+    num_samples: int | None,
+    key: Tensor | None,
+    generator: torch.Generator | None,
+    first_row: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`reparameterize` with the checked options of :func:`_posterior`."""
+    if has_torch_function((mu, scale)):
+        options = _posterior_options(posterior)
+        per_call = {"num_samples": num_samples, "generator": generator, "first_row": first_row}
+        return handle_torch_function(
+            reparameterize, (mu, scale), mu, scale, key=key, **per_call, **options
+        )
     _check_row("first_row", first_row)
-    _check_flag("path_gradient", path_gradient)
-    options = (num_samples or 0, first_row, code, lo, hi, soft, path_gradient)
     if generator is None and not _validate and (shortcut := eager.shortcut()):
-        results = shortcut.latent(mu, scale, key, *options)
+        results = shortcut.latent(mu, scale, key, num_samples or 0, first_row, *posterior)
         if results is not None:
             return results
 
@@ -128,12 +129,14 @@ def reparameterize(
             raise ValueError(f"key is on {key.device}, but mu is on {mu.device}")
     scale = _broadcast("scale", scale, mu)
     if _validate:
-        _check_values(param, mu=mu, scale=scale)
+        _check_values(ops.PARAMS[posterior[0]], mu=mu, scale=scale)
 
     if backend_for(mu.device.type) == "reference":
+        options = _posterior_options(posterior)
         return reference.reparameterize(
-            mu, scale, param, num_samples, key, None, first_row, clamp, clamp_mode, path_gradient
+            mu, scale, num_samples=num_samples, key=key, first_row=first_row, **options
         )
+    options = (num_samples or 0, first_row, *posterior)
     if eager.suffices():
         return eager.latent(mu, scale, key, options)
     return ops.latent_forward(mu, scale, key, *options)
@@ -225,28 +228,16 @@ def likelihood_nll(
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes, devices or options do not fit.
     """
-    if has_torch_function((x, mean, scale, mask, key)):
-        return handle_torch_function(
-            likelihood_nll,
-            (x, mean, scale, mask, key),
-            x,
-            mean,
-            scale,
-            likelihood=likelihood,
-            param=param,
-            clamp=clamp,
-            clamp_mode=clamp_mode,
-            mask=mask,
-            df=df,
-            x_scale=x_scale,
-            dequantize=dequantize,
-            key=key,
-            first_row=first_row,
-        )
-    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    density = _density(likelihood, param, clamp, clamp_mode, df, x_scale)
+    _check_row("first_row", first_row)
+    tensors = x, mean, scale, mask, key
+    if has_torch_function(tensors):
+        options = _density_options(density)
+        per_call = {"mask": mask, "dequantize": dequantize, "key": key, "first_row": first_row}
+        return handle_torch_function(likelihood_nll, tensors, x, mean, scale, **per_call, **options)
     if _is_plain(mask, dequantize) and (shortcut := eager.shortcut()):
-        scaled = model[0] not in ops.WITHOUT_SCALE
-        nll = shortcut.nll(x, mean, scale, scaled, *model[:-1])
+        scaled = density[0] not in ops.WITHOUT_SCALE
+        nll = shortcut.nll(x, mean, scale, scaled, *density)
         if nll is not None:
             return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -257,38 +248,34 @@ def likelihood_nll(
     rows = mean.shape[:2]
     if sampled:
         mean = mean.flatten(0, 1)
-    nll = _nll(x, mean, scale, mask, model, key)
+    nll = _nll(x, mean, scale, mask, density, key, first_row)
     return nll.view(rows) if sampled else nll
 
 
-def _nll_of_rows(
-    x, mean, scale, rows, param, clamp, mask, inplace, likelihood, clamp_mode, df, x_scale,
-    dequantize, key, first_row,
-) -> Tensor:  # fmt: skip
-    """−log p(x|z) of what :func:`fused_elbo` takes, in the shape of ``rows``; never in place."""
-    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+def _nll_of_rows(x, mean, scale, rows, density, mask, dequantize, key, first_row) -> Tensor:
+    """−log p(x|z) of what :func:`_fused_elbo` takes, in the shape of ``rows``; never in place."""
+    likelihood, param = _names(density)
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=rows)
     _check_rows("log_q", rows, mean, x)
     scale = _fit_scale(scale, mean, 1)
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
-    return _nll(x, mean, scale, mask, model, key).view(rows.shape)
+    return _nll(x, mean, scale, mask, density, key, first_row).view(rows.shape)
 
 
-def _nll(x, mean, scale, mask, model, key) -> Tensor:
+def _nll(x, mean, scale, mask, density, key, first_row) -> Tensor:
     """−log p(x|z) of checked tensors, mean (N, *event) and a fitted scale; (N,)."""
     if backend_for(x.device.type) == "reference":
-        return _reference_nll(x, mean, scale, mask, model, key)
+        return _reference_nll(x, mean, scale, mask, density, key, first_row)
     tensors = (x, mean, scale, mask, None, None)
-    options = (0.0, ops.NO_LOSS, *model[:-1], key, model[-1])
+    options = (0.0, ops.NO_LOSS, *density, key, first_row)
     if eager.suffices():
         return eager.likelihood(*tensors, options)[0]
     return ops.likelihood_forward(*tensors, *options)[0]
 
 
-def _reference_nll(x, mean, scale, mask, model, key) -> Tensor:
-    likelihood, param, lo, hi, soft, df, mul, add, first_row = model
-    batch, clamp = x.shape[0], None if (lo, hi) == _UNCLAMPED else (lo, hi)
+def _reference_nll(x, mean, scale, mask, density, key, first_row) -> Tensor:
+    batch = x.shape[0]
     sampled = mean.shape[0] != batch
     if sampled:  # rows k·B + b
         mean = mean.unflatten(0, (-1, batch))
@@ -298,16 +285,11 @@ def _reference_nll(x, mean, scale, mask, model, key) -> Tensor:
         x,
         mean,
         scale,
-        ops.LIKELIHOODS[likelihood],
-        ops.PARAMS[param],
-        clamp,
-        "soft" if soft else "hard",
-        mask,
-        df,
-        (mul, add),
-        key is not None,
-        key,
-        first_row,
+        mask=mask,
+        dequantize=key is not None,
+        key=key,
+        first_row=first_row,
+        **_density_options(density),
     )
     return nll.flatten() if sampled else nll
 
@@ -594,43 +576,60 @@ def fused_elbo(
         ValueError: shapes, devices or options do not fit, or ``inplace`` would overwrite something
             that is not the decoder's to give.
     """
-    if has_torch_function((x, mean, scale, log_q, log_p, mask, key)):
+    density = _density(likelihood, param, clamp, clamp_mode, df, x_scale)
+    _check_choice("reduction", reduction, _REDUCTION_CODE)
+    _check_flag("inplace", inplace)
+    _check_row("first_row", first_row)
+    tensors = x, mean, scale, log_q, log_p
+    return _fused_elbo(
+        *tensors, beta, reduction, density, mask, inplace, dequantize, key, first_row
+    )
+
+
+def _fused_elbo(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor | float | None,
+    log_q: Tensor,
+    log_p: Tensor | None,
+    beta: float,
+    reduction: str,
+    density: tuple,
+    mask: Tensor | None,
+    inplace: bool,
+    dequantize: bool,
+    key: Tensor | None,
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fused_elbo` with checked options, those of the likelihood by :func:`_density`."""
+    tensors = x, mean, scale, log_q, log_p, mask, key
+    if has_torch_function(tensors):
+        options = _density_options(density)
+        per_call = {"dequantize": dequantize, "key": key, "first_row": first_row}
         return handle_torch_function(
             fused_elbo,
-            (x, mean, scale, log_q, log_p, mask, key),
-            x,
-            mean,
-            scale,
-            log_q,
-            log_p,
+            tensors,
+            *tensors[:5],
             beta=beta,
             reduction=reduction,
-            param=param,
-            clamp=clamp,
             mask=mask,
             inplace=inplace,
-            likelihood=likelihood,
-            clamp_mode=clamp_mode,
-            df=df,
-            x_scale=x_scale,
-            dequantize=dequantize,
-            key=key,
-            first_row=first_row,
+            **per_call,
+            **options,
         )
-    reduction_code = _check_choice("reduction", reduction, _REDUCTION_CODE)
-    _check_flag("inplace", inplace)
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
-    model = _model(likelihood, param, clamp, clamp_mode, df, x_scale, first_row)
+    reduction_code = _REDUCTION_CODE[reduction]
     if _is_plain(mask, dequantize) and (shortcut := eager.shortcut()):
-        scaled = model[0] not in ops.WITHOUT_SCALE
+        scaled = density[0] not in ops.WITHOUT_SCALE
         check = _check_inplace if inplace else None
-        options = float(beta), reduction_code, check, *model[:-1]
+        options = float(beta), reduction_code, check, *density
         results = shortcut.elbo(x, mean, scale, scaled, log_q, log_p, *options)
         if results is not None:
             nll, loss = results
             return loss, nll
 
+    likelihood, param = _names(density)
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=log_q)
     _check_rows("log_q", log_q, mean, x)
     if log_p is not None:
@@ -648,12 +647,12 @@ def fused_elbo(
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
 
     if backend_for(x.device.type) == "reference":
-        nll = _reference_nll(x, mean, scale, mask, model, key).view(log_q.shape)
+        nll = _reference_nll(x, mean, scale, mask, density, key, first_row).view(log_q.shape)
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
     if torch.compiler.is_compiling():  # a β that changes is then data, not one more compilation
         log_q, log_p, beta = (log_q if log_p is None else log_q - log_p) * beta, None, 1.0
     tensors = (x, mean, scale, mask, log_q, log_p)
-    options = (float(beta), reduction_code, *model[:-1], key, model[-1])
+    options = (float(beta), reduction_code, *density, key, first_row)
     if not eager.suffices():
         nll, loss = ops.likelihood_forward(*tensors, *options)
     elif _gradient_in_forward(x, mean, scale, reduction_code, inplace):
@@ -777,22 +776,49 @@ def _check_df(df: object) -> float:
     return float(df)
 
 
-def _model(
+def _posterior(param: object, clamp: object, clamp_mode: object, path_gradient: object) -> tuple:
+    """The options of the latent ops from ``param`` on, checked."""
+    code = _check_choice("param", param, _PARAM_CODE)
+    _check_flag("path_gradient", path_gradient)
+    return code, *_clamp_options(clamp, clamp_mode), path_gradient
+
+
+def _posterior_options(posterior: tuple) -> dict[str, Any]:
+    """What :func:`_posterior` was given, or as good as that."""
+    param, lo, hi, soft, path_gradient = posterior
+    return _scale_options(param, lo, hi, soft) | {"path_gradient": path_gradient}
+
+
+def _density(
     likelihood: object,
     param: object,
     clamp: object,
     clamp_mode: object,
     df: object,
     x_scale: object,
-    first_row: int,
 ) -> tuple:
-    """What the likelihood ops call the model, without the key: checked options."""
+    """The options of the likelihood ops from ``likelihood`` to the key, checked."""
     code = _check_choice("likelihood", likelihood, _LIKELIHOOD_CODE)
     param_code = _check_choice("param", param, _PARAM_CODE)
     mul, add = reference.X_SCALE if x_scale is None else _check_x_scale(x_scale)
-    clamping = _clamp_options(clamp, clamp_mode)
-    _check_row("first_row", first_row)
-    return code, param_code, *clamping, _check_df(df), mul, add, first_row
+    return code, param_code, *_clamp_options(clamp, clamp_mode), _check_df(df), mul, add
+
+
+def _density_options(density: tuple) -> dict[str, Any]:
+    """What :func:`_density` was given, or as good as that."""
+    likelihood, param, lo, hi, soft, df, mul, add = density
+    own = {"likelihood": ops.LIKELIHOODS[likelihood], "df": df, "x_scale": (mul, add)}
+    return _scale_options(param, lo, hi, soft) | own
+
+
+def _scale_options(param: int, lo: float, hi: float, soft: bool) -> dict[str, Any]:
+    clamp = None if (lo, hi) == _UNCLAMPED else (lo, hi)
+    return {"param": ops.PARAMS[param], "clamp": clamp, "clamp_mode": "soft" if soft else "hard"}
+
+
+def _names(density: tuple) -> tuple[str, str]:
+    """Likelihood and param."""
+    return ops.LIKELIHOODS[density[0]], ops.PARAMS[density[1]]
 
 
 def _check_x_scale(x_scale: object) -> tuple[float, float]:

@@ -8,6 +8,7 @@
 // then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
@@ -55,8 +56,14 @@ View view(const Tensor& t) {
           t.strides().data()};
 }
 
-at::TensorOptions row_options(const Tensor& t) {
-  return t.options().dtype(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+// The dtype of what rows sum up.
+at::ScalarType row_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Memory for results, past the dispatcher, which nobody watches where it is asked for.
+Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
+  return at::detail::empty_cpu(sizes, type);
 }
 
 // ---- what is plain -------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale, bool scaled) 
   if (scale.defined()) {
     const bool same = scale.scalar_type() == mean.scalar_type();
     const bool fixed = scale.dim() == 0 && !scale.requires_grad() &&
-                       (same || scale.scalar_type() == row_options(mean).dtype().toScalarType());
+                       (same || scale.scalar_type() == row_type(mean));
     return (fixed || (same && scale.sizes() == x.sizes())) && mean.sizes() == x.sizes();
   }
   // Packed along dimension 1.
@@ -108,7 +115,7 @@ bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale, bool scaled) 
 }
 bool is_row_term(const Tensor& t, const Tensor& mean) {
   return t.defined() && t.dim() == 1 && t.size(0) == mean.size(0) &&
-         t.scalar_type() == (mean.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+         t.scalar_type() == row_type(mean);
 }
 
 // ---- autograd ------------------------------------------------------------------------------------
@@ -262,8 +269,8 @@ struct Latent {
       shape.insert(shape.begin(), options.num_samples);
       rows.insert(rows.begin(), options.num_samples);
     }
-    Tensor z = at::empty(shape, mu.options());
-    Tensor log_q = at::empty(rows, row_options(mu)), log_p = at::empty(rows, row_options(mu));
+    const Tensor z = empty(shape, mu.scalar_type());
+    const Tensor log_q = empty(rows, row_type(mu)), log_p = empty(rows, row_type(mu));
     passes->advise_huge_pages(view(z));
     passes->latent_forward(view(mu), view(scale), view(key), options, view(z), view(log_q),
                            view(log_p));
@@ -284,8 +291,8 @@ struct Latent {
                 o.first_row, o.param, o.lo, o.hi, o.soft != 0, o.path != 0});
       return {results[0].toTensor(), results[1].toTensor()};
     }
-    const Tensor g_mu = at::empty(mu.sizes(), mu.options());
-    const Tensor g_scale = at::empty(scale.sizes(), scale.options());
+    const Tensor g_mu = empty(mu.sizes(), mu.scalar_type());
+    const Tensor g_scale = empty(scale.sizes(), scale.scalar_type());
     passes->advise_huge_pages(view(g_mu));
     passes->advise_huge_pages(view(g_scale));
     passes->latent_backward(view(g[0]), view(g[1]), view(g[2]), view(mu), view(scale), view(key), o,
@@ -297,7 +304,11 @@ struct Latent {
 // Memory for a gradient of t; needs the GIL.
 Tensor gradient_like(const Tensor& t) {
   if (!t.defined()) return {};
-  if (t.nbytes() < smallest_reused) return at::empty_like(t.detach());
+  if (t.nbytes() < smallest_reused) {
+    return t.is_non_overlapping_and_dense()
+               ? Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
+               : at::empty_like(t.detach());
+  }
   PyObject* const argument = THPVariable_Wrap(t);
   PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
   Py_XDECREF(argument);
@@ -360,7 +371,7 @@ struct Nll {
 
   static Tensor run(const Tensor& x, const Tensor& mean, const Tensor& scale,
                     const Density& model) {
-    const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
+    const Tensor nll = empty({mean.size(0)}, row_type(mean));
     passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {},
                                likelihood_options(model), view(nll), {});
     return nll;
@@ -417,7 +428,7 @@ struct Elbo {
     // of the old.
     if (targets.inplace) mean.unsafeGetTensorImpl()->bump_version();
     if (targets.inplace && targets.g_scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
-    const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
+    const Tensor nll = empty({mean.size(0)}, row_type(mean));
     const Tensor loss = loss_like(nll, x, options);
     passes->likelihood_forward_grad(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
                                     options, view(targets.g_mean), view(targets.g_scale),
@@ -432,7 +443,7 @@ struct Elbo {
   static variable_list run(const Tensor& x, const Tensor& mean, const Tensor& scale,
                            const Tensor& log_q, const Tensor& log_p,
                            const LikelihoodOptions& options) {
-    const Tensor nll = at::empty({mean.size(0)}, row_options(mean));
+    const Tensor nll = empty({mean.size(0)}, row_type(mean));
     const Tensor loss = loss_like(nll, x, options);
     passes->likelihood_forward(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
                                options, view(nll), view(loss));
@@ -440,8 +451,8 @@ struct Elbo {
   }
 
   static Tensor loss_like(const Tensor& nll, const Tensor& x, const LikelihoodOptions& options) {
-    return options.reduction == Reduction::none ? at::empty({x.size(0)}, nll.options())
-                                                : at::empty({}, nll.options());
+    return options.reduction == Reduction::none ? empty({x.size(0)}, nll.scalar_type())
+                                                : empty({}, nll.scalar_type());
   }
 
   static variable_list backward(const ElboState& state, const variable_list& saved,
@@ -463,8 +474,7 @@ struct Elbo {
       g_mean = g_mean.clone();
       if (g_scale.defined()) g_scale = g_scale.clone();
     }
-    const Tensor g_log_q = at::empty({rows}, row_options(g_mean));
-    const Tensor g_log_p = at::empty({rows}, row_options(g_mean));
+    const Tensor g_log_q = empty({rows}, row_type(g_mean)), g_log_p = empty({rows}, row_type(g_mean));
     passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]), beta,
                                reduction, samples, batch, view(g_log_q), view(g_log_p), {});
     return {g_mean, g_scale, g_log_q, has_log_p ? g_log_p : Tensor()};
@@ -535,7 +545,7 @@ std::optional<Data> data_of(PyObject* const* objects, bool scaled) {
   if (!x || !mean || !scale || !unwatched()) return std::nullopt;
   Data data{*x, *mean, *scale};
   if (number && data.mean.defined()) {
-    data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]), row_options(data.mean));
+    data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]), row_type(data.mean));
   }
   return fit(data.x, data.mean, data.scale, scaled) ? std::optional(data) : std::nullopt;
 }
