@@ -311,6 +311,27 @@ def test_compiled_autograd_of_an_eager_graph(shortcut, inplace):
     assert graphs[-1] == graphs[1]  # nothing recompiles for long
 
 
+def test_compiled_autograd_tells_options_apart():
+    """Graphs of one shape that differ in an option alone."""
+    x = torch.rand(5, 9)
+
+    def gradients(beta, compiler=None):
+        m, s = torch.full((5, 9), 0.3, requires_grad=True), torch.zeros(5, 9, requires_grad=True)
+        z, log_q, log_p = vae_fast.reparameterize(m, s, key=KEY)
+        loss, _ = vae_fast.fused_elbo(x, z * 1.0, s * 1.0, log_q, log_p, beta)
+        if compiler is None:
+            loss.backward()
+        else:
+            with torch._dynamo.compiled_autograd._enable(compiler):
+                loss.backward()
+        return m.grad, s.grad
+
+    compiler = torch.compile(backend="aot_eager")
+    for beta in (1.0, 5.0, 1.0):
+        for got, want in zip(gradients(beta, compiler), gradients(beta), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_refused_derivatives_are_refused_compiled_too():
     mu, s = leaves((4, 5), (4, 5))
 

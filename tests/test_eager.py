@@ -133,12 +133,18 @@ DENSITIES = [
     {"scale": 0.3, "likelihood": "laplace", "param": "var", "clamp": (0.4, 1.0)},
     {"scale": torch.tensor(0.3)},
     {"scale": None, "likelihood": "student_t"},  # packed
+    {"mask": torch.rand(6, 9) > 0.4},
+    {"mask": torch.rand(9, 6).t() > 0.4, "likelihood": "bernoulli"},
+    {"mask": torch.rand(6, 9) > 0.4, "scale": 0.3, "likelihood": "laplace"},
+    {"mask": torch.rand(6, 9) > 0.4, "scale": None, "clamp": (-0.5, 0.5)},
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("density", DENSITIES, ids=str)
+@pytest.mark.parametrize(
+    "density", DENSITIES, ids=lambda d: str({k: ... if k == "mask" else v for k, v in d.items()})
+)
 def test_every_density_has_the_same_bits(density, inplace, dtype):
     calls = Calls()
     torch.manual_seed(0)
@@ -203,7 +209,7 @@ def test_the_likelihood_alone_leaves_the_rest_to_the_long_way():
     vae_fast.gaussian_nll(fixed, t, torch.zeros(4)).sum().backward()  # one event for all
     vae_fast.gaussian_nll(fixed, t, 0).sum().backward()  # an int
     vae_fast.gaussian_nll(fixed, fixed.expand(2, 3, 4), fixed)
-    vae_fast.gaussian_nll(fixed, t, fixed, mask=fixed > 0)
+    vae_fast.gaussian_nll(fixed, t, fixed, mask=fixed[:1] > 0)  # one for all rows
     assert not calls.taken
     nll = vae_fast.gaussian_nll(fixed, t, fixed)
     assert calls.taken == ["nll"]
@@ -337,6 +343,57 @@ def test_a_graph_can_be_walked_twice(key):
     torch.testing.assert_close(torch.autograd.grad(out.loss, mu)[0] * 3, first)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(out.loss, mu)
+
+
+def one_pass(which, t, key):
+    """A loss whose graph is one node of the shortcut, on a leaf or a view of one."""
+    calls, zeros = Calls(), torch.zeros(t.shape)
+    if which == "latent":
+        loss = vae_fast.reparameterize(t, zeros, key=key)[2].sum()
+    elif which == "nll":
+        loss = vae_fast.gaussian_nll(zeros, t, zeros).sum()
+    else:
+        loss = vae_fast.fused_elbo(zeros, t, zeros, torch.zeros(len(t)))[0]
+    assert calls.taken == [which]
+    return loss
+
+
+PASSES = pytest.mark.parametrize("which", ["latent", "nll", "elbo"])
+
+
+@PASSES
+def test_a_graph_walked_once_is_let_go(which, key):
+    leaf = torch.randn(4, 6, requires_grad=True)
+    loss = one_pass(which, leaf, key)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@PASSES
+def test_rows_that_share_memory_have_gradients_of_their_own(which, key):
+    leaf = torch.randn(1, 6, requires_grad=True)
+    rows = torch.randn(4, 6).copy_(leaf.detach()).requires_grad_()
+    one_pass(which, leaf.expand(4, 6), key).backward()
+    one_pass(which, rows, key).backward()
+    torch.testing.assert_close(leaf.grad, rows.grad.sum(0, keepdim=True))
+
+
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+@PASSES
+def test_no_gradient_begets_none(which, key):
+    leaf = torch.randn(4, 6, requires_grad=True)
+    Cut.apply(one_pass(which, leaf, key)).backward()
+    assert leaf.grad is None
 
 
 def test_modified_inputs_are_noticed(key):

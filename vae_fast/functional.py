@@ -235,9 +235,9 @@ def likelihood_nll(
         options = _density_options(density)
         per_call = {"mask": mask, "dequantize": dequantize, "key": key, "first_row": first_row}
         return handle_torch_function(likelihood_nll, tensors, x, mean, scale, **per_call, **options)
-    if _is_plain(mask, dequantize) and (shortcut := eager.shortcut()):
+    if _is_plain(dequantize) and (shortcut := eager.shortcut()):
         scaled = density[0] not in ops.WITHOUT_SCALE
-        nll = shortcut.nll(x, mean, scale, scaled, *density)
+        nll = shortcut.nll(x, mean, scale, scaled, mask, *density)
         if nll is not None:
             return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -620,11 +620,11 @@ def _fused_elbo(
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
     reduction_code = _REDUCTION_CODE[reduction]
-    if _is_plain(mask, dequantize) and (shortcut := eager.shortcut()):
+    if _is_plain(dequantize) and (shortcut := eager.shortcut()):
         scaled = density[0] not in ops.WITHOUT_SCALE
         check = _check_inplace if inplace else None
         options = float(beta), reduction_code, check, *density
-        results = shortcut.elbo(x, mean, scale, scaled, log_q, log_p, *options)
+        results = shortcut.elbo(x, mean, scale, scaled, mask, log_q, log_p, *options)
         if results is not None:
             nll, loss = results
             return loss, nll
@@ -682,9 +682,9 @@ def _gradient_in_forward(
     return inplace or reduction != _REDUCTION_CODE["none"]
 
 
-def _is_plain(mask: object, dequantize: object) -> bool:
+def _is_plain(dequantize: object) -> bool:
     """Whether ``eager.cpp`` may serve a likelihood, as far as its options go."""
-    return mask is None and dequantize is False and not _validate
+    return dequantize is False and not _validate
 
 
 # ---- argument checks -----------------------------------------------------------------------

@@ -98,9 +98,10 @@ bool is_data(const Tensor& t) {
          t.dim() > 0;
 }
 // Whether a likelihood's tensors are all of one dtype, but for an x of levels, with a scale for each
-// element, a fixed one for all, or none where there is none (not `scaled`).
-bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale, bool scaled) {
+// element, a fixed one for all, or none where there is none (not `scaled`), and the mask of x's shape.
+bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale, bool scaled, const Tensor& mask) {
   if (!x.defined() || x.dim() == 0 || !is_data(mean)) return false;
+  if (mask.defined() && (mask.scalar_type() != at::kBool || mask.sizes() != x.sizes())) return false;
   if (x.scalar_type() != at::kByte && x.scalar_type() != mean.scalar_type()) return false;
   if (!scaled) return !scale.defined() && mean.sizes() == x.sizes();
   if (scale.defined()) {
@@ -320,6 +321,11 @@ Tensor gradient_like(const Tensor& t) {
 
 bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
+// A likelihood's tensors. There may be no scale, and no mask.
+struct Data {
+  Tensor x, mean, scale, mask;
+};
+
 // A density, by the names of LikelihoodOptions.
 struct Density {
   int64_t likelihood, param;
@@ -358,21 +364,21 @@ struct NllState {
 struct Nll {
   using State = NllState;
   static constexpr const char* kName = "vae_fast::LikelihoodBackward";
-  static constexpr size_t kSaved = 3, kGradients = 2;
+  static constexpr size_t kSaved = 4, kGradients = 2;
 
-  static Tensor recorded(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                         const Density& model) {
+  static Tensor recorded(const Data& data, const Density& model) {
+    const auto& [x, mean, scale, mask] = data;
     const auto node = record<Nll>(mean, scale);
-    const Tensor nll = run(x, mean, scale, model);
-    node->keep({model, differentiable(scale)}, {x, mean, scale});
+    const Tensor nll = run(data, model);
+    node->keep({model, differentiable(scale)}, {x, mean, scale, mask});
     torch::autograd::set_history(nll, node);
     return nll;
   }
 
-  static Tensor run(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                    const Density& model) {
+  static Tensor run(const Data& data, const Density& model) {
+    const auto& [x, mean, scale, mask] = data;
     const Tensor nll = empty({mean.size(0)}, row_type(mean));
-    passes->likelihood_forward(view(x), view(mean), view(scale), {}, {}, {},
+    passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), {}, {},
                                likelihood_options(model), view(nll), {});
     return nll;
   }
@@ -381,12 +387,12 @@ struct Nll {
                                 const variable_list& g) {
     refuse_graph();
     const auto& [model, learned] = state;
-    const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2];
+    const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2], &mask = saved[3];
     const LikelihoodOptions options = likelihood_options(model);
     if (!is_plain(g) || !is_plain(saved)) {
       const torch::jit::Stack results =
           call("vae_fast::likelihood_backward",
-               {optional(g[0]), at::IValue(), x, mean, optional(scale), at::IValue(), 0.0,
+               {optional(g[0]), at::IValue(), x, mean, optional(scale), optional(mask), 0.0,
                 static_cast<int64_t>(options.reduction), model.likelihood, model.param, model.lo,
                 model.hi, options.soft, model.df, model.x_mul, model.x_add, at::IValue(),
                 options.first_row, false, true, learned != 0});
@@ -398,8 +404,8 @@ struct Nll {
       g_mean = gradient_like(mean);
       if (learned) g_scale = gradient_like(scale);
     }
-    passes->likelihood_backward(view(g[0]), {}, view(x), view(mean), view(scale), {}, options, {},
-                                view(g_mean), view(g_scale), {}, {});
+    passes->likelihood_backward(view(g[0]), {}, view(x), view(mean), view(scale), view(mask),
+                                options, {}, view(g_mean), view(g_scale), {}, {});
     return {g_mean, g_scale};
   }
 };
@@ -420,9 +426,9 @@ struct Elbo {
   static constexpr const char* kName = "vae_fast::ElboBackward";
   static constexpr size_t kSaved = 2, kGradients = 4;
 
-  static variable_list recorded(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                                const Tensor& log_q, const Tensor& log_p,
+  static variable_list recorded(const Data& data, const Tensor& log_q, const Tensor& log_p,
                                 const LikelihoodOptions& options, const Targets& targets) {
+    const auto& [x, mean, scale, mask] = data;
     const auto node = record<Elbo>(mean, scale, log_q, log_p);
     // The node has its edges: after the bump, a view would make new ones of its own, without the hooks
     // of the old.
@@ -430,9 +436,9 @@ struct Elbo {
     if (targets.inplace && targets.g_scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
     const Tensor nll = empty({mean.size(0)}, row_type(mean));
     const Tensor loss = loss_like(nll, x, options);
-    passes->likelihood_forward_grad(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
-                                    options, view(targets.g_mean), view(targets.g_scale),
-                                    view(nll), view(loss), {});
+    passes->likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(log_q),
+                                    view(log_p), options, view(targets.g_mean),
+                                    view(targets.g_scale), view(nll), view(loss), {});
     node->keep({options.beta, options.reduction, x.size(0), log_p.defined()},
                {targets.g_mean, targets.g_scale});
     variable_list results{nll, loss};
@@ -440,13 +446,13 @@ struct Elbo {
     return results;
   }
 
-  static variable_list run(const Tensor& x, const Tensor& mean, const Tensor& scale,
-                           const Tensor& log_q, const Tensor& log_p,
+  static variable_list run(const Data& data, const Tensor& log_q, const Tensor& log_p,
                            const LikelihoodOptions& options) {
+    const auto& [x, mean, scale, mask] = data;
     const Tensor nll = empty({mean.size(0)}, row_type(mean));
     const Tensor loss = loss_like(nll, x, options);
-    passes->likelihood_forward(view(x), view(mean), view(scale), {}, view(log_q), view(log_p),
-                               options, view(nll), view(loss));
+    passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), view(log_q),
+                               view(log_p), options, view(nll), view(loss));
     return {nll, loss};
   }
 
@@ -534,30 +540,31 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// A likelihood's x, mean and scale, of objects that are tensors, or for the scale a number or None.
-struct Data {
-  Tensor x, mean, scale;
-};
-std::optional<Data> data_of(PyObject* const* objects, bool scaled) {
-  const Tensor *x = plain(objects[0]), *mean = plain(objects[1]);
-  const bool number = PyFloat_CheckExact(objects[2]);
+// What x, mean, scale, whether there is one, and mask hold: tensors, but for the scale a number or None,
+// and for the mask None, too.
+constexpr Py_ssize_t kData = 5;
+std::optional<Data> data_of(PyObject* const* objects) {
+  const Tensor *x = plain(objects[0]), *mean = plain(objects[1]), *mask = plain(objects[4]);
+  const bool number = PyFloat_CheckExact(objects[2]), scaled = objects[3] == Py_True;
   const Tensor* scale = plain(number ? Py_None : objects[2]);
-  if (!x || !mean || !scale || !unwatched()) return std::nullopt;
-  Data data{*x, *mean, *scale};
+  if (!x || !mean || !scale || !mask || !unwatched()) return std::nullopt;
+  Data data{*x, *mean, *scale, *mask};
   if (number && data.mean.defined()) {
     data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]), row_type(data.mean));
   }
-  return fit(data.x, data.mean, data.scale, scaled) ? std::optional(data) : std::nullopt;
+  const bool fits = fit(data.x, data.mean, data.scale, scaled, data.mask);
+  return fits ? std::optional(data) : std::nullopt;
 }
 
-// (x, mean, scale, scaled, density...) -> nll or None
+// (x, mean, scale, scaled, mask or None, density...) -> nll or None
 PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 4 + kDensity, "nll takes ", 4 + kDensity, " arguments, got ", count);
-  const std::optional<Data> data = data_of(objects, objects[3] == Py_True);
+  constexpr Py_ssize_t kArguments = kData + kDensity;
+  TORCH_CHECK_TYPE(count == kArguments, "nll takes ", kArguments, " arguments, got ", count);
+  const std::optional<Data> data = data_of(objects);
   if (!data) Py_RETURN_NONE;
-  const auto& [x, mean, scale] = *data;
-  const Density model = density_of(objects + 4);
+  const auto& [x, mean, scale, mask] = *data;
+  const Density model = density_of(objects + kData);
   if (PyErr_Occurred()) return nullptr;
   const bool graph = at::GradMode::is_enabled() &&
                      (differentiable(x) || differentiable(mean) || differentiable(scale));
@@ -565,29 +572,31 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Tensor result;
   {
     py::gil_scoped_release no_gil;
-    result = graph ? Nll::recorded(x, mean, scale, model) : Nll::run(x, mean, scale, model);
+    result = graph ? Nll::recorded(*data, model) : Nll::run(*data, model);
   }
   return THPVariable_Wrap(result);
   END_HANDLE_TH_ERRORS
 }
 
-// (x, mean, scale, scaled, log_q, log_p or None, beta, reduction, check, density...) -> (nll, loss) or
-// None.
+// (x, mean, scale, scaled, mask or None, log_q, log_p or None, beta, reduction, check, density...)
+// -> (nll, loss) or None.
 // With a check the gradients overwrite mean and scale: a function of the five tensors that raises where
 // that may not be. It is not asked where nothing at all is shared.
 PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 9 + kDensity, "elbo takes ", 9 + kDensity, " arguments, got ", count);
-  const std::optional<Data> data = data_of(objects, objects[3] == Py_True);
-  const Tensor *log_q_ = plain(objects[4]), *log_p_ = plain(objects[5]);
+  constexpr Py_ssize_t kArguments = kData + 5 + kDensity;
+  TORCH_CHECK_TYPE(count == kArguments, "elbo takes ", kArguments, " arguments, got ", count);
+  const std::optional<Data> data = data_of(objects);
+  PyObject* const* const rest = objects + kData;
+  const Tensor *log_q_ = plain(rest[0]), *log_p_ = plain(rest[1]);
   if (!data || !log_q_ || !log_p_) Py_RETURN_NONE;
-  const auto& [x, mean, scale] = *data;
+  const auto& [x, mean, scale, mask] = *data;
   const Tensor log_q = *log_q_, log_p = *log_p_;
   if (!is_row_term(log_q, mean) || (log_p.defined() && !is_row_term(log_p, mean))) Py_RETURN_NONE;
-  const bool inplace = objects[8] != Py_None;
-  LikelihoodOptions options = likelihood_options(density_of(objects + 9));
-  options.beta = PyFloat_AsDouble(objects[6]);
-  options.reduction = static_cast<Reduction>(PyLong_AsLongLong(objects[7]));
+  const bool inplace = rest[4] != Py_None;
+  LikelihoodOptions options = likelihood_options(density_of(rest + 5));
+  options.beta = PyFloat_AsDouble(rest[2]);
+  options.reduction = static_cast<Reduction>(PyLong_AsLongLong(rest[3]));
   if (PyErr_Occurred()) return nullptr;
   const bool graph =
       at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
@@ -597,7 +606,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     variable_list results;
     {
       py::gil_scoped_release no_gil;
-      results = Elbo::run(x, mean, scale, log_q, log_p, options);
+      results = Elbo::run(*data, log_q, log_p, options);
     }
     return wrapped(results);
   }
@@ -613,8 +622,8 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
                        (!learned || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
     if (!alone) {
       PyObject* const tensor = PyFloat_CheckExact(objects[2]) ? Py_None : objects[2];
-      PyObject* const checked = PyObject_CallFunctionObjArgs(
-          objects[8], objects[0], objects[1], tensor, objects[4], objects[5], nullptr);
+      PyObject* const checked = PyObject_CallFunctionObjArgs(rest[4], objects[0], objects[1], tensor,
+                                                             rest[0], rest[1], nullptr);
       if (checked == nullptr) return nullptr;
       Py_DECREF(checked);
     }
@@ -627,7 +636,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    results = Elbo::recorded(x, mean, scale, log_q, log_p, options, targets);
+    results = Elbo::recorded(*data, log_q, log_p, options, targets);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS

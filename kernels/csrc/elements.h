@@ -20,7 +20,7 @@ struct Model {
   T df = 1, log_df = 0, far = 1;  // Student's ν, and the r beyond which 1 + r²/ν is r²/ν
   T bin = 1, log_bin = 0, first_edge = 0, last_edge = 0;  // of the levels that x lies on
   T constant = 0;                                         // of every element's value
-  T lo = 0, hi = 0;  // of the raw scale, for kernels with bounds
+  T lo = -INFINITY, hi = INFINITY;  // of the raw scale, for kernels with bounds
 
   Model() = default;
   Model(Family family, double df_, double mul, double add) {

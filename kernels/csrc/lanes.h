@@ -82,6 +82,35 @@ struct At {
   }
 };
 
+// The same under a mask of lanes, all of whose bits are set or none: what it leaves out loads `fill`,
+// stores 0 and adds nothing, whatever is there.
+template <class F, bool kPart>
+struct MaskedAt : At<F, kPart> {
+  using T = ScalarOf<F>;
+  using I = typename Traits<F>::Int;
+  using Base = At<F, kPart>;
+  I mask;
+  VAE_FAST_INLINE MaskedAt(int64_t i, int64_t left, I mask_) : Base{i, left}, mask(mask_) {}
+  template <class S>
+  VAE_FAST_INLINE F load(const S* p, T fill = T(0)) const {
+    return choose(Base::load(p, fill), splat<F>(fill));
+  }
+  template <class S>
+  VAE_FAST_INLINE void store(S* p, F v) const {
+    Base::store(p, keep(v));
+  }
+  template <class S>
+  VAE_FAST_INLINE void stream(S* p, F v) const {
+    Base::stream(p, keep(v));
+  }
+  VAE_FAST_INLINE F keep(F v) const { return choose(v, F{}); }
+
+ private:
+  VAE_FAST_INLINE F choose(F yes, F no) const {
+    return bits_as<F>((bits_as<I>(yes) & mask) | (bits_as<I>(no) & ~mask));
+  }
+};
+
 // In each quarter of four lanes, from lane kFrom on: one of a, one of b, ... or two and two.
 template <int kFrom, int kRun, class F, int... i>
 VAE_FAST_INLINE F interleave(F a, F b, std::integer_sequence<int, i...>) {
@@ -114,6 +143,32 @@ VAE_FAST_INLINE void for_lanes(int64_t n, const Body& body) {
   if (i < n) body(At<F, true>{i, n - i});
 }
 
+// Functions that call body(at) for the vectors of n elements, all of them or those that a mask of bytes
+// keeps.
+template <class F>
+struct EveryLane {
+  template <class Body>
+  VAE_FAST_INLINE void operator()(int64_t n, const Body& body) const {
+    for_lanes<F>(n, body);
+  }
+};
+template <class F>
+struct MaskedLanes {
+  const uint8_t* mask;
+  template <class Body>
+  VAE_FAST_INLINE void operator()(int64_t n, const Body& body) const {
+    constexpr int width = Traits<F>::width;
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+      body(MaskedAt<F, false>(i, width, mask_lanes<F>(mask + i)));
+    }
+    if (i < n) {
+      uint8_t last[width] = {};
+      std::memcpy(last, mask + i, n - i);
+      body(MaskedAt<F, true>(i, n - i, mask_lanes<F>(last)));
+    }
+  }
+};
 // Writes σ of n raw scales, or its inverse, and returns whether every log σ was moderate (math.h);
 // else, or where σ is no exponential, what is written is nothing of use. A loop of its own, since the
 // processor overlaps an exponential better with others than with what needs it.
@@ -140,17 +195,19 @@ VAE_FAST_INLINE bool moderate_sigma(int64_t n, const S* scale, const Bound& boun
 
 // Calls body(at, scale, raw) for the vectors of n raw scales, at most kTile, after bound(raw) has
 // made them Bounded or Unbounded. The body divides by σ (kInverse), or multiplies with it.
-template <class F, Param P, bool kInverse, class S, class Bound, class Body>
-VAE_FAST_INLINE void for_scales(int64_t n, const S* scale, const Bound& bound, const Body& body) {
+template <class F, Param P, bool kInverse, class S, class Bound, class Body,
+          class Each = EveryLane<F>>
+VAE_FAST_INLINE void for_scales(int64_t n, const S* scale, const Bound& bound, const Body& body,
+                                const Each& each = {}) {
   using T = ScalarOf<F>;
   alignas(64) T factor[kTile];
   if (moderate_sigma<F, P, kInverse>(n, scale, bound, factor)) {
-    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    each(n, [&](auto at) VAE_FAST_LAMBDA {
       const auto raw = bound(at.load(scale, T(1)));
       body(at, ModerateScale<F, P>(raw.kept, at.load(factor, T(1))), raw);
     });
   } else {
-    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    each(n, [&](auto at) VAE_FAST_LAMBDA {
       const auto raw = bound(at.load(scale, T(1)));
       body(at, Scale<F, P>(raw.kept), raw);
     });
@@ -228,12 +285,18 @@ struct LatentKernels {
 // the latter in bounds.
 enum class ScaleKind { row, each, bounded };
 
-// On elements stored as S.
+// On elements stored as S. The mask is that of the elements which count, if not all do.
 template <class T, class S = T>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const S> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
-                                  Rows<const T> weight, Rows<S> g_mean, Rows<S> g_scale, bool stream,
-                                  LikelihoodTerms<T>* terms);
+                                  Rows<const uint8_t> mask, Rows<const T> weight, Rows<S> g_mean,
+                                  Rows<S> g_scale, bool stream, LikelihoodTerms<T>* terms);
+// One of them.
+struct LikelihoodVariant {
+  ScaleKind scale;
+  bool masked;  // not with ScaleKind::each, nor on bf16
+  bool gradient;
+};
 
 template <class T>
 struct KlKernels {

@@ -15,24 +15,22 @@ namespace vae_fast {
 namespace {
 
 template <class T>
-LikelihoodKernel<T> likelihood_kernel(Family family, Param param, ScaleKind scale, bool gradient);
+LikelihoodKernel<T> likelihood_kernel(Family family, Param param, LikelihoodVariant variant);
 template <>
-LikelihoodKernel<double> likelihood_kernel(Family family, Param param, ScaleKind scale,
-                                           bool gradient) {
-  return base::likelihood_kernel<double>(family, param, scale, gradient);
+LikelihoodKernel<double> likelihood_kernel(Family family, Param param, LikelihoodVariant variant) {
+  return base::likelihood_kernel<double>(family, param, variant);
 }
 template <>
-LikelihoodKernel<float> likelihood_kernel(Family family, Param param, ScaleKind scale,
-                                          bool gradient) {
-  VAE_FAST_SELECT(likelihood_kernel, family, param, scale, gradient)
+LikelihoodKernel<float> likelihood_kernel(Family family, Param param, LikelihoodVariant variant) {
+  VAE_FAST_SELECT(likelihood_kernel, family, param, variant)
 }
 
 // That of bf16 rows which are read and written as they are; null if there is none.
 template <class T>
-LikelihoodKernel<T, Bf16> bf16_kernel(Family family, Param param, ScaleKind scale, bool gradient) {
+LikelihoodKernel<T, Bf16> bf16_kernel(Family family, Param param, LikelihoodVariant variant) {
   if constexpr (std::is_same_v<T, float>) {
-    if (family == Family::gaussian) {
-      VAE_FAST_SELECT(gaussian_bf16_kernel, param, scale, gradient)
+    if (family == Family::gaussian && !variant.masked) {
+      VAE_FAST_SELECT(gaussian_bf16_kernel, param, variant)
     }
   }
   return nullptr;
@@ -97,8 +95,10 @@ struct Likelihood {
     split(mean_, scale_, mean, scale);
     if (sharing == Sharing::all || sharing == Sharing::row) load_row_scales(scale_);
     if (mask_) mask = operand(mask_);
-    model.lo = static_cast<T>(clamp.lo);
-    model.hi = static_cast<T>(clamp.hi);
+    if (!prepared) {
+      model.lo = static_cast<T>(clamp.lo);
+      model.hi = static_cast<T>(clamp.hi);
+    }
   }
 
   // What is absent is not wanted; of a packed mean there are both or none.
@@ -116,11 +116,13 @@ struct Likelihood {
   // −log p(x|z) and their shares of a scalar scale's gradient, and g_event that of a shared event.
   void run(bool gradient, Rows<const T> weight, T* value, T* g_shared,
            const Operand* g_event = nullptr) const {
-    const ScaleKind kind = scalar                        ? ScaleKind::row
-                           : prepared || !clamp.active() ? ScaleKind::each
-                                                         : ScaleKind::bounded;
-    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(
-        family, as_log ? Param::logstd : param, kind, gradient);
+    // A masked kernel always keeps bounds, be they infinite: one variant less.
+    const ScaleKind kind = scalar                                  ? ScaleKind::row
+                           : mask || (clamp.active() && !prepared) ? ScaleKind::bounded
+                                                                   : ScaleKind::each;
+    const LikelihoodVariant variant{kind, static_cast<bool>(mask), gradient};
+    const LikelihoodKernel<T> kernel =
+        likelihood_kernel<T>(family, as_log ? Param::logstd : param, variant);
     // With a gradient for x, the samples that share a row of x belong to one unit of work; with one
     // for a shared event, a block of rows.
     const int64_t first_rows = need_x ? batch : rows;
@@ -131,7 +133,7 @@ struct Likelihood {
     const int64_t work =
         std::max<int64_t>(1, std::min(size, kPiece)) *
         (need_x ? std::max<int64_t>(1, samples) : 1) * block;
-    const LikelihoodKernel<T, Bf16> bf16 = bf16_kernel<T>(family, param, kind, gradient);
+    const LikelihoodKernel<T, Bf16> bf16 = bf16_kernel<T>(family, param, variant);
     const bool direct_bf16 = bf16 && !g_event && reads_in_place<Bf16>(gradient);
     const bool direct = direct_bf16 || (!g_event && reads_in_place<T>(gradient));
     const bool stream = gradient && (direct_bf16 ? streams<Bf16>() : streams<T>());
@@ -233,8 +235,12 @@ struct Likelihood {
   bool reads_in_place(bool gradient) const {
     const auto fits = [&](const Operand& o) { return event.template direct<S>(o); };
     const auto writes = [&](const Operand& g) { return !gradient || (g && fits(g)); };
-    return !mask && !need_x && fits(x) && fits(mean) && writes(g_mean) &&
+    return !need_x && masks_in_place() && fits(x) && fits(mean) && writes(g_mean) &&
            (scalar || (!prepared && fits(scale) && writes(g_scale)));
+  }
+
+  bool masks_in_place() const {
+    return !mask || (event.sizes.size() == 1 && (mask.strides[0] == 1 || size == 1));
   }
 
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
@@ -265,9 +271,10 @@ struct Likelihood {
     };
     for (int64_t n = first; n < last;) {
       const int64_t b = n % batch, count = std::min(last - n, batch - b);  // of one sample
+      const Rows<const uint8_t> kept{mask ? mask_at(b, begin) : nullptr, mask.row_stride};
       kernel(count, end - begin, model, in(x, b), in(mean, n), in(scale, n),
-             row_scales(n), {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n), stream,
-             terms);
+             row_scales(n), kept, {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n),
+             stream, terms);
       n += count;
       terms += count;
     }
@@ -298,12 +305,25 @@ struct Likelihood {
     return buffer;
   }
 
+  const uint8_t* mask_at(int64_t b, int64_t begin) const {
+    return reinterpret_cast<const uint8_t*>(mask.at(b * mask.row_stride + begin));
+  }
+  const uint8_t* load_mask(int64_t b, int64_t begin, int64_t n, uint8_t* buffer) const {
+    if (masks_in_place()) return mask_at(b, begin);
+    event.runs(mask, b, begin, n, [&](int64_t at, int64_t stride, int64_t first, int64_t count) {
+      const char* from = mask.at(at);
+      for (int64_t i = 0; i < count; ++i) buffer[first + i] = from[i * stride];
+    });
+    return buffer;
+  }
+
   // One piece of one row, tile by tile.
   LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
                                int64_t begin, int64_t end, const T* weight, T* x_sum,
                                T* scale_sum) const {
     alignas(64) T x_tile[kTile], m_tile[kTile], s_tile[kTile];
     alignas(64) T gm_tile[kTile], gs_tile[kTile], slope[kTile];
+    uint8_t kept[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
     LikelihoodTerms<T> sum{T(0), T(0)};
     for (; begin < end; begin += kTile) {
@@ -313,26 +333,22 @@ struct Likelihood {
       tile.mean = event.load(mean, n, begin, count, m_tile);
       tile.scale = scalar ? nullptr : event.load(scale, n, begin, count, s_tile);
       tile.slope = !scalar && prepared ? slope : nullptr;
+      tile.mask = mask ? load_mask(b, begin, count, kept) : nullptr;
       if (tile.slope) {
         tiles.prepare_scale(count, clamp, as_log, tile.scale, s_tile, slope);
         tile.scale = s_tile;
       }
+      // Straight past the caches only what nobody has to change any more.
+      const bool past = stream && !tile.slope && !need_x && !scale_sum && (scalar || g_scale);
+      const bool buffered = !gradient || (stream && !past);
+      T* const gm = buffered || !g_mean ? gm_tile : event.target(g_mean, n, begin, gm_tile);
+      T* const gs = buffered || !g_scale || scale_sum ? gs_tile
+                                                      : event.target(g_scale, n, begin, gs_tile);
       LikelihoodTerms<T> terms;
-      if (mask) {
-        terms = masked_tile(kernel, gradient, stream, n, b, begin, count, tile, weight, x_sum,
-                            scale_sum);
-      } else {
-        // Straight past the caches only what nobody has to change any more.
-        const bool past = stream && !tile.slope && !need_x && !scale_sum && (scalar || g_scale);
-        const bool buffered = !gradient || (stream && !past);
-        T* const gm = buffered || !g_mean ? gm_tile : event.target(g_mean, n, begin, gm_tile);
-        T* const gs = buffered || !g_scale || scale_sum ? gs_tile
-                                                        : event.target(g_scale, n, begin, gs_tile);
-        kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
-               {weight, 0}, {gm, 0}, {gs, 0}, past, &terms);
-        if (gradient && !past) {
-          store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
-        }
+      kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
+             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, &terms);
+      if (gradient && !past) {
+        store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
       }
       sum.value += terms.value;
       sum.g_scale += terms.g_scale;
@@ -342,50 +358,18 @@ struct Likelihood {
     return sum;
   }
 
-  // A tile of the operands; slope is the prepared scale's derivative, or null.
+  // A tile of the operands; slope is the prepared scale's derivative, or null, as is no mask.
   struct Tile {
     const T *x, *mean, *scale, *slope;
+    const uint8_t* mask;
   };
-
-  // The selected elements are packed together, and only they are ever computed on.
-  LikelihoodTerms<T> masked_tile(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
-                                 int64_t b, int64_t begin, int64_t count, const Tile& tile,
-                                 const T* weight, T* x_sum, T* scale_sum) const {
-    alignas(64) T x_kept[kTile], m_kept[kTile], s_kept[kTile], gm_kept[kTile], gs_kept[kTile];
-    int64_t index[kTile + 1], kept = 0;
-    event.runs(mask, b, begin, count, [&](int64_t offset, int64_t stride, int64_t at, int64_t run) {
-      const char* keep = mask.at(offset);
-      for (int64_t i = 0; i < run; ++i) {
-        index[kept] = at + i;
-        kept += keep[i * stride] != 0;
-      }
-    });
-    for (int64_t i = 0; i < kept; ++i) {
-      x_kept[i] = tile.x[index[i]];
-      m_kept[i] = tile.mean[index[i]];
-      if (!scalar) s_kept[i] = tile.scale[index[i]];
-    }
-    LikelihoodTerms<T> terms;
-    kernel(1, kept, model, {x_kept, 0}, {m_kept, 0}, {s_kept, 0}, row_scales(n), {weight, 0},
-           {gm_kept, 0}, {gs_kept, 0}, false, &terms);
-    if (gradient) {
-      alignas(64) T gm_tile[kTile] = {}, gs_tile[kTile] = {}, m_tile[kTile] = {};
-      for (int64_t i = 0; i < kept; ++i) {
-        gm_tile[index[i]] = gm_kept[i];
-        m_tile[index[i]] = m_kept[i];
-        if (!scalar) gs_tile[index[i]] = gs_kept[i];
-      }
-      const Tile selected{tile.x, m_tile, tile.scale, tile.slope};
-      store_gradients(stream, n, begin, count, selected, weight, gm_tile, gs_tile, x_sum,
-                      scale_sum);
-    }
-    return terms;
-  }
 
   void store_gradients(bool stream, int64_t n, int64_t begin, int64_t count, const Tile& tile,
                        const T* weight, const T* gm, T* gs, T* x_sum, T* scale_sum) const {
     if (need_x && family == Family::bernoulli) {
-      for (int64_t i = 0; i < count; ++i) x_sum[i] -= *weight * tile.mean[i];
+      for (int64_t i = 0; i < count; ++i) {
+        if (!tile.mask || tile.mask[i]) x_sum[i] -= *weight * tile.mean[i];
+      }
     } else if (need_x) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) x_sum[i] -= gm[i];  // ∂x = −∂m

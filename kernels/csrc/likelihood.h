@@ -5,10 +5,10 @@
 // A row's terms are Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
 // writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
 // the inputs element for element, unless they are streamed past the caches.
-template <class F, class S, Family family, Param P, ScaleKind kScale, bool kGradient>
+template <class F, class S, Family family, Param P, ScaleKind kScale, bool kMasked, bool kGradient>
 VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<ScalarOf<F>>& model,
                                      Rows<const S> x, Rows<const S> mean, Rows<const S> scale,
-                                     Rows<const ScalarOf<F>> row_scale,
+                                     Rows<const ScalarOf<F>> row_scale, Rows<const uint8_t> mask,
                                      Rows<const ScalarOf<F>> weight, Rows<S> g_mean,
                                      Rows<S> g_scale, bool stream,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
@@ -26,15 +26,17 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
   for (int64_t row = 0; row < rows; ++row) {
     const T w = kGradient ? *weight[row] : T(0);
     LikelihoodTerms<T> sum{T(0), T(0)};
+    T terms_kept = 0;
     for (int64_t begin = 0; begin < n; begin += kTile) {  // so that no lane adds up many terms
       const int64_t count = std::min(n - begin, kTile);
       const S *const xs = x[row] + begin, *const means = mean[row] + begin;
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
       S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
-      F values{}, g_scalar{};
+      F values{}, g_scalar{}, kept{};
       const auto body = [&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
         const Element<F, family> e(at.load(xs), at.load(means), s, constants);
         values += at.keep(e.value);
+        if constexpr (kMasked) kept += at.keep(splat<F>(T(1)));
         if constexpr (kGradient) {
           store(at, to_mean, e.d_x * -w);
           if constexpr (has_scale(family)) {
@@ -47,51 +49,66 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
           }
         }
       };
-      if constexpr (kRow) {
-        const F s = splat<F>(*row_scale[row]);
-        const Scale<F, P> shared(s);
-        for_lanes<F>(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared, Unbounded<F>{s}); });
-      } else if constexpr (kScale == ScaleKind::each) {
-        for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, NoBound<F>{}, body);
+      const auto run = [&](const auto& each) VAE_FAST_LAMBDA {
+        if constexpr (kRow) {
+          const F s = splat<F>(*row_scale[row]);
+          const Scale<F, P> shared(s);
+          each(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared, Unbounded<F>{s}); });
+        } else if constexpr (kScale == ScaleKind::each) {
+          for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, NoBound<F>{}, body, each);
+        } else {
+          const auto bound = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
+          for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, bound, body, each);
+        }
+      };
+      if constexpr (kMasked) {
+        run(MaskedLanes<F>{mask[row] + begin});
+        terms_kept += sum_lanes(kept);
       } else {
-        const auto bound = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
-        for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, bound, body);
+        run(EveryLane<F>{});
       }
       sum.value += sum_lanes(values);
       sum.g_scale += sum_lanes(g_scalar);
     }
-    sum.value += constants.constant * static_cast<T>(n);
+    sum.value += constants.constant * (kMasked ? terms_kept : static_cast<T>(n));
     terms[row] = sum;
   }
   if (stream) finish_stream();
 }
 
 // A backward pass runs the kernel with gradients, and has no use for the values.
-template <class F, class S, Family family, Param P, ScaleKind kScale>
+template <class F, class S, Family family, Param P, ScaleKind kScale, bool kMasked>
 LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(bool gradient) {
-  return gradient ? likelihood_rows<F, S, family, P, kScale, true>
-                  : likelihood_rows<F, S, family, P, kScale, false>;
+  return gradient ? likelihood_rows<F, S, family, P, kScale, kMasked, true>
+                  : likelihood_rows<F, S, family, P, kScale, kMasked, false>;
+}
+template <class F, class S, Family family, Param P, ScaleKind kScale>
+LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(LikelihoodVariant variant) {
+  if constexpr (!std::is_same_v<S, Bf16> && kScale != ScaleKind::each) {
+    if (variant.masked) return likelihood_kernel<F, S, family, P, kScale, true>(variant.gradient);
+  }
+  return likelihood_kernel<F, S, family, P, kScale, false>(variant.gradient);
 }
 template <class F, class S, Family family, Param P>
-LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(ScaleKind scale, bool gradient) {
+LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(LikelihoodVariant variant) {
   if constexpr (has_scale(family)) {
-    if (scale == ScaleKind::each) {
-      return likelihood_kernel<F, S, family, P, ScaleKind::each>(gradient);
+    if (variant.scale == ScaleKind::each) {
+      return likelihood_kernel<F, S, family, P, ScaleKind::each>(variant);
     }
-    if (scale == ScaleKind::bounded) {
-      return likelihood_kernel<F, S, family, P, ScaleKind::bounded>(gradient);
+    if (variant.scale == ScaleKind::bounded) {
+      return likelihood_kernel<F, S, family, P, ScaleKind::bounded>(variant);
     }
   }
-  return likelihood_kernel<F, S, family, P, ScaleKind::row>(gradient);
+  return likelihood_kernel<F, S, family, P, ScaleKind::row>(variant);
 }
 
 // The Gaussian reads any parameter as it is.
 template <class F, class S>
-LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, ScaleKind scale, bool gradient) {
+LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, LikelihoodVariant variant) {
   switch (param) {
 #define VAE_FAST_CASE(P) \
   case Param::P:         \
-    return likelihood_kernel<F, S, Family::gaussian, Param::P>(scale, gradient);
+    return likelihood_kernel<F, S, Family::gaussian, Param::P>(variant);
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
@@ -102,33 +119,32 @@ LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, ScaleKind scale, b
   return nullptr;
 }
 template <class F>
-LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, ScaleKind scale,
-                                                         bool gradient) {
-  return gaussian_kernel<F, Bf16>(param, scale, gradient);
+LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, LikelihoodVariant variant) {
+  return gaussian_kernel<F, Bf16>(param, variant);
 }
 
 // The other families read exponential ones; any other is prepared as log σ.
 template <class F, Family family>
-LikelihoodKernel<ScalarOf<F>> family_kernel(Param param, ScaleKind scale, bool gradient) {
+LikelihoodKernel<ScalarOf<F>> family_kernel(Param param, LikelihoodVariant variant) {
   using T = ScalarOf<F>;
   if constexpr (has_scale(family)) {
     if (param == Param::logvar) {
-      return likelihood_kernel<F, T, family, Param::logvar>(scale, gradient);
+      return likelihood_kernel<F, T, family, Param::logvar>(variant);
     }
   }
-  return likelihood_kernel<F, T, family, Param::logstd>(scale, gradient);
+  return likelihood_kernel<F, T, family, Param::logstd>(variant);
 }
 
 template <class F>
-LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param, ScaleKind scale,
-                                                bool gradient) {
+LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param,
+                                                LikelihoodVariant variant) {
   using T = ScalarOf<F>;
   switch (family) {
     case Family::gaussian:
-      return gaussian_kernel<F, T>(param, scale, gradient);
+      return gaussian_kernel<F, T>(param, variant);
 #define VAE_FAST_CASE(NAME) \
   case Family::NAME:        \
-    return family_kernel<F, Family::NAME>(param, scale, gradient);
+    return family_kernel<F, Family::NAME>(param, variant);
     VAE_FAST_CASE(laplace)
     VAE_FAST_CASE(bernoulli)
     VAE_FAST_CASE(logistic)

@@ -38,10 +38,12 @@ struct Traits<float> {
 template <>
 struct Traits<double> {
   using Scalar = double;
+  using Int = int64_t;
   static constexpr int width = 1;
 };
 
 #if !defined(__CUDACC__)
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
 // One vector register of each width: SSE and NEON, AVX2, AVX-512.
 #define VAE_FAST_VECTOR(W, HALF)                                                                   \
   typedef float f32x##W __attribute__((vector_size(4 * W)));                                    \
@@ -175,6 +177,44 @@ VAE_FAST_INLINE u16x16 narrow_lanes(u32x16 v) {
   return (u16x16)__builtin_ia32_pmovdw512_mask((i32x16)v, i16x16{}, 0xffff);
 }
 #endif
+
+// Bytes as whole lanes.
+template <class I>
+VAE_FAST_INLINE I widen_bytes(const uint8_t* p) {
+  static_assert(sizeof(I) == 16);
+  uint32_t word;
+  std::memcpy(&word, p, sizeof(word));
+  const u8x16 bytes = (u8x16)u32x4{word, 0, 0, 0}, zero{};
+  const u16x8 halves = (u16x8)__builtin_shufflevector(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
+                                                      5, 21, 6, 22, 7, 23);
+  return (I)__builtin_shufflevector(halves, u16x8{}, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+#if defined(VAE_FAST_GCC_X86)
+typedef char i8x16 __attribute__((vector_size(16)));
+template <>
+VAE_FAST_INLINE i32x8 widen_bytes(const uint8_t* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof(word));
+  return __builtin_ia32_pmovzxbd256((i8x16)u64x2{word, 0});
+}
+template <>
+VAE_FAST_INLINE i32x16 widen_bytes(const uint8_t* p) {
+  i8x16 bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_ia32_pmovzxbd512_mask(bytes, i32x16{}, 0xffff);
+}
+#endif
+
+// A boolean in a byte for each lane, as all of the lane's bits or none.
+template <class F>
+VAE_FAST_INLINE typename Traits<F>::Int mask_lanes(const uint8_t* p) {
+  using I = typename Traits<F>::Int;
+  if constexpr (Traits<F>::width == 1) {
+    return -static_cast<I>(*p != 0);
+  } else {
+    return -widen_bytes<I>(p) >> 31;
+  }
+}
 
 // The first n lanes of a vector, n below its width, as they lie in memory; lanes beyond them load
 // those of `fill`. Without masks in the instruction set a call of memcpy.
