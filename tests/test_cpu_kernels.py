@@ -9,24 +9,40 @@ from vae_fast import reference
 pytestmark = pytest.mark.usefixtures("cpp")
 
 
-def test_every_bf16_number_survives_the_conversions():
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@HALVES
+@pytest.mark.parametrize("shape", [(-1, 1), (256, 256)])
+def test_every_half_survives_the_conversions(dtype, shape):
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    mu = patterns.view(torch.bfloat16)
+    mu = patterns.view(dtype)
     # σ = 0: z is μ, widened and narrowed again, whatever ε is.
-    z = vae_fast.reparameterize(mu[:, None], torch.full_like(mu[:, None], -torch.inf))[0][:, 0]
+    rows = mu.view(shape)
+    z = vae_fast.reparameterize(rows, torch.full_like(rows, -torch.inf))[0].flatten()
     number = ~torch.isnan(mu)
     assert torch.isnan(z[~number]).all()
     assert torch.equal(z[number].view(torch.int16), patterns[number])
 
 
-def test_bf16_rounds_to_nearest_even():
-    x, mean = torch.randn(3, 1000).bfloat16(), torch.randn(3, 1000).bfloat16().requires_grad_()
-    log = torch.zeros(3)
-    # At σ = 1 the gradient of the mean is the residual: of few bits, so that ties are common.
+@HALVES
+def test_halves_are_rounded_to_nearest_even(dtype):
+    # Any numbers at all, and some of one size: differences that are subnormal, normal, halfway
+    # between two numbers, and too large.
+    words = torch.randint(-(1 << 15), 1 << 15, (2, 300, 1000), dtype=torch.int16).view(dtype)
+    words[:, :100] = torch.randn(2, 100, 1000).to(dtype)
+    x, mean = torch.where(words.isfinite(), words, 0.0).unbind()
+    mean.requires_grad_()
+    log = torch.zeros(len(x))
+    # At σ = 1 the gradient of the mean is the residual.
     vae_fast.fused_elbo(x, mean, torch.zeros_like(x), log, log, reduction="sum")[0].backward()
     residual = mean.detach().float() - x.float()
-    assert ((residual.view(torch.int32) & 0xFFFF) == 0x8000).any()
-    assert torch.equal(mean.grad, residual.bfloat16())
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    half = residual.view(torch.int32) & ((1 << dropped) - 1) == 1 << (dropped - 1)
+    assert half.any()
+    assert dtype == torch.bfloat16 or (residual.abs() > 65520).any()
+    assert dtype == torch.bfloat16 or ((residual.abs() < 6e-5) & (residual != 0)).any()
+    assert torch.equal(mean.grad, residual.to(dtype))
 
 
 # Rows of whole cache lines, which may be streamed, and others; the gradients exceed 6 MiB.

@@ -32,6 +32,8 @@ TileKernels<T> tile_kernels(Param param);
 struct StorageKernels {
   void (*widen_bf16)(const Bf16* from, int64_t n, float* to);
   void (*narrow_bf16)(const float* from, int64_t n, Bf16* to);
+  void (*widen_fp16)(const Fp16* from, int64_t n, float* to);
+  void (*narrow_fp16)(const float* from, int64_t n, Fp16* to);
   // The uniform noise of `calls` Philox calls from `counter` on: u[4·i + lane], writable up to the
   // next multiple of 16 calls.
   void (*uniform)(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1, float* u);

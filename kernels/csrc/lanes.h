@@ -17,8 +17,9 @@ constexpr int64_t kTile = 1024;  // elements worked on at once, in L1
 template <class F>
 using ScalarOf = typename Traits<F>::Scalar;
 
-// A bf16 in memory; in a register it is a float.
+// A bf16 or fp16 in memory; in a register it is a float.
 enum class Bf16 : uint16_t {};
+enum class Fp16 : uint16_t {};
 
 // The vector of elements i, i+1, ... of a row. Of the last, partial one (kPart) only `left` elements
 // exist: the lanes beyond them load `fill`, store nothing and add nothing.
@@ -33,9 +34,18 @@ struct At {
     const H v = read(reinterpret_cast<const uint16_t*>(p + i), H{} + bits);
     return bits_as<F>(widen_lanes<typename Traits<F>::UInt>(v) << 16);
   }
+  VAE_FAST_INLINE F load(const Fp16* p) const {
+    using U = typename Traits<F>::UInt;
+    const auto bits = read(reinterpret_cast<const uint16_t*>(p + i), typename Traits<F>::UShort{});
+    return from_fp16<F>(widen_lanes<U>(bits));
+  }
   VAE_FAST_INLINE void store(T* p, F v) const { write(p + i, v); }
   VAE_FAST_INLINE void store(Bf16* p, F v) const {
     write(reinterpret_cast<uint16_t*>(p + i), bf16(v));
+  }
+  VAE_FAST_INLINE void store(Fp16* p, F v) const {
+    const auto bits = fp16_bits<F, typename Traits<F>::UInt>(v);
+    write(reinterpret_cast<uint16_t*>(p + i), narrow_lanes<typename Traits<F>::UShort>(bits));
   }
   // Past the caches where there is an instruction for it; p + i must be aligned to a whole vector.
   VAE_FAST_INLINE void stream(T* p, F v) const {

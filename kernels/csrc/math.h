@@ -261,6 +261,28 @@ VAE_FAST_INLINE U bf16_bits(F f) {
   return select(f == f, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, U{} + 0x7fc0u);
 }
 
+// The bits of a float rounded to fp16, to nearest even, in the low half of a lane; a NaN stays one.
+template <class F, class U>
+VAE_FAST_INLINE U fp16_bits(F f) {
+  const U bits = bits_as<U>(f), size = bits & 0x7fffffffu;
+  const U normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  // Below 2^-14 the sum with ½ rounds to the 2^-24 that subnormals are multiples of.
+  const U tiny = bits_as<U>(bits_as<F>(size) + 0.5f) - 0x3f000000u;
+  const U large = select(size > 0x7f800000u, U{} + 0x7e00u, U{} + 0x7c00u);
+  const U finite = select(size < 0x38800000u, tiny, normal);
+  return select(size < 0x47800000u, finite, large) | ((bits >> 16) & 0x8000u);
+}
+// And back.
+template <class F, class U>
+VAE_FAST_INLINE F from_fp16(U bits) {
+  const U size = (bits & 0x7fffu) << 13;
+  // 2^-14 more than a subnormal has its bits in the places of a normal number.
+  const F tiny = bits_as<F>(size + (113u << 23)) - 6.10351562e-05f;
+  const U large = size + (select(size < 0x0f800000u, U{} + 112u, U{} + 224u) << 23);
+  const F magnitude = select(size < 0x00800000u, tiny, bits_as<F>(large));
+  return bits_as<F>(bits_as<U>(magnitude) | ((bits & 0x8000u) << 16));
+}
+
 // The sign of a difference, as a mask that may be used many times.
 template <class F>
 struct Negative {

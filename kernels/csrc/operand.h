@@ -113,6 +113,8 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
     const S* from = reinterpret_cast<const S*>(o.at(offset));
     if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
       if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to);
+    } else if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
+      if (stride == 1) return kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to);
     } else if constexpr (std::is_same_v<S, T>) {
       if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
@@ -127,6 +129,8 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
     S* to = reinterpret_cast<S*>(o.at(offset));
     if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
       if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to));
+    } else if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
+      if (stride == 1) return kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to));
     } else if constexpr (std::is_same_v<S, T>) {
       if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }

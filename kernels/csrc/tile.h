@@ -1,5 +1,5 @@
-// Loops that prepare operands: raw scales, data stored as levels, and bf16 in memory as fp32 in
-// registers (fp16 goes through its class's own conversion).
+// Loops that prepare operands: raw scales, data stored as levels, and halves in memory as floats in
+// registers.
 //
 // Included once per instruction set (each_isa.h).
 
@@ -99,17 +99,13 @@ VAE_FAST_TARGET void uniform_tile(int64_t calls, uint64_t counter, uint32_t k0, 
   });
 }
 
-template <class F>
-VAE_FAST_TARGET void widen_bf16(const Bf16* from, int64_t n, float* to) {
-  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA { at.store(to, at.load(from)); });
-}
-
-template <class F>
-VAE_FAST_TARGET void narrow_bf16(const float* from, int64_t n, Bf16* to) {
+template <class F, class From, class To>
+VAE_FAST_TARGET void convert(const From* from, int64_t n, To* to) {
   for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA { at.store(to, at.load(from)); });
 }
 
 template <class F>
 StorageKernels storage_kernels() {
-  return {widen_bf16<F>, narrow_bf16<F>, uniform_tile<F>};
+  return {convert<F, Bf16, float>, convert<F, float, Bf16>, convert<F, Fp16, float>,
+          convert<F, float, Fp16>, uniform_tile<F>};
 }
