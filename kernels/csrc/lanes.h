@@ -92,19 +92,14 @@ struct At {
   }
 };
 
-// The same under a mask of lanes, all of whose bits are set or none: what it leaves out loads `fill`,
-// stores 0 and adds nothing, whatever is there.
+// The same under a mask of lanes, all of whose bits are set or none: those that it leaves out store 0
+// and add nothing, whatever was loaded and came of it.
 template <class F, bool kPart>
 struct MaskedAt : At<F, kPart> {
-  using T = ScalarOf<F>;
   using I = typename Traits<F>::Int;
   using Base = At<F, kPart>;
   I mask;
   VAE_FAST_INLINE MaskedAt(int64_t i, int64_t left, I mask_) : Base{i, left}, mask(mask_) {}
-  template <class S>
-  VAE_FAST_INLINE F load(const S* p, T fill = T(0)) const {
-    return choose(Base::load(p, fill), splat<F>(fill));
-  }
   template <class S>
   VAE_FAST_INLINE void store(S* p, F v) const {
     Base::store(p, keep(v));
@@ -113,12 +108,7 @@ struct MaskedAt : At<F, kPart> {
   VAE_FAST_INLINE void stream(S* p, F v) const {
     Base::stream(p, keep(v));
   }
-  VAE_FAST_INLINE F keep(F v) const { return choose(v, F{}); }
-
- private:
-  VAE_FAST_INLINE F choose(F yes, F no) const {
-    return bits_as<F>((bits_as<I>(yes) & mask) | (bits_as<I>(no) & ~mask));
-  }
+  VAE_FAST_INLINE F keep(F v) const { return bits_as<F>(bits_as<I>(v) & mask); }
 };
 
 // In each quarter of four lanes, from lane kFrom on: one of a, one of b, ... or two and two.
