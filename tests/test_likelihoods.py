@@ -41,7 +41,9 @@ def check_family(device, family, batch, event, dtype, param="logvar", clamp=None
     x = (torch.randint(256, (batch, *event)).double() / 255).to(device, dtype)
     mean = torch.rand(shape).to(device, dtype)
     s = raw_scale(param, shape if scale_shape is None else scale_shape, dtype, device)
-    mask = (torch.rand(batch, *event) > 0.3).to(device) if masked else None
+    mask = masked if isinstance(masked, torch.Tensor) else None
+    if masked is True:
+        mask = (torch.rand(batch, *event) > 0.3).to(device)
     upstream = [torch.randn(shape[: len(shape) - len(event)]).to(device).double()]
     levels = family == "logistic"  # x lies on levels, from which it must not be moved by rounding
     inputs = [mean] if family == "bernoulli" else [mean, s]
@@ -97,7 +99,26 @@ def test_families(family, dtype, fused):
 @pytest.mark.parametrize("family", ["gaussian", "laplace", "logistic", "student_t"])
 def test_families_params_and_clamps(family, param, scale_shape, dtype, fused):
     for clamp, mode in ((None, "hard"), ((0.35, 0.9), "hard"), ((0.3, 1.2), "soft")):
-        check_family(fused, family, 4, (19,), dtype, param, clamp, mode, scale_shape)
+        case = (fused, family, 4, (19,), dtype, param, clamp, mode, scale_shape)
+        check_family(*case)
+        check_family(*case, masked=True)
+
+
+MASKS = {
+    "transposed": lambda m: m.t().contiguous().t(),
+    "every other": lambda m: torch.stack((m, ~m), 2).flatten(1)[:, ::2],
+    "in the middle": lambda m: torch.cat((~m, m, ~m), 1)[:, m.shape[1] : -m.shape[1]],
+    "one row": lambda m: m[0],
+    "one column": lambda m: m[:, :1],
+    "bytes other than one": lambda m: (m.byte() * 6).view(torch.bool),
+}
+
+
+@pytest.mark.parametrize("layout", MASKS)
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
+def test_masks_of_any_layout(family, layout, fused):
+    mask = MASKS[layout](torch.rand(4, 67) > 0.4).to(fused)
+    check_family(fused, family, 4, (67,), torch.float32, masked=mask)
 
 
 # Below a vector, ragged, several tiles, several pieces of a row.

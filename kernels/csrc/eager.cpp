@@ -97,26 +97,42 @@ bool is_data(const Tensor& t) {
   return (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) &&
          t.dim() > 0;
 }
-// Whether a likelihood's tensors are all of one dtype, but for an x of levels, with a scale for each
-// element, a fixed one for all, or none where there is none (not `scaled`), and the mask of x's shape.
-bool fit(const Tensor& x, const Tensor& mean, const Tensor& scale, bool scaled, const Tensor& mask) {
-  if (!x.defined() || x.dim() == 0 || !is_data(mean)) return false;
+
+// A likelihood's tensors. There may be no scale, and no mask.
+struct Data {
+  Tensor x, mean, scale, mask;
+};
+
+// Whether a scale has one value for all rows of each element, or one a row.
+bool is_shared(const Tensor& scale, const Tensor& mean) {
+  if (scale.dim() != mean.dim() || scale.numel() == 1) return false;
+  const at::IntArrayRef event = scale.sizes().slice(1);
+  return (scale.size(0) == 1 && event == mean.sizes().slice(1)) ||
+         (scale.size(0) == mean.size(0) &&
+          std::all_of(event.begin(), event.end(), [](int64_t n) { return n == 1; }));
+}
+// Whether a likelihood's tensors are all of one dtype, but for an x of levels or one scale in the dtype
+// of rows, and of shapes that the passes know: but for the number of mean's rows.
+bool fit(const Data& data, bool scaled) {
+  const auto& [x, mean, scale, mask] = data;
+  if (!x.defined() || x.dim() == 0 || !is_data(mean) || mean.dim() != x.dim()) return false;
   if (mask.defined() && (mask.scalar_type() != at::kBool || mask.sizes() != x.sizes())) return false;
   if (x.scalar_type() != at::kByte && x.scalar_type() != mean.scalar_type()) return false;
-  if (!scaled) return !scale.defined() && mean.sizes() == x.sizes();
-  if (scale.defined()) {
-    const bool same = scale.scalar_type() == mean.scalar_type();
-    const bool fixed = scale.dim() == 0 && !scale.requires_grad() &&
-                       (same || scale.scalar_type() == row_type(mean));
-    return (fixed || (same && scale.sizes() == x.sizes())) && mean.sizes() == x.sizes();
+  if (scaled && !scale.defined()) {  // packed along dimension 1
+    return x.dim() >= 2 && mean.size(1) == 2 * x.size(1) &&
+           mean.sizes().slice(2) == x.sizes().slice(2);
   }
-  // Packed along dimension 1.
-  return x.dim() >= 2 && mean.dim() == x.dim() && mean.size(0) == x.size(0) &&
-         mean.size(1) == 2 * x.size(1) && mean.sizes().slice(2) == x.sizes().slice(2);
+  if (scaled != scale.defined() || mean.sizes().slice(1) != x.sizes().slice(1)) return false;
+  if (!scaled) return true;
+  const bool same = scale.scalar_type() == mean.scalar_type();
+  if (scale.dim() == 0) return same || scale.scalar_type() == row_type(mean);
+  return same && (scale.sizes() == mean.sizes() || is_shared(scale, mean));
 }
-bool is_row_term(const Tensor& t, const Tensor& mean) {
-  return t.defined() && t.dim() == 1 && t.size(0) == mean.size(0) &&
-         t.scalar_type() == row_type(mean);
+
+// Terms of mean's rows, (B,) or (K, B).
+bool is_row_term(const Tensor& t, const Tensor& x, const Tensor& mean) {
+  return t.defined() && (t.dim() == 1 || (t.dim() == 2 && t.size(0) > 0)) &&
+         t.size(-1) == x.size(0) && t.numel() == mean.size(0) && t.scalar_type() == row_type(mean);
 }
 
 // ---- autograd ------------------------------------------------------------------------------------
@@ -321,11 +337,6 @@ Tensor gradient_like(const Tensor& t) {
 
 bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
-// A likelihood's tensors. There may be no scale, and no mask.
-struct Data {
-  Tensor x, mean, scale, mask;
-};
-
 // A density, by the names of LikelihoodOptions.
 struct Density {
   int64_t likelihood, param;
@@ -355,135 +366,174 @@ LikelihoodOptions likelihood_options(const Density& model) {
   return options;
 }
 
-struct NllState {
-  Density model;
-  int64_t learned;  // the scale, if there is one apart
+// The rows' latent terms, if a loss is wanted; log_p may be missing.
+struct Terms {
+  Tensor log_q, log_p;
 };
+// What a likelihood's backward pass has to know.
+struct LikelihoodState {
+  Density model;
+  double beta;
+  Reduction reduction;
+  int64_t samples;  // as dimension 0 of the rows, or 0 without that
+  int64_t batch, learned, has_log_q, has_log_p;
+};
+LikelihoodState state_of(const Data& data, const Density& model, const Terms& terms,
+                         const LikelihoodOptions& options) {
+  const bool sampled = terms.log_q.defined() && terms.log_q.dim() == 2;
+  return {model,
+          options.beta,
+          options.reduction,
+          sampled ? terms.log_q.size(0) : 0,
+          data.x.size(0),
+          differentiable(data.scale),
+          terms.log_q.defined(),
+          terms.log_p.defined()};
+}
+Tensor rows_like(const LikelihoodState& state, const Tensor& mean) {
+  return state.samples > 0 ? empty({state.samples, state.batch}, row_type(mean))
+                           : empty({mean.size(0)}, row_type(mean));
+}
+// As the ops take rows.
+Tensor flat(const Tensor& rows) {
+  return rows.defined() && rows.dim() > 1 ? rows.reshape({-1}) : rows;
+}
+Tensor loss_like(const LikelihoodState& state, const Tensor& nll) {
+  if (state.reduction == Reduction::no_loss) return {};
+  return state.reduction == Reduction::none ? empty({state.batch}, nll.scalar_type())
+                                            : empty({}, nll.scalar_type());
+}
 
-// The likelihood alone, with its gradients in the backward pass. Nobody wants one for x.
-struct Nll {
-  using State = NllState;
+// The likelihood, and the loss if there are terms, with its gradients in the backward pass. Nobody
+// wants one for x.
+struct Likelihood {
+  using State = LikelihoodState;
   static constexpr const char* kName = "vae_fast::LikelihoodBackward";
-  static constexpr size_t kSaved = 4, kGradients = 2;
+  static constexpr size_t kSaved = 4, kGradients = 4;
 
-  static Tensor recorded(const Data& data, const Density& model) {
+  static variable_list recorded(const Data& data, const Terms& terms,
+                                const LikelihoodOptions& options, const State& state) {
     const auto& [x, mean, scale, mask] = data;
-    const auto node = record<Nll>(mean, scale);
-    const Tensor nll = run(data, model);
-    node->keep({model, differentiable(scale)}, {x, mean, scale, mask});
-    torch::autograd::set_history(nll, node);
-    return nll;
+    const auto node = record<Likelihood>(mean, scale, terms.log_q, terms.log_p);
+    variable_list results = run(data, terms, options, state);
+    node->keep(state, {x, mean, scale, mask});
+    torch::autograd::set_history(results, node);
+    return results;
   }
 
-  static Tensor run(const Data& data, const Density& model) {
+  // nll, and the loss or nothing.
+  static variable_list run(const Data& data, const Terms& terms, const LikelihoodOptions& options,
+                           const State& state) {
     const auto& [x, mean, scale, mask] = data;
-    const Tensor nll = empty({mean.size(0)}, row_type(mean));
-    passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), {}, {},
-                               likelihood_options(model), view(nll), {});
-    return nll;
+    const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
+    passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), view(terms.log_q),
+                               view(terms.log_p), options, view(nll), view(loss));
+    return {nll, loss};
   }
 
-  static variable_list backward(const NllState& state, const variable_list& saved,
+  static variable_list backward(const State& state, const variable_list& saved,
                                 const variable_list& g) {
     refuse_graph();
-    const auto& [model, learned] = state;
     const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2], &mask = saved[3];
-    const LikelihoodOptions options = likelihood_options(model);
+    const Density& model = state.model;
     if (!is_plain(g) || !is_plain(saved)) {
-      const torch::jit::Stack results =
+      torch::jit::Stack results =
           call("vae_fast::likelihood_backward",
-               {optional(g[0]), at::IValue(), x, mean, optional(scale), optional(mask), 0.0,
-                static_cast<int64_t>(options.reduction), model.likelihood, model.param, model.lo,
-                model.hi, options.soft, model.df, model.x_mul, model.x_add, at::IValue(),
-                options.first_row, false, true, learned != 0});
-      return {results[1].toTensor(), learned ? results[2].toTensor() : Tensor()};
+               {optional(flat(g[0])), optional(g[1]), x, mean, optional(scale), optional(mask),
+                state.beta, static_cast<int64_t>(state.reduction), model.likelihood, model.param,
+                model.lo, model.hi, model.soft != 0, model.df, model.x_mul, model.x_add,
+                at::IValue(), int64_t(0), false, true, state.learned != 0});
+      return gradients(state, results[1].toTensor(), results[2].toTensor(), results[3].toTensor(),
+                       results[4].toTensor());
     }
     Tensor g_mean, g_scale;
     {
       const py::gil_scoped_acquire gil;
       g_mean = gradient_like(mean);
-      if (learned) g_scale = gradient_like(scale);
+      if (state.learned) g_scale = gradient_like(scale);
     }
-    passes->likelihood_backward(view(g[0]), {}, view(x), view(mean), view(scale), view(mask),
-                                options, {}, view(g_mean), view(g_scale), {}, {});
-    return {g_mean, g_scale};
+    LikelihoodOptions options = likelihood_options(model);
+    options.beta = state.beta;
+    options.reduction = state.reduction;
+    const bool terms = state.has_log_q;
+    const Tensor g_log_q = terms ? rows_like(state, mean) : Tensor();
+    const Tensor g_log_p = terms ? rows_like(state, mean) : Tensor();
+    passes->likelihood_backward(view(g[0]), view(g[1]), view(x), view(mean), view(scale), view(mask),
+                                options, {}, view(g_mean), view(g_scale), view(g_log_q),
+                                view(g_log_p));
+    return gradients(state, g_mean, g_scale, g_log_q, g_log_p);
+  }
+
+  // Those that are wanted, in the shapes of what they are of.
+  static variable_list gradients(const State& state, const Tensor& g_mean, const Tensor& g_scale,
+                                 const Tensor& g_log_q, const Tensor& g_log_p) {
+    const auto rows = [&](bool wanted, const Tensor& g) {
+      if (!wanted) return Tensor();
+      return state.samples > 0 && g.dim() == 1 ? g.reshape({state.samples, state.batch}) : g;
+    };
+    return {g_mean, state.learned ? g_scale : Tensor(), rows(state.has_log_q, g_log_q),
+            rows(state.has_log_p, g_log_p)};
   }
 };
 
-// The loss with its gradients, which the forward pass writes into `targets`.
-struct ElboState {
-  double beta;
-  Reduction reduction;
-  int64_t batch, has_log_p;
-};
+// Where the forward pass writes the gradients: of one scale for all, the rows' shares.
 struct Targets {
-  Tensor g_mean, g_scale;
+  Tensor g_mean, g_scale, g_shared;
   bool inplace = false;
 };
-
+// The loss with its gradients, which the forward pass writes into `targets`.
 struct Elbo {
-  using State = ElboState;
+  using State = LikelihoodState;
   static constexpr const char* kName = "vae_fast::ElboBackward";
-  static constexpr size_t kSaved = 2, kGradients = 4;
+  static constexpr size_t kSaved = 3, kGradients = 4;
 
-  static variable_list recorded(const Data& data, const Tensor& log_q, const Tensor& log_p,
-                                const LikelihoodOptions& options, const Targets& targets) {
+  static variable_list recorded(const Data& data, const Terms& terms,
+                                const LikelihoodOptions& options, const State& state,
+                                const Targets& targets) {
     const auto& [x, mean, scale, mask] = data;
-    const auto node = record<Elbo>(mean, scale, log_q, log_p);
+    const auto node = record<Elbo>(mean, scale, terms.log_q, terms.log_p);
     // The node has its edges: after the bump, a view would make new ones of its own, without the hooks
     // of the old.
     if (targets.inplace) mean.unsafeGetTensorImpl()->bump_version();
     if (targets.inplace && targets.g_scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
-    const Tensor nll = empty({mean.size(0)}, row_type(mean));
-    const Tensor loss = loss_like(nll, x, options);
-    passes->likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(log_q),
-                                    view(log_p), options, view(targets.g_mean),
-                                    view(targets.g_scale), view(nll), view(loss), {});
-    node->keep({options.beta, options.reduction, x.size(0), log_p.defined()},
-               {targets.g_mean, targets.g_scale});
+    const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
+    passes->likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(terms.log_q),
+                                    view(terms.log_p), options, view(targets.g_mean),
+                                    view(targets.g_scale), view(nll), view(loss),
+                                    view(targets.g_shared));
+    node->keep(state, {targets.g_mean, targets.g_scale, targets.g_shared});
     variable_list results{nll, loss};
     torch::autograd::set_history(results, node);
     return results;
   }
 
-  static variable_list run(const Data& data, const Tensor& log_q, const Tensor& log_p,
-                           const LikelihoodOptions& options) {
-    const auto& [x, mean, scale, mask] = data;
-    const Tensor nll = empty({mean.size(0)}, row_type(mean));
-    const Tensor loss = loss_like(nll, x, options);
-    passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), view(log_q),
-                               view(log_p), options, view(nll), view(loss));
-    return {nll, loss};
-  }
-
-  static Tensor loss_like(const Tensor& nll, const Tensor& x, const LikelihoodOptions& options) {
-    return options.reduction == Reduction::none ? empty({x.size(0)}, nll.scalar_type())
-                                                : empty({}, nll.scalar_type());
-  }
-
-  static variable_list backward(const ElboState& state, const variable_list& saved,
+  static variable_list backward(const State& state, const variable_list& saved,
                                 const variable_list& g) {
     refuse_graph();
-    const auto& [beta, reduction, batch, has_log_p] = state;
     Tensor g_mean = saved[0], g_scale = saved[1];
-    const int64_t rows = g_mean.size(0), samples = rows / std::max<int64_t>(batch, 1);
+    const Tensor& g_shared = saved[2];
+    const int64_t batch = state.batch, samples = g_mean.size(0) / std::max<int64_t>(batch, 1);
     if (!is_plain(g) || !is_plain(saved)) {
       const torch::jit::Stack results =
           call("vae_fast::likelihood_rescale",
-               {g_mean, optional(g_scale), at::IValue(), optional(g[0]), optional(g[1]), beta,
-                static_cast<int64_t>(reduction), samples, batch});
-      return {results[0].toTensor(), g_scale.defined() ? results[1].toTensor() : Tensor(),
-              results[2].toTensor(), has_log_p ? results[3].toTensor() : Tensor()};
+               {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])), optional(g[1]),
+                state.beta, static_cast<int64_t>(state.reduction), samples, batch});
+      const at::IValue& scale = results[g_shared.defined() ? 4 : 1];
+      return Likelihood::gradients(state, results[0].toTensor(), scale.toTensor(),
+                                   results[2].toTensor(), results[3].toTensor());
     }
     if (torch::autograd::get_current_graph_task_keep_graph()) {
       // Which may be walked again: leave what it saved as it is.
       g_mean = g_mean.clone();
       if (g_scale.defined()) g_scale = g_scale.clone();
     }
-    const Tensor g_log_q = empty({rows}, row_type(g_mean)), g_log_p = empty({rows}, row_type(g_mean));
-    passes->likelihood_rescale(view(g_mean), view(g_scale), {}, view(g[0]), view(g[1]), beta,
-                               reduction, samples, batch, view(g_log_q), view(g_log_p), {});
-    return {g_mean, g_scale, g_log_q, has_log_p ? g_log_p : Tensor()};
+    const Tensor g_log_q = rows_like(state, g_mean), g_log_p = rows_like(state, g_mean);
+    const Tensor g_scalar = g_shared.defined() ? empty({}, g_shared.scalar_type()) : Tensor();
+    passes->likelihood_rescale(view(g_mean), view(g_scale), view(g_shared), view(g[0]), view(g[1]),
+                               state.beta, state.reduction, samples, batch, view(g_log_q),
+                               view(g_log_p), view(g_scalar));
+    return Likelihood::gradients(state, g_mean, g_shared.defined() ? g_scalar : g_scale, g_log_q,
+                                 g_log_p);
   }
 };
 
@@ -552,8 +602,7 @@ std::optional<Data> data_of(PyObject* const* objects) {
   if (number && data.mean.defined()) {
     data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]), row_type(data.mean));
   }
-  const bool fits = fit(data.x, data.mean, data.scale, scaled, data.mask);
-  return fits ? std::optional(data) : std::nullopt;
+  return fit(data, scaled) ? std::optional(data) : std::nullopt;
 }
 
 // (x, mean, scale, scaled, mask or None, density...) -> nll or None
@@ -562,19 +611,22 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   constexpr Py_ssize_t kArguments = kData + kDensity;
   TORCH_CHECK_TYPE(count == kArguments, "nll takes ", kArguments, " arguments, got ", count);
   const std::optional<Data> data = data_of(objects);
-  if (!data) Py_RETURN_NONE;
+  if (!data || data->mean.size(0) != data->x.size(0)) Py_RETURN_NONE;
   const auto& [x, mean, scale, mask] = *data;
   const Density model = density_of(objects + kData);
   if (PyErr_Occurred()) return nullptr;
+  const LikelihoodOptions options = likelihood_options(model);
+  const LikelihoodState state = state_of(*data, model, {}, options);
   const bool graph = at::GradMode::is_enabled() &&
                      (differentiable(x) || differentiable(mean) || differentiable(scale));
   if (graph && (x.requires_grad() || !mean.requires_grad())) Py_RETURN_NONE;
-  Tensor result;
+  variable_list results;
   {
     py::gil_scoped_release no_gil;
-    result = graph ? Nll::recorded(*data, model) : Nll::run(*data, model);
+    results = graph ? Likelihood::recorded(*data, {}, options, state)
+                    : Likelihood::run(*data, {}, options, state);
   }
-  return THPVariable_Wrap(result);
+  return THPVariable_Wrap(results[0]);
   END_HANDLE_TH_ERRORS
 }
 
@@ -591,52 +643,60 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   const Tensor *log_q_ = plain(rest[0]), *log_p_ = plain(rest[1]);
   if (!data || !log_q_ || !log_p_) Py_RETURN_NONE;
   const auto& [x, mean, scale, mask] = *data;
-  const Tensor log_q = *log_q_, log_p = *log_p_;
-  if (!is_row_term(log_q, mean) || (log_p.defined() && !is_row_term(log_p, mean))) Py_RETURN_NONE;
-  const bool inplace = rest[4] != Py_None;
-  LikelihoodOptions options = likelihood_options(density_of(rest + 5));
+  const Terms terms{*log_q_, *log_p_};
+  const auto& [log_q, log_p] = terms;
+  if (!is_row_term(log_q, x, mean) || (log_p.defined() && (!is_row_term(log_p, x, mean) ||
+                                                           log_p.sizes() != log_q.sizes()))) {
+    Py_RETURN_NONE;
+  }
+  const Density model = density_of(rest + 5);
+  LikelihoodOptions options = likelihood_options(model);
   options.beta = PyFloat_AsDouble(rest[2]);
   options.reduction = static_cast<Reduction>(PyLong_AsLongLong(rest[3]));
   if (PyErr_Occurred()) return nullptr;
+  const LikelihoodState state = state_of(*data, model, terms, options);
   const bool graph =
       at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
                                      differentiable(scale) || differentiable(log_q) ||
                                      differentiable(log_p));
-  if (!graph) {
-    variable_list results;
-    {
-      py::gil_scoped_release no_gil;
-      results = Elbo::run(*data, log_q, log_p, options);
-    }
-    return wrapped(results);
-  }
-  // Where the gradients are not written by the forward pass, for the reasons given in functional.py.
-  if (x.requires_grad() || !mean.requires_grad() || mean.scalar_type() == at::kHalf ||
-      (options.reduction == Reduction::none && !inplace)) {
-    Py_RETURN_NONE;
-  }
+  if (graph && (x.requires_grad() || !mean.requires_grad())) Py_RETURN_NONE;
+  // Where the forward pass writes the gradients, and why not elsewhere: functional.py knows.
+  const bool one = scale.defined() && scale.dim() == 0;
+  const auto is_half = [](const Tensor& t) { return t.defined() && t.scalar_type() == at::kHalf; };
+  const bool inplace = rest[4] != Py_None;
+  const bool now = graph && !is_half(mean) && !is_half(scale) &&
+                   (!scale.defined() || one || scale.sizes() == mean.sizes()) &&
+                   (options.reduction != Reduction::none || inplace);
   Targets targets;
-  const bool learned = differentiable(scale);
-  if (inplace) {
-    const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
-                       (!learned || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
-    if (!alone) {
-      PyObject* const tensor = PyFloat_CheckExact(objects[2]) ? Py_None : objects[2];
-      PyObject* const checked = PyObject_CallFunctionObjArgs(rest[4], objects[0], objects[1], tensor,
-                                                             rest[0], rest[1], nullptr);
-      if (checked == nullptr) return nullptr;
-      Py_DECREF(checked);
+  if (now) {
+    const bool full = state.learned && !one;
+    if (state.learned && one) targets.g_shared = empty({mean.size(0)}, row_type(mean));
+    if (inplace) {
+      const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
+                         (!full || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
+      if (!alone) {
+        PyObject* const tensor = PyFloat_CheckExact(objects[2]) ? Py_None : objects[2];
+        PyObject* const checked = PyObject_CallFunctionObjArgs(
+            rest[4], objects[0], objects[1], tensor, rest[0], rest[1], nullptr);
+        if (checked == nullptr) return nullptr;
+        Py_DECREF(checked);
+      }
+      // The same memory and version counter, but no view: autograd refuses to hand back a chunk that
+      // was written to.
+      targets.g_mean = mean.tensor_data();
+      if (full) targets.g_scale = scale.tensor_data();
+      targets.inplace = true;
+    } else {
+      targets.g_mean = gradient_like(mean);
+      if (full) targets.g_scale = gradient_like(scale);
     }
-    // The same memory and version counter, but no view: autograd refuses to hand back a chunk that was
-    // written to.
-    targets = {mean.tensor_data(), learned ? scale.tensor_data() : Tensor(), /*inplace=*/true};
-  } else {
-    targets = {gradient_like(mean), learned ? gradient_like(scale) : Tensor(), /*inplace=*/false};
   }
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    results = Elbo::recorded(*data, log_q, log_p, options, targets);
+    results = now     ? Elbo::recorded(*data, terms, options, state, targets)
+              : graph ? Likelihood::recorded(*data, terms, options, state)
+                      : Likelihood::run(*data, terms, options, state);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS
