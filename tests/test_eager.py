@@ -45,7 +45,7 @@ class Calls:
 
 def step(
     dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", kl="monte_carlo",
-    levels=False, **graph,
+    levels=False, objective="elbo", **graph,
 ):  # fmt: skip
     torch.manual_seed(0)
     x, mu, logvar = (torch.randn(6, n, dtype=dtype) for n in (9, 5, 5))
@@ -53,7 +53,9 @@ def step(
         x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
     decoder = torch.nn.Linear(5, 18).to(dtype)
     leaves = [mu.requires_grad_(), logvar.requires_grad_(), *decoder.parameters()]
-    elbo = vae_fast.FusedELBO(0.5, num_samples, kl=kl, reduction=reduction, inplace=inplace)
+    elbo = vae_fast.FusedELBO(
+        0.5, num_samples, kl=kl, reduction=reduction, inplace=inplace, objective=objective
+    )
     out = elbo(
         x, mu, logvar, decoder if packed else lambda z: decoder(z).tensor_split(2, 1), key=key
     )
@@ -119,6 +121,19 @@ def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels):
     assert torch.equal(fast[0], fast[1])
     eager.use_shortcut(None)
     for a, b in zip(fast, results(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_likelihood_of_samples_has_the_same_bits(dtype, packed, key):
+    calls = Calls()
+    options = {"packed": packed, "num_samples": 3, "objective": "iwae"}
+    fast = step(dtype, key, **options)
+    assert calls.taken == ["latent", "nll"]
+    eager.use_shortcut(None)
+    for a, b in zip(fast, step(dtype, key, **options), strict=True):
         assert torch.equal(a, b)
         assert a.dtype == b.dtype
 

@@ -237,7 +237,7 @@ def likelihood_nll(
         return handle_torch_function(likelihood_nll, tensors, x, mean, scale, **per_call, **options)
     if _is_plain(dequantize) and (shortcut := eager.shortcut()):
         scaled = density[0] not in ops.WITHOUT_SCALE
-        nll = shortcut.nll(x, mean, scale, scaled, mask, *density)
+        nll = shortcut.nll(x, mean, scale, scaled, mask, None, *density)
         if nll is not None:
             return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
@@ -254,6 +254,11 @@ def likelihood_nll(
 
 def _nll_of_rows(x, mean, scale, rows, density, mask, dequantize, key, first_row) -> Tensor:
     """−log p(x|z) of what :func:`_fused_elbo` takes, in the shape of ``rows``; never in place."""
+    if _is_plain(dequantize) and (shortcut := eager.shortcut()):
+        scaled = density[0] not in ops.WITHOUT_SCALE
+        nll = shortcut.nll(x, mean, scale, scaled, mask, rows, *density)
+        if nll is not None:
+            return nll
     likelihood, param = _names(density)
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=rows)
     _check_rows("log_q", rows, mean, x)

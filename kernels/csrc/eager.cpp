@@ -378,13 +378,12 @@ struct LikelihoodState {
   int64_t samples;  // as dimension 0 of the rows, or 0 without that
   int64_t batch, learned, has_log_q, has_log_p;
 };
-LikelihoodState state_of(const Data& data, const Density& model, const Terms& terms,
-                         const LikelihoodOptions& options) {
-  const bool sampled = terms.log_q.defined() && terms.log_q.dim() == 2;
+LikelihoodState state_of(const Data& data, const Density& model, const Tensor& rows,
+                         const Terms& terms, const LikelihoodOptions& options) {
   return {model,
           options.beta,
           options.reduction,
-          sampled ? terms.log_q.size(0) : 0,
+          rows.defined() && rows.dim() == 2 ? rows.size(0) : 0,
           data.x.size(0),
           differentiable(data.scale),
           terms.log_q.defined(),
@@ -605,18 +604,21 @@ std::optional<Data> data_of(PyObject* const* objects) {
   return fit(data, scaled) ? std::optional(data) : std::nullopt;
 }
 
-// (x, mean, scale, scaled, mask or None, density...) -> nll or None
+// (x, mean, scale, scaled, mask or None, rows or None, density...) -> nll or None
+// Of samples that share rows of x there are `rows`, whose shape nll gets.
 PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  constexpr Py_ssize_t kArguments = kData + kDensity;
+  constexpr Py_ssize_t kArguments = kData + 1 + kDensity;
   TORCH_CHECK_TYPE(count == kArguments, "nll takes ", kArguments, " arguments, got ", count);
   const std::optional<Data> data = data_of(objects);
-  if (!data || data->mean.size(0) != data->x.size(0)) Py_RETURN_NONE;
+  const Tensor* const rows = plain(objects[kData]);
+  if (!data || !rows) Py_RETURN_NONE;
   const auto& [x, mean, scale, mask] = *data;
-  const Density model = density_of(objects + kData);
+  if (rows->defined() ? !is_row_term(*rows, x, mean) : mean.size(0) != x.size(0)) Py_RETURN_NONE;
+  const Density model = density_of(objects + kData + 1);
   if (PyErr_Occurred()) return nullptr;
   const LikelihoodOptions options = likelihood_options(model);
-  const LikelihoodState state = state_of(*data, model, {}, options);
+  const LikelihoodState state = state_of(*data, model, *rows, {}, options);
   const bool graph = at::GradMode::is_enabled() &&
                      (differentiable(x) || differentiable(mean) || differentiable(scale));
   if (graph && (x.requires_grad() || !mean.requires_grad())) Py_RETURN_NONE;
@@ -654,7 +656,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   options.beta = PyFloat_AsDouble(rest[2]);
   options.reduction = static_cast<Reduction>(PyLong_AsLongLong(rest[3]));
   if (PyErr_Occurred()) return nullptr;
-  const LikelihoodState state = state_of(*data, model, terms, options);
+  const LikelihoodState state = state_of(*data, model, log_q, terms, options);
   const bool graph =
       at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
                                      differentiable(scale) || differentiable(log_q) ||
