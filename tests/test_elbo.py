@@ -349,3 +349,14 @@ def test_clamps_reach_both_passes(backend, key):
     torch.testing.assert_close(out.log_q, log_q)
     mean, s = decoder(z).chunk(2, 1)
     torch.testing.assert_close(out.nll, reference.gaussian_nll(x, mean, s.clamp(-0.05, 0.05)))
+
+
+def test_an_option_given_as_a_list_is_kept_as_it_was():
+    bounds = [-1.0, 1.0]
+    elbo = vae_fast.FusedELBO(posterior_clamp=bounds)
+    bounds[1] = -0.5
+    assert elbo.posterior_clamp == (-1.0, 1.0)
+    t = torch.zeros(2, 3)
+    key = torch.tensor([7, 11], dtype=torch.uint64)
+    out = elbo(t, t, t, lambda z: (z, t), key=key)
+    assert torch.equal(out.z, vae_fast.reparameterize(t, t, key=key)[0])

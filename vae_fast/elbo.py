@@ -204,6 +204,7 @@ class FusedELBO(nn.Module):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
+        value = tuple(value) if isinstance(value, list) else value  # which nobody changes unseen
         checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
         before = getattr(self, name) if checked else None
         super().__setattr__(name, value)

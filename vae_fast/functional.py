@@ -235,11 +235,9 @@ def likelihood_nll(
         options = _density_options(density)
         per_call = {"mask": mask, "dequantize": dequantize, "key": key, "first_row": first_row}
         return handle_torch_function(likelihood_nll, tensors, x, mean, scale, **per_call, **options)
-    if _is_plain(dequantize) and (shortcut := eager.shortcut()):
-        scaled = density[0] not in ops.WITHOUT_SCALE
-        nll = shortcut.nll(x, mean, scale, scaled, mask, None, *density)
-        if nll is not None:
-            return nll
+    nll = _nll_in_cpp(x, mean, scale, density, mask, dequantize)
+    if nll is not None:
+        return nll
     sampled = isinstance(mean, Tensor) and isinstance(x, Tensor) and mean.dim() == x.dim() + 1
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, sampled)
     scale = _fit_scale(scale, mean, 2 if sampled else 1)
@@ -254,11 +252,9 @@ def likelihood_nll(
 
 def _nll_of_rows(x, mean, scale, rows, density, mask, dequantize, key, first_row) -> Tensor:
     """−log p(x|z) of what :func:`_fused_elbo` takes, in the shape of ``rows``; never in place."""
-    if _is_plain(dequantize) and (shortcut := eager.shortcut()):
-        scaled = density[0] not in ops.WITHOUT_SCALE
-        nll = shortcut.nll(x, mean, scale, scaled, mask, rows, *density)
-        if nll is not None:
-            return nll
+    nll = _nll_in_cpp(x, mean, scale, density, mask, dequantize, rows)
+    if nll is not None:
+        return nll
     likelihood, param = _names(density)
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=rows)
     _check_rows("log_q", rows, mean, x)
@@ -266,6 +262,14 @@ def _nll_of_rows(x, mean, scale, rows, density, mask, dequantize, key, first_row
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
     return _nll(x, mean, scale, mask, density, key, first_row).view(rows.shape)
+
+
+def _nll_in_cpp(x, mean, scale, density, mask, dequantize, rows=None) -> Tensor | None:
+    """−log p(x|z), in the shape of ``rows`` if given, where ``eager.cpp`` serves the case."""
+    if not _is_plain(dequantize) or not (shortcut := eager.shortcut()):
+        return None
+    scaled = density[0] not in ops.WITHOUT_SCALE
+    return shortcut.nll(x, mean, scale, scaled, mask, rows, *density)
 
 
 def _nll(x, mean, scale, mask, density, key, first_row) -> Tensor:

@@ -318,7 +318,7 @@ struct Latent {
   }
 };
 
-// Memory for a gradient of t; needs the GIL.
+// Memory for a gradient of t.
 Tensor gradient_like(const Tensor& t) {
   if (!t.defined()) return {};
   if (t.nbytes() < smallest_reused) {
@@ -326,6 +326,7 @@ Tensor gradient_like(const Tensor& t) {
                ? Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
                : at::empty_like(t.detach());
   }
+  const py::gil_scoped_acquire gil;
   PyObject* const argument = THPVariable_Wrap(t);
   PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
   Py_XDECREF(argument);
@@ -351,21 +352,6 @@ Density density_of(PyObject* const* objects) {
           PyObject_IsTrue(objects[4]) == 1,    PyFloat_AsDouble(objects[5]),
           PyFloat_AsDouble(objects[6]),        PyFloat_AsDouble(objects[7])};
 }
-// Its options, where no loss is wanted.
-LikelihoodOptions likelihood_options(const Density& model) {
-  LikelihoodOptions options{};
-  options.reduction = Reduction::no_loss;
-  options.likelihood = model.likelihood;
-  options.param = model.param;
-  options.lo = model.lo;
-  options.hi = model.hi;
-  options.soft = model.soft != 0;
-  options.df = model.df;
-  options.x_mul = model.x_mul;
-  options.x_add = model.x_add;
-  return options;
-}
-
 // The rows' latent terms, if a loss is wanted; log_p may be missing.
 struct Terms {
   Tensor log_q, log_p;
@@ -379,15 +365,20 @@ struct LikelihoodState {
   int64_t batch, learned, has_log_q, has_log_p;
 };
 LikelihoodState state_of(const Data& data, const Density& model, const Tensor& rows,
-                         const Terms& terms, const LikelihoodOptions& options) {
+                         const Terms& terms, double beta, Reduction reduction) {
   return {model,
-          options.beta,
-          options.reduction,
+          beta,
+          reduction,
           rows.defined() && rows.dim() == 2 ? rows.size(0) : 0,
           data.x.size(0),
           differentiable(data.scale),
           terms.log_q.defined(),
           terms.log_p.defined()};
+}
+LikelihoodOptions options_of(const LikelihoodState& state) {
+  const auto& [likelihood, param, lo, hi, soft, df, x_mul, x_add] = state.model;
+  return {state.beta, state.reduction, likelihood, param, lo, hi, soft != 0, df, x_mul, x_add,
+          /*key=*/{}, /*first_row=*/0};
 }
 Tensor rows_like(const LikelihoodState& state, const Tensor& mean) {
   return state.samples > 0 ? empty({state.samples, state.batch}, row_type(mean))
@@ -410,23 +401,21 @@ struct Likelihood {
   static constexpr const char* kName = "vae_fast::LikelihoodBackward";
   static constexpr size_t kSaved = 4, kGradients = 4;
 
-  static variable_list recorded(const Data& data, const Terms& terms,
-                                const LikelihoodOptions& options, const State& state) {
+  static variable_list recorded(const Data& data, const Terms& terms, const State& state) {
     const auto& [x, mean, scale, mask] = data;
     const auto node = record<Likelihood>(mean, scale, terms.log_q, terms.log_p);
-    variable_list results = run(data, terms, options, state);
+    variable_list results = run(data, terms, state);
     node->keep(state, {x, mean, scale, mask});
     torch::autograd::set_history(results, node);
     return results;
   }
 
   // nll, and the loss or nothing.
-  static variable_list run(const Data& data, const Terms& terms, const LikelihoodOptions& options,
-                           const State& state) {
+  static variable_list run(const Data& data, const Terms& terms, const State& state) {
     const auto& [x, mean, scale, mask] = data;
     const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
     passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), view(terms.log_q),
-                               view(terms.log_p), options, view(nll), view(loss));
+                               view(terms.log_p), options_of(state), view(nll), view(loss));
     return {nll, loss};
   }
 
@@ -445,20 +434,13 @@ struct Likelihood {
       return gradients(state, results[1].toTensor(), results[2].toTensor(), results[3].toTensor(),
                        results[4].toTensor());
     }
-    Tensor g_mean, g_scale;
-    {
-      const py::gil_scoped_acquire gil;
-      g_mean = gradient_like(mean);
-      if (state.learned) g_scale = gradient_like(scale);
-    }
-    LikelihoodOptions options = likelihood_options(model);
-    options.beta = state.beta;
-    options.reduction = state.reduction;
+    const Tensor g_mean = gradient_like(mean);
+    const Tensor g_scale = state.learned ? gradient_like(scale) : Tensor();
     const bool terms = state.has_log_q;
     const Tensor g_log_q = terms ? rows_like(state, mean) : Tensor();
     const Tensor g_log_p = terms ? rows_like(state, mean) : Tensor();
     passes->likelihood_backward(view(g[0]), view(g[1]), view(x), view(mean), view(scale), view(mask),
-                                options, {}, view(g_mean), view(g_scale), view(g_log_q),
+                                options_of(state), {}, view(g_mean), view(g_scale), view(g_log_q),
                                 view(g_log_p));
     return gradients(state, g_mean, g_scale, g_log_q, g_log_p);
   }
@@ -486,8 +468,7 @@ struct Elbo {
   static constexpr const char* kName = "vae_fast::ElboBackward";
   static constexpr size_t kSaved = 3, kGradients = 4;
 
-  static variable_list recorded(const Data& data, const Terms& terms,
-                                const LikelihoodOptions& options, const State& state,
+  static variable_list recorded(const Data& data, const Terms& terms, const State& state,
                                 const Targets& targets) {
     const auto& [x, mean, scale, mask] = data;
     const auto node = record<Elbo>(mean, scale, terms.log_q, terms.log_p);
@@ -497,7 +478,7 @@ struct Elbo {
     if (targets.inplace && targets.g_scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
     const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
     passes->likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(terms.log_q),
-                                    view(terms.log_p), options, view(targets.g_mean),
+                                    view(terms.log_p), options_of(state), view(targets.g_mean),
                                     view(targets.g_scale), view(nll), view(loss),
                                     view(targets.g_shared));
     node->keep(state, {targets.g_mean, targets.g_scale, targets.g_shared});
@@ -617,16 +598,14 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   if (rows->defined() ? !is_row_term(*rows, x, mean) : mean.size(0) != x.size(0)) Py_RETURN_NONE;
   const Density model = density_of(objects + kData + 1);
   if (PyErr_Occurred()) return nullptr;
-  const LikelihoodOptions options = likelihood_options(model);
-  const LikelihoodState state = state_of(*data, model, *rows, {}, options);
+  const LikelihoodState state = state_of(*data, model, *rows, {}, 0.0, Reduction::no_loss);
   const bool graph = at::GradMode::is_enabled() &&
                      (differentiable(x) || differentiable(mean) || differentiable(scale));
   if (graph && (x.requires_grad() || !mean.requires_grad())) Py_RETURN_NONE;
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    results = graph ? Likelihood::recorded(*data, {}, options, state)
-                    : Likelihood::run(*data, {}, options, state);
+    results = graph ? Likelihood::recorded(*data, {}, state) : Likelihood::run(*data, {}, state);
   }
   return THPVariable_Wrap(results[0]);
   END_HANDLE_TH_ERRORS
@@ -652,11 +631,10 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   const Density model = density_of(rest + 5);
-  LikelihoodOptions options = likelihood_options(model);
-  options.beta = PyFloat_AsDouble(rest[2]);
-  options.reduction = static_cast<Reduction>(PyLong_AsLongLong(rest[3]));
+  const double beta = PyFloat_AsDouble(rest[2]);
+  const auto reduction = static_cast<Reduction>(PyLong_AsLongLong(rest[3]));
   if (PyErr_Occurred()) return nullptr;
-  const LikelihoodState state = state_of(*data, model, log_q, terms, options);
+  const LikelihoodState state = state_of(*data, model, log_q, terms, beta, reduction);
   const bool graph =
       at::GradMode::is_enabled() && (differentiable(x) || differentiable(mean) ||
                                      differentiable(scale) || differentiable(log_q) ||
@@ -668,7 +646,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   const bool inplace = rest[4] != Py_None;
   const bool now = graph && !is_half(mean) && !is_half(scale) &&
                    (!scale.defined() || one || scale.sizes() == mean.sizes()) &&
-                   (options.reduction != Reduction::none || inplace);
+                   (reduction != Reduction::none || inplace);
   Targets targets;
   if (now) {
     const bool full = state.learned && !one;
@@ -696,9 +674,9 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    results = now     ? Elbo::recorded(*data, terms, options, state, targets)
-              : graph ? Likelihood::recorded(*data, terms, options, state)
-                      : Likelihood::run(*data, terms, options, state);
+    results = now     ? Elbo::recorded(*data, terms, state, targets)
+              : graph ? Likelihood::recorded(*data, terms, state)
+                      : Likelihood::run(*data, terms, state);
   }
   return wrapped(results);
   END_HANDLE_TH_ERRORS

@@ -43,13 +43,13 @@ struct Traits<double> {
 };
 
 #if !defined(__CUDACC__)
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
 // One vector register of each width: SSE and NEON, AVX2, AVX-512.
 #define VAE_FAST_VECTOR(W, HALF)                                                                   \
   typedef float f32x##W __attribute__((vector_size(4 * W)));                                    \
   typedef int32_t i32x##W __attribute__((vector_size(4 * W)));                                  \
   typedef uint32_t u32x##W __attribute__((vector_size(4 * W)));                                 \
   typedef uint16_t u16x##W __attribute__((vector_size(2 * W)));                                 \
+  typedef uint8_t u8x##W __attribute__((vector_size(W)));                                       \
   typedef uint64_t u64x##HALF __attribute__((vector_size(4 * W)));                              \
   template <>                                                                                   \
   struct Traits<f32x##W> {                                                                      \
@@ -57,6 +57,7 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
     using Int = i32x##W;                                                                        \
     using UInt = u32x##W;                                                                       \
     using UShort = u16x##W;                                                                     \
+    using UByte = u8x##W;                                                                       \
     using ULong = u64x##HALF;                                                                   \
     static constexpr int width = W;                                                             \
   };                                                                                            \
@@ -178,27 +179,32 @@ VAE_FAST_INLINE u16x16 narrow_lanes(u32x16 v) {
 }
 #endif
 
-// Bytes as whole lanes.
-template <class I>
-VAE_FAST_INLINE I widen_bytes(const uint8_t* p) {
-  static_assert(sizeof(I) == 16);
+// Bytes as whole lanes. GCC 12 takes this apart, too.
+template <class F>
+VAE_FAST_INLINE typename Traits<F>::Int widen_bytes(const uint8_t* p) {
+  typename Traits<F>::UByte bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, typename Traits<F>::Int);
+}
+#if defined(VAE_FAST_GCC_X86)
+typedef char i8x16 __attribute__((vector_size(16)));
+template <>
+VAE_FAST_INLINE i32x4 widen_bytes<f32x4>(const uint8_t* p) {
   uint32_t word;
   std::memcpy(&word, p, sizeof(word));
   const u8x16 bytes = (u8x16)u32x4{word, 0, 0, 0}, zero{};
   const u16x8 halves = (u16x8)__builtin_shufflevector(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
                                                       5, 21, 6, 22, 7, 23);
-  return (I)__builtin_shufflevector(halves, u16x8{}, 0, 8, 1, 9, 2, 10, 3, 11);
+  return (i32x4)__builtin_shufflevector(halves, u16x8{}, 0, 8, 1, 9, 2, 10, 3, 11);
 }
-#if defined(VAE_FAST_GCC_X86)
-typedef char i8x16 __attribute__((vector_size(16)));
 template <>
-VAE_FAST_INLINE i32x8 widen_bytes(const uint8_t* p) {
+VAE_FAST_INLINE i32x8 widen_bytes<f32x8>(const uint8_t* p) {
   uint64_t word;
   std::memcpy(&word, p, sizeof(word));
   return __builtin_ia32_pmovzxbd256((i8x16)u64x2{word, 0});
 }
 template <>
-VAE_FAST_INLINE i32x16 widen_bytes(const uint8_t* p) {
+VAE_FAST_INLINE i32x16 widen_bytes<f32x16>(const uint8_t* p) {
   i8x16 bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
   return __builtin_ia32_pmovzxbd512_mask(bytes, i32x16{}, 0xffff);
@@ -208,11 +214,10 @@ VAE_FAST_INLINE i32x16 widen_bytes(const uint8_t* p) {
 // A boolean in a byte for each lane, as all of the lane's bits or none.
 template <class F>
 VAE_FAST_INLINE typename Traits<F>::Int mask_lanes(const uint8_t* p) {
-  using I = typename Traits<F>::Int;
   if constexpr (Traits<F>::width == 1) {
-    return -static_cast<I>(*p != 0);
+    return -static_cast<typename Traits<F>::Int>(*p != 0);
   } else {
-    return -widen_bytes<I>(p) >> 31;
+    return -widen_bytes<F>(p) >> 31;
   }
 }
 

@@ -111,11 +111,14 @@ __attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t 
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     const S* from = reinterpret_cast<const S*>(o.at(offset));
-    if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
-      if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to);
-    } else if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-      if (stride == 1) return kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to);
-    } else if constexpr (std::is_same_v<S, T>) {
+    if constexpr (std::is_same_v<T, float>) {
+      if constexpr (std::is_same_v<S, BFloat16>) {
+        if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to);
+      } else if constexpr (std::is_same_v<S, Half>) {
+        if (stride == 1) return kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to);
+      }
+    }
+    if constexpr (std::is_same_v<S, T>) {
       if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
@@ -127,11 +130,14 @@ __attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     S* to = reinterpret_cast<S*>(o.at(offset));
-    if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
-      if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to));
-    } else if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-      if (stride == 1) return kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to));
-    } else if constexpr (std::is_same_v<S, T>) {
+    if constexpr (std::is_same_v<T, float>) {
+      if constexpr (std::is_same_v<S, BFloat16>) {
+        if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to));
+      } else if constexpr (std::is_same_v<S, Half>) {
+        if (stride == 1) return kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to));
+      }
+    }
+    if constexpr (std::is_same_v<S, T>) {
       if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
     }
     for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
