@@ -33,6 +33,8 @@ _CHOICES = {
     "estimator": ESTIMATORS,
 }
 
+_PAIRS = ("posterior_clamp", "likelihood_clamp", "x_scale")
+
 Prior = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 
 
@@ -204,7 +206,8 @@ class FusedELBO(nn.Module):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
-        value = tuple(value) if isinstance(value, list) else value  # which nobody changes unseen
+        if name in _PAIRS and isinstance(value, list):
+            value = tuple(value)  # which nobody changes unseen
         checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
         before = getattr(self, name) if checked else None
         super().__setattr__(name, value)
