@@ -367,18 +367,20 @@ def test_inplace_refuses_the_memory_of_the_latent_terms(shortcut):
         vae_fast.fused_elbo(x, h, x, h[:, 0], inplace=True)
 
 
+class Nothing(torch.autograd.Function):
+    """Has no gradient for what it was made of."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
 def test_a_second_derivative_that_nobody_asks_for():
     """Recorded, walked over, and given no gradient: nothing to refuse."""
-
-    class Nothing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, t):
-            return t.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return None
-
     (mu,) = leaves((3, 4))
     options = 0, 0, -torch.inf, torch.inf, False
     kl = vae_fast.ops.gaussian_kl_forward(mu, mu, None, None, *options).sum()
