@@ -434,6 +434,17 @@ def test_saved_tensor_hooks_see_what_is_kept(key):
     assert torch.isfinite(mu.grad).all()
 
 
+def test_hooks_on_views_that_are_overwritten(key):
+    calls, seen = Calls(), []
+    h = torch.randn(4, 12, requires_grad=True) * 1.0
+    mean, scale = h.chunk(2, 1)
+    for t in (mean, scale):
+        t.register_hook(lambda g: seen.append(g.shape))
+    vae_fast.fused_elbo(torch.randn(4, 6), mean, scale, torch.zeros(4), inplace=True)[0].backward()
+    assert calls.taken == ["elbo"]
+    assert seen == [(4, 6), (4, 6)]
+
+
 def test_what_inplace_must_not_overwrite_is_still_refused(key):
     x, log = torch.randn(4, 6), torch.zeros(4)
     mean, scale = torch.randn(4, 6, requires_grad=True), torch.zeros(4, 6, requires_grad=True)

@@ -239,9 +239,6 @@ class FusedELBO(nn.Module):
             functional._check_choice(name, getattr(self, name), dict.fromkeys(choices, 0))
         for name in ("posterior_clamp", "likelihood_clamp"):
             functional._clamp_options(getattr(self, name), getattr(self, f"{name}_mode"), name)
-        functional._check_df(self.df)
-        if self.x_scale is not None:
-            functional._check_x_scale(self.x_scale)
         for name in ("inplace", "dequantize"):
             functional._check_flag(name, getattr(self, name))
         self._check_likelihood_scale()

@@ -352,6 +352,7 @@ Density density_of(PyObject* const* objects) {
           PyObject_IsTrue(objects[4]) == 1,    PyFloat_AsDouble(objects[5]),
           PyFloat_AsDouble(objects[6]),        PyFloat_AsDouble(objects[7])};
 }
+
 // The rows' latent terms, if a loss is wanted; log_p may be missing.
 struct Terms {
   Tensor log_q, log_p;

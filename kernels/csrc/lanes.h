@@ -169,6 +169,7 @@ struct MaskedLanes {
     }
   }
 };
+
 // Writes σ of n raw scales, or its inverse, and returns whether every log σ was moderate (math.h);
 // else, or where σ is no exponential, what is written is nothing of use. A loop of its own, since the
 // processor overlaps an exponential better with others than with what needs it.
