@@ -115,7 +115,9 @@ def rows(quick: bool, device: str) -> list[Row]:
         if dtype == "fp32" or (model in IN_BF16 and not quick)
         for name in implementations()
         # On a CPU it tries matrix products for minutes: one model shows what they gain.
-        if not (device == "cpu" and name.endswith("max-autotune") and (model is not MNIST or quick))
+        if not (
+            name.endswith("max-autotune") and (quick or (device == "cpu" and model is not MNIST))
+        )
     ]
 
 
@@ -129,7 +131,9 @@ class Step:
         self.x = torch.rand(model.batch, *model.event, device=device)
         self.optimizer = torch.optim.Adam(self.vae.parameters(), fused=True)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
-        self.exact = 1e-3 if dtype == "fp32" else 0.1
+        # PyTorch lets convolutions on a GPU round to TF32.
+        rounds = device != "cpu" and model.kind == "conv"
+        self.exact = 0.1 if dtype == "bf16" else 1e-2 if rounds else 1e-3
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

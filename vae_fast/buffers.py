@@ -54,8 +54,7 @@ def empty_like(t: Tensor) -> Tensor:
     if not reusable or not _lock.acquire(blocking=False):
         return torch.empty_like(t)
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _take(t, nbytes)
+        return _take(t, nbytes)
     finally:
         _lock.release()
 
@@ -65,14 +64,14 @@ def _take(t: Tensor, nbytes: int) -> Tensor:
         buffer = _kept[i]
         if buffer.fits(t) and buffer.holders() == buffer.alone:
             _kept.append(_kept.pop(i))
-            return buffer.tensor.view_as(buffer.tensor)
+            return buffer.tensor.detach()
     tensor = torch.empty_like(t)
     if tensor.stride() != t.stride():  # t is not dense, and would not be recognised next time
         return tensor
     while _kept and (len(_kept) >= MOST or nbytes + sum(b.nbytes for b in _kept) > LARGEST_TOTAL):
         _kept.pop(0)
     _kept.append(_Buffer(tensor))
-    return tensor.view_as(tensor)
+    return tensor.detach()
 
 
 def clear() -> None:
