@@ -17,7 +17,7 @@ FUZZ ?= 20000
 help:
 	@echo "make train    train a VAE on the digits data set; results go to runs/digits"
 	@echo "make test     run the tests"
-	@echo "make fuzz     20 000 random calls, new ones each time; half an hour. FUZZ=3000: so many"
+	@echo "make fuzz     20 000 random calls, new ones each time; some minutes. FUZZ=3000: so many"
 	@echo "make sanitize the C++ kernels under AddressSanitizer and UBSan, for each instruction set;"
 	@echo "              some 10 minutes. ARGS=avx2: one of base, avx2 and avx512"
 	@echo "make matrix   the tests with other versions of torch and Triton, without Triton, without a"

@@ -39,6 +39,15 @@ struct At {
     const auto bits = read(reinterpret_cast<const uint16_t*>(p + i), typename Traits<F>::UShort{});
     return from_fp16<F>(widen_lanes<U>(bits));
   }
+  VAE_FAST_INLINE F load(const uint8_t* p) const {
+    if constexpr (Traits<F>::width == 1) {
+      return static_cast<T>(p[i]);
+    } else {
+      uint8_t part[Traits<F>::width] = {};
+      if constexpr (kPart) std::memcpy(part, p + i, left);
+      return to_float(widen_bytes<F>(kPart ? part : p + i));
+    }
+  }
   VAE_FAST_INLINE void store(T* p, F v) const { write(p + i, v); }
   VAE_FAST_INLINE void store(Bf16* p, F v) const {
     write(reinterpret_cast<uint16_t*>(p + i), bf16(v));

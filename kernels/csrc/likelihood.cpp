@@ -145,35 +145,38 @@ struct Likelihood {
         run_rows(kernel, gradient, first, last, begin, end, weight, stream, to);
       }
     };
-    torch::stable::parallel_for(
-        0, blocks * pieces, std::max<int64_t>(1, kGrain / work), [&](int64_t first, int64_t last) {
-          if (direct && pieces == 1) {
-            in_place(first, last, 0, size, terms.data() + first);
-            return;
+    const auto run_units = [&](int64_t first, int64_t last) {
+      if (direct && pieces == 1) {
+        in_place(first, last, 0, size, terms.data() + first);
+        return;
+      }
+      std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t piece = unit % pieces, begin = piece * kPiece;
+        const int64_t first_row = unit / pieces * block;
+        const int64_t end = std::min(size, begin + kPiece);
+        if (direct) {
+          in_place(first_row, first_row + 1, begin, end, &terms[unit]);
+          continue;
+        }
+        T* const scale_sum = g_event ? event_sums.data() + unit / pieces * size + begin : nullptr;
+        for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
+          std::fill(x_sum.begin(), x_sum.end(), T(0));
+          for (int64_t n = row; n < rows; n += first_rows) {
+            terms[n * pieces + piece] = run_piece(kernel, gradient, stream, n, begin, end, weight[n],
+                                                  x_sum.data(), scale_sum);
           }
-          std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
-          for (int64_t unit = first; unit < last; ++unit) {
-            const int64_t piece = unit % pieces, begin = piece * kPiece;
-            const int64_t first_row = unit / pieces * block;
-            const int64_t end = std::min(size, begin + kPiece);
-            if (direct) {
-              in_place(first_row, first_row + 1, begin, end, &terms[unit]);
-              continue;
-            }
-            T* const scale_sum =
-                g_event ? event_sums.data() + unit / pieces * size + begin : nullptr;
-            for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
-              std::fill(x_sum.begin(), x_sum.end(), T(0));
-              for (int64_t n = row; n < rows; n += first_rows) {
-                terms[n * pieces + piece] = run_piece(kernel, gradient, stream, n, begin, end,
-                                                      weight[n], x_sum.data(), scale_sum);
-              }
-              if (need_x) {
-                event.store(g_x, row, begin, end - begin, static_cast<const T*>(x_sum.data()));
-              }
-            }
+          if (need_x) {
+            event.store(g_x, row, begin, end - begin, static_cast<const T*>(x_sum.data()));
           }
-        });
+        }
+      }
+    };
+    torch::stable::parallel_for(0, blocks * pieces, std::max<int64_t>(1, kGrain / work),
+                                [&](int64_t first, int64_t last) {
+                                  run_units(first, last);
+                                  if (stream) finish_stream();  // a wait: not after every tile
+                                });
     for (int64_t n = 0; n < rows; ++n) {
       const auto total = [&](T LikelihoodTerms<T>::*part) {
         return tree_sum<T>(n * pieces, (n + 1) * pieces, [&](int64_t i) { return terms[i].*part; });

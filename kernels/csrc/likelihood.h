@@ -4,7 +4,8 @@
 
 // A row's terms are Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
 // writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
-// the inputs element for element, unless they are streamed past the caches.
+// the inputs element for element, unless they are streamed past the caches; then finish_stream() must
+// follow.
 template <class F, class S, Family family, Param P, ScaleKind kScale, bool kMasked, bool kGradient>
 VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<ScalarOf<F>>& model,
                                      Rows<const S> x, Rows<const S> mean, Rows<const S> scale,
@@ -73,7 +74,6 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
     sum.value += constants.constant * (kMasked ? terms_kept : static_cast<T>(n));
     terms[row] = sum;
   }
-  if (stream) finish_stream();
 }
 
 // A backward pass runs the kernel with gradients, and has no use for the values.

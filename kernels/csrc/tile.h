@@ -49,18 +49,20 @@ VAE_FAST_TARGET void prepare_scale_as(int64_t n, const Clamp& clamp, bool log,
 template <class F>
 VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u, ScalarOf<F> mul,
                                  ScalarOf<F> add, ScalarOf<F>* to) {
-  using T = ScalarOf<F>;
   if (u == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]) * mul + add;
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] = (static_cast<T>(from[i]) + static_cast<T>(u[i])) * mul + add;
-    }
+    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA { at.store(to, at.load(from) * mul + add); });
+    return;
   }
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    if constexpr (std::is_same_v<ScalarOf<F>, float>) {
+      at.store(to, (at.load(from) + at.load(u)) * mul + add);
+    } else {
+      at.store(to, (at.load(from) + u[at.i]) * mul + add);
+    }
+  });
 }
 
+// finish_stream() must follow.
 template <class F>
 VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
                                  ScalarOf<F>* to) {
@@ -69,7 +71,6 @@ VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const Scala
     if (slope != nullptr) v = product_or_zero(v, at.load(slope));
     at.stream(to, v);
   });
-  finish_stream();
 }
 
 template <class F>
