@@ -1,5 +1,7 @@
 """What only the C++ kernels do: whole-vector conversions, and stores that go past the caches."""
 
+from itertools import permutations
+
 import pytest
 import torch
 
@@ -99,6 +101,55 @@ def test_a_gradient_past_the_caches_has_the_same_bits(what, learned):
 
     for streamed, cached in zip(gradients(batch), gradients(few), strict=True):
         assert torch.equal(streamed, cached)
+
+
+# Tiles that are part of a row, one row and several; and rows that are worked on in pieces.
+@pytest.mark.parametrize("size", [304, 1024, 1504, 3072, 9008])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_packed_rows_larger_than_the_caches(size, inplace):
+    """They do not follow each other, and are fetched ahead."""
+    rows = (6 << 20) // (4 * size) + 2
+    x, log = torch.randn(rows, size), torch.randn(rows)
+    leaf = torch.randn(rows, 2 * size, requires_grad=True)
+
+    def results(mean, scale):
+        loss, nll = vae_fast.fused_elbo(x, mean, scale, log, log, inplace=inplace)
+        return loss, nll, *torch.autograd.grad(loss, leaf)
+
+    apart = results(*(half.clone() for half in leaf.chunk(2, dim=1)))
+    assert all(map(torch.equal, results(leaf * 1, None), apart))
+
+
+# Rows of several tiles and pieces, whose innermost dimension is short, long and in between.
+@pytest.mark.parametrize("event", [(3, 60, 60), (60, 3, 60), (60, 60, 3), (2, 17, 9, 31)])
+@pytest.mark.parametrize("what", ["fp32", "bf16", "levels", "mask"])
+def test_operands_of_different_layouts(event, what):
+    dtype = torch.bfloat16 if what == "bf16" else torch.float32
+    x, mean, s = (torch.randn(3, *event).to(dtype) for _ in range(3))
+    if what == "levels":
+        x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    mask = torch.rand(x.shape) > 0.5 if what == "mask" else None
+    log = torch.zeros(3)
+
+    def results(x, mean, s, mask):
+        leaves = [t.detach().requires_grad_() for t in (mean, s)]
+        loss, nll = vae_fast.fused_elbo(x, *leaves, log, log, mask=mask)
+        loss.backward()
+        return nll, *(t.grad for t in leaves)
+
+    nll, *gradients = results(x, mean, s, mask)
+    orders = [(0, *(d + 1 for d in order)) for order in permutations(range(len(event)))]
+    for i, order in enumerate(orders):
+        others = order, orders[i - 1], orders[i // 2], orders[0]
+
+        def lay_out(t, order):
+            back = [order.index(d) for d in range(t.dim())]
+            return t.permute(order).contiguous().permute(back)
+
+        tensors = [t if t is None else lay_out(t, o) for t, o in zip((mean, x, s, mask), others)]
+        got = results(tensors[1], tensors[0], *tensors[2:])
+        torch.testing.assert_close(got[0], nll, rtol=1e-5, atol=0)
+        assert all(map(torch.equal, got[1:], gradients))
 
 
 @pytest.mark.parametrize("batch", [1, 2048])  # the larger one goes past the caches

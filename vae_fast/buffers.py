@@ -60,14 +60,14 @@ def empty_like(t: Tensor) -> Tensor:
 
 
 def _take(t: Tensor, nbytes: int) -> Tensor:
+    # As empty_like would lay it out: like t if t is dense, but not if it is half of a tensor, say.
+    like = t if t.is_contiguous() else torch.empty_like(t, device="meta")
     for i in reversed(range(len(_kept))):  # of what was used last a cache may still have some
         buffer = _kept[i]
-        if buffer.fits(t) and buffer.holders() == buffer.alone:
+        if buffer.fits(like) and buffer.holders() == buffer.alone:
             _kept.append(_kept.pop(i))
             return buffer.tensor.detach()
-    tensor = torch.empty_like(t)
-    if tensor.stride() != t.stride():  # t is not dense, and would not be recognised next time
-        return tensor
+    tensor = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device)
     while _kept and (len(_kept) >= MOST or nbytes + sum(b.nbytes for b in _kept) > LARGEST_TOTAL):
         _kept.pop(0)
     _kept.append(_Buffer(tensor))

@@ -295,12 +295,18 @@ struct LatentKernels {
 // the latter in bounds.
 enum class ScaleKind { row, each, bounded };
 
+// How a kernel goes about tensors larger than the caches: whether it writes its results past them, and
+// whether it fetches tiles ahead, which the processor does by itself only where rows follow each other.
+struct Memory {
+  bool past_caches = false, ahead = false;
+};
+
 // On elements stored as S. The mask is that of the elements which count, if not all do.
 template <class T, class S = T>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const S> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
                                   Rows<const uint8_t> mask, Rows<const T> weight, Rows<S> g_mean,
-                                  Rows<S> g_scale, bool stream, LikelihoodTerms<T>* terms);
+                                  Rows<S> g_scale, Memory memory, LikelihoodTerms<T>* terms);
 // One of them.
 struct LikelihoodVariant {
   ScaleKind scale;

@@ -26,13 +26,12 @@ LatentKernels<float> latent_kernels(Param param, bool path) {
 // A latent tensor as rows with one element stride. The order of latent elements is the order of the
 // noise, so no dimension moves.
 struct LatentOperand : Operand {
-  bool straight = true;
-  LatentOperand() = default;
+  LatentOperand() { straight = true; }
   explicit LatentOperand(const View& t, int64_t event_from = 1)
       : Operand(operand(t, event_from)) {
     Event event = event_of(t, event_from);
     event.fuse<1>({this}, /*reorder=*/false);
-    straight = event.sizes.size() == 1 || t.numel() == 0;
+    straight |= t.numel() == 0;
   }
 
   // n elements of each row as T: in place where they already are so, else gathered into `buffer`.
@@ -44,9 +43,8 @@ struct LatentOperand : Operand {
       return {reinterpret_cast<const T*>(at(offset)), row_stride};
     }
     const bool joined = row_stride == n * stride;
-    for (int64_t row = 0; row < (joined ? 1 : rows); ++row) {
-      gather(*this, offset + row * row_stride, stride, joined ? rows * n : n, buffer + row * n);
-    }
+    gather(*this, joined ? run_of(offset, stride, rows * n) : Block{offset, row_stride, rows, stride, n},
+           buffer);
     return {buffer, n};
   }
 };

@@ -43,9 +43,9 @@ T row_share(int64_t rows, int64_t samples, Reduction reduction) {
   return T(1) / static_cast<T>(reduction == Reduction::mean ? std::max<int64_t>(rows, 1) : samples);
 }
 
-// Bytes of a gradient that goes past the caches: with five streams of this size the pass overflows a
-// last level of 32 MiB. Smaller ones stay there for whoever reads them next.
-constexpr int64_t kStreamed = int64_t(6) << 20;
+// Bytes of a large operand: with five of this size the pass overflows a last cache of 32 MiB.
+// Gradients go past the caches then. Smaller ones stay there for whoever reads them next.
+constexpr int64_t kLarge = int64_t(6) << 20;
 constexpr int64_t kVector = 64;  // bytes of the widest vector
 
 // What one value of the scale serves.
@@ -137,12 +137,14 @@ struct Likelihood {
     const bool direct_bf16 = bf16 && !g_event && reads_in_place<Bf16>(gradient);
     const bool direct = direct_bf16 || (!g_event && reads_in_place<T>(gradient));
     const bool stream = gradient && (direct_bf16 ? streams<Bf16>() : streams<T>());
+    const bool large = direct_bf16 ? is_large<Bf16>() : is_large<T>();
+    const Memory memory{stream, large && !rows_follow()};
     const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end,
                               LikelihoodTerms<T>* to) {
       if (direct_bf16) {
-        run_rows(bf16, gradient, first, last, begin, end, weight, stream, to);
+        run_rows(bf16, gradient, first, last, begin, end, weight, memory, to);
       } else {
-        run_rows(kernel, gradient, first, last, begin, end, weight, stream, to);
+        run_rows(kernel, gradient, first, last, begin, end, weight, memory, to);
       }
     };
     const auto run_units = [&](int64_t first, int64_t last) {
@@ -223,7 +225,7 @@ struct Likelihood {
     T* const to = each ? row_scale.data() : &shared;
     T* const slope = each ? row_slope.data() : &shared_slope;
     const Operand o = operand(scale_, each ? 1 : 0);
-    gather(o, 0, o.row_stride, count, to);
+    gather(o, run_of(0, o.row_stride, count), to);
     if (prepared || clamp.active()) {
       tiles.prepare_scale(count, clamp, as_log, to, to, slope);
     }
@@ -243,7 +245,18 @@ struct Likelihood {
   }
 
   bool masks_in_place() const {
-    return !mask || (event.sizes.size() == 1 && (mask.strides[0] == 1 || size == 1));
+    return !mask || (mask.straight && (mask.strides.back() == 1 || size == 1));
+  }
+
+  template <class S>
+  bool is_large() const {
+    return rows * size * static_cast<int64_t>(sizeof(S)) >= kLarge;
+  }
+
+  // Whether the rows of mean and scale lie one behind the other, or are so long that it is no matter.
+  bool rows_follow() const {
+    return size > kPiece ||
+           (mean.row_stride == size && (scalar || scale.row_stride == size));
   }
 
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
@@ -254,14 +267,14 @@ struct Likelihood {
                     reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
                     g.row_stride * sizeof(S) % kVector == 0);
     };
-    return rows * size * static_cast<int64_t>(sizeof(S)) >= kStreamed && suits(g_mean, mean) &&
+    return is_large<S>() && suits(g_mean, mean) &&
            (scalar || sharing == Sharing::event || suits(g_scale, scale));
   }
 
   // Rows [first, last) of a batch and its samples, or a piece of each, in place.
   template <class S>
   void run_rows(LikelihoodKernel<T, S> kernel, bool gradient, int64_t first, int64_t last,
-                int64_t begin, int64_t end, Rows<const T> weight, bool stream,
+                int64_t begin, int64_t end, Rows<const T> weight, Memory memory,
                 LikelihoodTerms<T>* terms) const {
     const auto at = [&](const Operand& o, int64_t row) {
       return reinterpret_cast<S*>(o.at(row * o.row_stride + begin));
@@ -277,7 +290,7 @@ struct Likelihood {
       const Rows<const uint8_t> kept{mask ? mask_at(b, begin) : nullptr, mask.row_stride};
       kernel(count, end - begin, model, in(x, b), in(mean, n), in(scale, n),
              row_scales(n), kept, {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n),
-             stream, terms);
+             memory, terms);
       n += count;
       terms += count;
     }
@@ -295,14 +308,10 @@ struct Likelihood {
       kStorage.uniform((n + kLanes - 1) / kLanes, offset + row * calls + begin / kLanes,
                        static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), u);
     }
-    event.runs(x, b, begin, n, [&](int64_t at, int64_t stride, int64_t first, int64_t count) {
-      const uint8_t* from = reinterpret_cast<const uint8_t*>(x.at(at));
+    event.blocks(x, b, begin, n, [&](const Block& block, int64_t first) {
       uint8_t bytes[kTile];
-      if (stride != 1) {
-        for (int64_t i = 0; i < count; ++i) bytes[i] = from[i * stride];
-        from = bytes;
-      }
-      tiles.levels(count, from, options.key ? u + first : nullptr, static_cast<T>(options.x_mul),
+      tiles.levels(block.rows * block.count, gather_bytes(x, block, bytes),
+                   options.key ? u + first : nullptr, static_cast<T>(options.x_mul),
                    static_cast<T>(options.x_add), buffer + first);
     });
     return buffer;
@@ -313,9 +322,9 @@ struct Likelihood {
   }
   const uint8_t* load_mask(int64_t b, int64_t begin, int64_t n, uint8_t* buffer) const {
     if (masks_in_place()) return mask_at(b, begin);
-    event.runs(mask, b, begin, n, [&](int64_t at, int64_t stride, int64_t first, int64_t count) {
-      const char* from = mask.at(at);
-      for (int64_t i = 0; i < count; ++i) buffer[first + i] = from[i * stride];
+    event.blocks(mask, b, begin, n, [&](const Block& block, int64_t first) {
+      const uint8_t* const from = gather_bytes(mask, block, buffer + first);
+      if (from != buffer + first) std::memcpy(buffer + first, from, block.count);
     });
     return buffer;
   }
@@ -349,7 +358,7 @@ struct Likelihood {
                                                       : event.target(g_scale, n, begin, gs_tile);
       LikelihoodTerms<T> terms;
       kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
-             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, &terms);
+             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, Memory{past}, &terms);
       if (gradient && !past) {
         store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
       }
@@ -480,7 +489,7 @@ void likelihood_backward_as(const View& g_nll, const View& g_loss, const View& x
     store_scalar(g_scale, tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }));
   } else if (shared) {
     const Operand to = operand(g_scale);
-    scatter(to, 0, to.row_stride, pass.rows, static_cast<const T*>(g_shared.data()));
+    scatter(to, run_of(0, to.row_stride, pass.rows), static_cast<const T*>(g_shared.data()));
   }
   latent_gradients<T>(pass.rows, options.beta, share, loss, g_log_q, g_log_p);
 }

@@ -11,11 +11,11 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
                                      Rows<const S> x, Rows<const S> mean, Rows<const S> scale,
                                      Rows<const ScalarOf<F>> row_scale, Rows<const uint8_t> mask,
                                      Rows<const ScalarOf<F>> weight, Rows<S> g_mean,
-                                     Rows<S> g_scale, bool stream,
+                                     Rows<S> g_scale, Memory memory,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
   constexpr bool kRow = kScale == ScaleKind::row;
-  const auto store = [stream](auto at, S* p, F v) VAE_FAST_LAMBDA {
+  const auto store = [stream = memory.past_caches](auto at, S* p, F v) VAE_FAST_LAMBDA {
     if (stream) {
       at.stream(p, v);
     } else {
@@ -31,10 +31,20 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
     for (int64_t begin = 0; begin < n; begin += kTile) {  // so that no lane adds up many terms
       const int64_t count = std::min(n - begin, kTile);
       const S *const xs = x[row] + begin, *const means = mean[row] + begin;
+      const S* const scales = kRow ? nullptr : scale[row] + begin;
+      const S *next_means = means, *next_scales = scales;  // fetching these costs nothing
+      if (memory.ahead) {
+        const bool same_row = begin + kTile < n;
+        const int64_t next = same_row ? row : std::min(row + 1, rows - 1);
+        next_means = mean[next] + (same_row ? begin + kTile : 0);
+        if constexpr (!kRow) next_scales = scale[next] + (same_row ? begin + kTile : 0);
+      }
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
       S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{}, kept{};
       const auto body = [&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
+        __builtin_prefetch(next_means + at.i);
+        if constexpr (!kRow) __builtin_prefetch(next_scales + at.i);
         const Element<F, family> e(at.load(xs), at.load(means), s, constants);
         values += at.keep(e.value);
         if constexpr (kMasked) kept += at.keep(splat<F>(T(1)));
@@ -56,10 +66,10 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
           const Scale<F, P> shared(s);
           each(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared, Unbounded<F>{s}); });
         } else if constexpr (kScale == ScaleKind::each) {
-          for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, NoBound<F>{}, body, each);
+          for_scales<F, P, /*kInverse=*/true>(count, scales, NoBound<F>{}, body, each);
         } else {
           const auto bound = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
-          for_scales<F, P, /*kInverse=*/true>(count, scale[row] + begin, bound, body, each);
+          for_scales<F, P, /*kInverse=*/true>(count, scales, bound, body, each);
         }
       };
       if constexpr (kMasked) {

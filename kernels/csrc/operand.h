@@ -88,7 +88,8 @@ struct Operand {
   char* data = nullptr;  // null for an empty tensor, too
   ScalarType type = ScalarType::Float;
   int64_t row_stride = 0;
-  Dims strides;  // in elements, one per event dimension
+  Dims strides;           // in elements, one per event dimension
+  bool straight = false;  // of a fused event: a row's elements lie along one stride, that of the last
 
   explicit operator bool() const { return present; }
   char* at(int64_t offset) const { return data + offset * element_size(type); }
@@ -104,44 +105,84 @@ VAE_FAST_INLINE S narrow(T value) {
   }
 }
 
-// n elements of a straight run, as T.
+// Elements of an operand: `rows` straight runs of `count`, element j of run i at i·pitch + j·stride
+// from `offset` on.
+struct Block {
+  int64_t offset, pitch, rows, stride, count;
+};
+inline Block run_of(int64_t offset, int64_t stride, int64_t count) {
+  return {offset, 0, 1, stride, count};
+}
+
+// Calls fn(where an element lies, its place in order) for all elements of a block, the longer side in
+// the inner loop: the runs of a channels-last image beside one that is not are as short as its channels.
+template <class Fn>
+VAE_FAST_INLINE void for_elements(const Block& b, const Fn& fn) {
+  const auto [offset, pitch, rows, stride, count] = b;
+  if (rows > count) {
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = 0; i < rows; ++i) fn(offset + i * pitch + j * stride, i * count + j);
+    }
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < count; ++j) fn(offset + i * pitch + j * stride, i * count + j);
+    }
+  }
+}
+
+// A straight run of n elements as T, or the other way round, where a loop of vectors or a copy does
+// it; returns whether there is one.
+template <class S, class T>
+bool convert_run(const S* from, int64_t n, T* to) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (n > 0) std::memcpy(to, from, n * sizeof(T));
+    return true;
+  } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
+    return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to), true;
+  } else if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
+    return kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to), true;
+  } else if constexpr (std::is_same_v<S, float> && std::is_same_v<T, BFloat16>) {
+    return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to)), true;
+  } else if constexpr (std::is_same_v<S, float> && std::is_same_v<T, Half>) {
+    return kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to)), true;
+  }
+  return false;
+}
+constexpr int64_t kShort = 16;  // elements of a run that are not worth a call
+
+// The elements of a block as T, in order; and elements in order to where the block lies.
 template <class T>
-__attribute__((noinline)) void gather(const Operand& o, int64_t offset, int64_t stride, int64_t n,
-                                      T* to) {
+__attribute__((noinline)) void gather(const Operand& o, const Block& b, T* to) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
-    const S* from = reinterpret_cast<const S*>(o.at(offset));
-    if constexpr (std::is_same_v<T, float>) {
-      if constexpr (std::is_same_v<S, BFloat16>) {
-        if (stride == 1) return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to);
-      } else if constexpr (std::is_same_v<S, Half>) {
-        if (stride == 1) return kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to);
-      }
+    const S* const from = reinterpret_cast<const S*>(o.data);
+    if (b.stride == 1 && (b.rows == 1 || b.count >= kShort)) {
+      int64_t i = 0;
+      while (i < b.rows && convert_run(from + b.offset + i * b.pitch, b.count, to + i * b.count)) ++i;
+      if (i == b.rows) return;
     }
-    if constexpr (std::is_same_v<S, T>) {
-      if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
-    }
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+    for_elements(b, [&](int64_t at, int64_t i) { to[i] = static_cast<T>(from[at]); });
   });
 }
 template <class T>
-__attribute__((noinline)) void scatter(const Operand& o, int64_t offset, int64_t stride, int64_t n,
-                                       const T* from) {
+__attribute__((noinline)) void scatter(const Operand& o, const Block& b, const T* from) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
-    S* to = reinterpret_cast<S*>(o.at(offset));
-    if constexpr (std::is_same_v<T, float>) {
-      if constexpr (std::is_same_v<S, BFloat16>) {
-        if (stride == 1) return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to));
-      } else if constexpr (std::is_same_v<S, Half>) {
-        if (stride == 1) return kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to));
-      }
+    S* const to = reinterpret_cast<S*>(o.data);
+    if (b.stride == 1 && (b.rows == 1 || b.count >= kShort)) {
+      int64_t i = 0;
+      while (i < b.rows && convert_run(from + i * b.count, b.count, to + b.offset + i * b.pitch)) ++i;
+      if (i == b.rows) return;
     }
-    if constexpr (std::is_same_v<S, T>) {
-      if (stride == 1 && n > 0) return void(std::memcpy(to, from, n * sizeof(T)));
-    }
-    for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
+    for_elements(b, [&](int64_t at, int64_t i) { to[at] = narrow<S>(from[i]); });
   });
+}
+// Bytes as they are: those of a straight run in place, others in `buffer`.
+inline const uint8_t* gather_bytes(const Operand& o, const Block& b, uint8_t* buffer) {
+  const uint8_t* const from = reinterpret_cast<const uint8_t*>(o.data);
+  if (b.rows == 1 && b.stride == 1) return from + b.offset;
+  for_elements(b, [&](int64_t at, int64_t i) { buffer[i] = from[at]; });
+  return buffer;
 }
 
 // The dimensions of `t` before `event_from` must be one row dimension.
@@ -204,40 +245,53 @@ struct Event {
       fused.push_back(1);
       for (int o = 0; o < count; ++o) strides[o].push_back(1);
     }
-    for (int o = 0; o < count; ++o) operands[o]->strides = strides[o];
     sizes = fused;
+    for (int o = 0; o < count; ++o) {
+      operands[o]->strides = strides[o];
+      operands[o]->straight = true;
+      for (int64_t d = 0; d + 1 < sizes.size(); ++d) {
+        operands[o]->straight &= strides[o][d] == strides[o][d + 1] * sizes[d + 1];
+      }
+    }
   }
 
-  // Calls fn(offset in elements, stride, first, count) for each straight run of [begin, begin + n).
+  // Calls fn(block, first) for the elements [begin, begin + n) of a row in blocks, the innermost two
+  // dimensions as far as they go; `first` counts from begin.
   template <class Fn>
-  void runs(const Operand& o, int64_t row, int64_t begin, int64_t n, const Fn& fn) const {
-    const int64_t inner = sizes.back(), stride = o.strides.back();
+  void blocks(const Operand& o, int64_t row, int64_t begin, int64_t n, const Fn& fn) const {
+    if (o.straight) {
+      const int64_t stride = o.strides.back();
+      return fn(run_of(row * o.row_stride + begin * stride, stride, n), 0);
+    }
+    const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+    const int64_t inner = sizes[last], outer = last > 0 ? sizes[last - 1] : 1;
+    const int64_t stride = o.strides[last], pitch = last > 0 ? o.strides[last - 1] : 0;
     for (int64_t done = 0; done < n;) {
-      const int64_t element = begin + done;
-      int64_t offset = row * o.row_stride + (element % inner) * stride;
-      int64_t rest = element / inner;
-      for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
+      const int64_t j = (begin + done) % inner, i = (begin + done) / inner % outer;
+      int64_t offset = row * o.row_stride + i * pitch + j * stride;
+      int64_t rest = (begin + done) / inner / outer;
+      for (int64_t d = last - 2; d >= 0; --d) {
         offset += (rest % sizes[d]) * o.strides[d];
         rest /= sizes[d];
       }
-      const int64_t count = std::min(n - done, inner - element % inner);
-      fn(offset, stride, done, count);
-      done += count;
+      const bool whole = j == 0 && n - done >= inner;
+      const int64_t rows = whole ? std::min((n - done) / inner, outer - i) : 1;
+      const int64_t count = whole ? inner : std::min(n - done, inner - j);
+      fn(Block{offset, pitch, rows, stride, count}, done);
+      done += rows * count;
     }
   }
 
   template <class T>
   bool direct(const Operand& o) const {
-    return sizes.size() == 1 && o.type == type_of<T> && (o.strides[0] == 1 || sizes[0] == 1);
+    return o.type == type_of<T> && o.straight && (o.strides.back() == 1 || numel() == 1);
   }
 
   // Elements as T: in place where they already are so, else gathered into `buffer`.
   template <class T>
   const T* load(const Operand& o, int64_t row, int64_t begin, int64_t n, T* buffer) const {
     if (direct<T>(o)) return reinterpret_cast<const T*>(o.at(row * o.row_stride + begin));
-    runs(o, row, begin, n, [&](int64_t offset, int64_t stride, int64_t first, int64_t count) {
-      gather(o, offset, stride, count, buffer + first);
-    });
+    blocks(o, row, begin, n, [&](const Block& b, int64_t first) { gather(o, b, buffer + first); });
     return buffer;
   }
 
@@ -253,9 +307,7 @@ struct Event {
       if (n > 0 && to != from) std::memcpy(to, from, n * sizeof(T));
       return;
     }
-    runs(o, row, begin, n, [&](int64_t offset, int64_t stride, int64_t first, int64_t count) {
-      scatter(o, offset, stride, count, from + first);
-    });
+    blocks(o, row, begin, n, [&](const Block& b, int64_t first) { scatter(o, b, from + first); });
   }
 };
 
@@ -283,7 +335,7 @@ struct Output : Operand {
     return type == type_of<T> ? reinterpret_cast<T*>(at(at_)) : buffer;
   }
   void store(int64_t at_, int64_t n, const T* from) const {
-    if (type != type_of<T>) scatter(*this, at_, 1, n, from);
+    if (type != type_of<T>) scatter(*this, run_of(at_, 1, n), from);
   }
 };
 
