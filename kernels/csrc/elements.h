@@ -19,11 +19,13 @@ template <class T>
 struct Model {
   T df = 1, log_df = 0, far = 1;  // Student's ν, and the r beyond which 1 + r²/ν is r²/ν
   T bin = 1, log_bin = 0, first_edge = 0, last_edge = 0;  // of the levels that x lies on
+  T mul = 1, add = 0;                                     // and what makes values of the levels
   T constant = 0;                                         // of every element's value
   T lo = -INFINITY, hi = INFINITY;  // of the raw scale, for kernels with bounds
 
   Model() = default;
-  Model(Family family, double df_, double mul, double add) {
+  Model(Family family, double df_, double mul_, double add_)
+      : mul(static_cast<T>(mul_)), add(static_cast<T>(add_)) {
     if (family == Family::gaussian) constant = static_cast<T>(kHalfLog2Pi);
     if (family == Family::laplace) constant = static_cast<T>(std::log(2.0));
     if (family == Family::student_t) {
@@ -34,10 +36,10 @@ struct Model {
                                 0.5 * std::log(3.14159265358979323846 * df_));
     }
     if (family == Family::logistic) {
-      bin = static_cast<T>(mul);
-      log_bin = static_cast<T>(std::log(mul));
-      first_edge = static_cast<T>(add + 0.5 * mul);
-      last_edge = static_cast<T>(add + 254.5 * mul);
+      bin = static_cast<T>(mul_);
+      log_bin = static_cast<T>(std::log(mul_));
+      first_edge = static_cast<T>(add_ + 0.5 * mul_);
+      last_edge = static_cast<T>(add_ + 254.5 * mul_);
     }
   }
 };

@@ -301,17 +301,24 @@ struct Memory {
   bool past_caches = false, ahead = false;
 };
 
-// On elements stored as S. The mask is that of the elements which count, if not all do.
-template <class T, class S = T>
-using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const S> x,
+// On elements stored as S, and data stored as X: S, or bytes that are levels. The mask is that of the
+// elements which count, if not all do.
+template <class T, class S = T, class X = S>
+using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const X> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
                                   Rows<const uint8_t> mask, Rows<const T> weight, Rows<S> g_mean,
                                   Rows<S> g_scale, Memory memory, LikelihoodTerms<T>* terms);
 // One of them.
 struct LikelihoodVariant {
   ScaleKind scale;
-  bool masked;  // not with ScaleKind::each, nor on bf16
+  bool masked;  // not with ScaleKind::each
   bool gradient;
+};
+// What tensors are stored as.
+template <class S_, class X_ = S_>
+struct Stored {
+  using S = S_;
+  using X = X_;
 };
 
 template <class T>

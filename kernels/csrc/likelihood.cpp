@@ -25,12 +25,13 @@ LikelihoodKernel<float> likelihood_kernel(Family family, Param param, Likelihood
   VAE_FAST_SELECT(likelihood_kernel, family, param, variant)
 }
 
-// That of bf16 rows which are read and written as they are; null if there is none.
-template <class T>
-LikelihoodKernel<T, Bf16> bf16_kernel(Family family, Param param, LikelihoodVariant variant) {
+// That of rows which are read and written as they are stored; null if there is none.
+template <class T, class As>
+LikelihoodKernel<T, typename As::S, typename As::X> stored_kernel(As as, Family family, Param param,
+                                                                  LikelihoodVariant variant) {
   if constexpr (std::is_same_v<T, float>) {
     if (family == Family::gaussian && !variant.masked) {
-      VAE_FAST_SELECT(gaussian_bf16_kernel, param, variant)
+      VAE_FAST_SELECT(gaussian_kernel, as, param, variant)
     }
   }
   return nullptr;
@@ -133,19 +134,28 @@ struct Likelihood {
     const int64_t work =
         std::max<int64_t>(1, std::min(size, kPiece)) *
         (need_x ? std::max<int64_t>(1, samples) : 1) * block;
-    const LikelihoodKernel<T, Bf16> bf16 = bf16_kernel<T>(family, param, variant);
-    const bool direct_bf16 = bf16 && !g_event && reads_in_place<Bf16>(gradient);
-    const bool direct = direct_bf16 || (!g_event && reads_in_place<T>(gradient));
-    const bool stream = gradient && (direct_bf16 ? streams<Bf16>() : streams<T>());
-    const bool large = direct_bf16 ? is_large<Bf16>() : is_large<T>();
+    const auto as_stored = [&](auto as) -> decltype(stored_kernel<T>(as, family, param, variant)) {
+      using As = decltype(as);
+      const bool reads = !g_event && reads_in_place<typename As::S, typename As::X>(gradient);
+      return reads ? stored_kernel<T>(as, family, param, variant) : nullptr;
+    };
+    const auto bf16 = as_stored(Stored<Bf16>{});
+    const auto levels = as_stored(Stored<T, uint8_t>{});
+    const auto bf16_levels = as_stored(Stored<Bf16, uint8_t>{});
+    const bool half = bf16 || bf16_levels;
+    const bool direct = half || levels || (!g_event && reads_in_place<T, T>(gradient));
+    const bool stream = gradient && (half ? streams<Bf16>() : streams<T>());
+    const bool large = half ? is_large<Bf16>() : is_large<T>();
     const Memory memory{stream, large && !rows_follow()};
     const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end,
                               LikelihoodTerms<T>* to) {
-      if (direct_bf16) {
-        run_rows(bf16, gradient, first, last, begin, end, weight, memory, to);
-      } else {
+      const auto run_all = [&](auto kernel) {
         run_rows(kernel, gradient, first, last, begin, end, weight, memory, to);
-      }
+      };
+      if (bf16) return run_all(bf16);
+      if (levels) return run_all(levels);
+      if (bf16_levels) return run_all(bf16_levels);
+      run_all(kernel);
     };
     const auto run_units = [&](int64_t first, int64_t last) {
       if (direct && pieces == 1) {
@@ -235,12 +245,14 @@ struct Likelihood {
     return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1} : Rows<const T>{&shared, 0};
   }
 
-  // Whether a kernel of elements stored as S can read and write the operands' own memory, row by row.
-  template <class S>
+  // Whether a kernel of elements stored as S, and data as X, can read and write the operands' own
+  // memory, row by row.
+  template <class S, class X>
   bool reads_in_place(bool gradient) const {
     const auto fits = [&](const Operand& o) { return event.template direct<S>(o); };
     const auto writes = [&](const Operand& g) { return !gradient || (g && fits(g)); };
-    return !need_x && masks_in_place() && fits(x) && fits(mean) && writes(g_mean) &&
+    return !need_x && !options.key && masks_in_place() && event.template direct<X>(x) &&
+           fits(mean) && writes(g_mean) &&
            (scalar || (!prepared && fits(scale) && writes(g_scale)));
   }
 
@@ -272,8 +284,8 @@ struct Likelihood {
   }
 
   // Rows [first, last) of a batch and its samples, or a piece of each, in place.
-  template <class S>
-  void run_rows(LikelihoodKernel<T, S> kernel, bool gradient, int64_t first, int64_t last,
+  template <class S, class X>
+  void run_rows(LikelihoodKernel<T, S, X> kernel, bool gradient, int64_t first, int64_t last,
                 int64_t begin, int64_t end, Rows<const T> weight, Memory memory,
                 LikelihoodTerms<T>* terms) const {
     const auto at = [&](const Operand& o, int64_t row) {
@@ -288,7 +300,8 @@ struct Likelihood {
     for (int64_t n = first; n < last;) {
       const int64_t b = n % batch, count = std::min(last - n, batch - b);  // of one sample
       const Rows<const uint8_t> kept{mask ? mask_at(b, begin) : nullptr, mask.row_stride};
-      kernel(count, end - begin, model, in(x, b), in(mean, n), in(scale, n),
+      const auto* const xs = reinterpret_cast<const X*>(x.at(b * x.row_stride + begin));
+      kernel(count, end - begin, model, {xs, x.row_stride}, in(mean, n), in(scale, n),
              row_scales(n), kept, {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n),
              memory, terms);
       n += count;

@@ -6,9 +6,10 @@
 // writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
 // the inputs element for element, unless they are streamed past the caches; then finish_stream() must
 // follow.
-template <class F, class S, Family family, Param P, ScaleKind kScale, bool kMasked, bool kGradient>
+template <class F, class S, class X, Family family, Param P, ScaleKind kScale, bool kMasked,
+          bool kGradient>
 VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<ScalarOf<F>>& model,
-                                     Rows<const S> x, Rows<const S> mean, Rows<const S> scale,
+                                     Rows<const X> x, Rows<const S> mean, Rows<const S> scale,
                                      Rows<const ScalarOf<F>> row_scale, Rows<const uint8_t> mask,
                                      Rows<const ScalarOf<F>> weight, Rows<S> g_mean,
                                      Rows<S> g_scale, Memory memory,
@@ -30,7 +31,8 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
     T terms_kept = 0;
     for (int64_t begin = 0; begin < n; begin += kTile) {  // so that no lane adds up many terms
       const int64_t count = std::min(n - begin, kTile);
-      const S *const xs = x[row] + begin, *const means = mean[row] + begin;
+      const X* const xs = x[row] + begin;
+      const S* const means = mean[row] + begin;
       const S* const scales = kRow ? nullptr : scale[row] + begin;
       const S *next_means = means, *next_scales = scales;  // fetching these costs nothing
       if (memory.ahead) {
@@ -42,10 +44,14 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
       S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{}, kept{};
+      const auto datum = [&](auto at) VAE_FAST_LAMBDA {
+        if constexpr (std::is_same_v<X, S>) return at.load(xs);
+        return at.load(xs) * constants.mul + constants.add;
+      };
       const auto body = [&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
         __builtin_prefetch(next_means + at.i);
         if constexpr (!kRow) __builtin_prefetch(next_scales + at.i);
-        const Element<F, family> e(at.load(xs), at.load(means), s, constants);
+        const Element<F, family> e(datum(at), at.load(means), s, constants);
         values += at.keep(e.value);
         if constexpr (kMasked) kept += at.keep(splat<F>(T(1)));
         if constexpr (kGradient) {
@@ -87,38 +93,43 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
 }
 
 // A backward pass runs the kernel with gradients, and has no use for the values.
-template <class F, class S, Family family, Param P, ScaleKind kScale, bool kMasked>
-LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(bool gradient) {
-  return gradient ? likelihood_rows<F, S, family, P, kScale, kMasked, true>
-                  : likelihood_rows<F, S, family, P, kScale, kMasked, false>;
+template <class F, class S, class X, Family family, Param P, ScaleKind kScale, bool kMasked>
+LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(bool gradient) {
+  return gradient ? likelihood_rows<F, S, X, family, P, kScale, kMasked, true>
+                  : likelihood_rows<F, S, X, family, P, kScale, kMasked, false>;
 }
-template <class F, class S, Family family, Param P, ScaleKind kScale>
-LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(LikelihoodVariant variant) {
-  if constexpr (!std::is_same_v<S, Bf16> && kScale != ScaleKind::each) {
-    if (variant.masked) return likelihood_kernel<F, S, family, P, kScale, true>(variant.gradient);
+template <class F, class S, class X, Family family, Param P, ScaleKind kScale>
+LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(LikelihoodVariant variant) {
+  if constexpr (std::is_same_v<X, ScalarOf<F>> && kScale != ScaleKind::each) {
+    if (variant.masked) {
+      return likelihood_kernel<F, S, X, family, P, kScale, true>(variant.gradient);
+    }
   }
-  return likelihood_kernel<F, S, family, P, kScale, false>(variant.gradient);
+  return likelihood_kernel<F, S, X, family, P, kScale, false>(variant.gradient);
 }
-template <class F, class S, Family family, Param P>
-LikelihoodKernel<ScalarOf<F>, S> likelihood_kernel(LikelihoodVariant variant) {
+template <class F, class S, class X, Family family, Param P>
+LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(LikelihoodVariant variant) {
   if constexpr (has_scale(family)) {
     if (variant.scale == ScaleKind::each) {
-      return likelihood_kernel<F, S, family, P, ScaleKind::each>(variant);
+      return likelihood_kernel<F, S, X, family, P, ScaleKind::each>(variant);
     }
     if (variant.scale == ScaleKind::bounded) {
-      return likelihood_kernel<F, S, family, P, ScaleKind::bounded>(variant);
+      return likelihood_kernel<F, S, X, family, P, ScaleKind::bounded>(variant);
     }
   }
-  return likelihood_kernel<F, S, family, P, ScaleKind::row>(variant);
+  return likelihood_kernel<F, S, X, family, P, ScaleKind::row>(variant);
 }
 
-// The Gaussian reads any parameter as it is.
-template <class F, class S>
-LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, LikelihoodVariant variant) {
+// The Gaussian reads any parameter as it is; beside levels an exponential one.
+template <class F, class S, class X>
+LikelihoodKernel<ScalarOf<F>, S, X> gaussian_kernel(Param param, LikelihoodVariant variant) {
   switch (param) {
-#define VAE_FAST_CASE(P) \
-  case Param::P:         \
-    return likelihood_kernel<F, S, Family::gaussian, Param::P>(variant);
+#define VAE_FAST_CASE(P)                                                          \
+  case Param::P:                                                                  \
+    if constexpr (std::is_same_v<X, S> || is_exponential(Param::P)) {              \
+      return likelihood_kernel<F, S, X, Family::gaussian, Param::P>(variant);     \
+    }                                                                             \
+    break;
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
@@ -128,9 +139,12 @@ LikelihoodKernel<ScalarOf<F>, S> gaussian_kernel(Param param, LikelihoodVariant 
   }
   return nullptr;
 }
-template <class F>
-LikelihoodKernel<ScalarOf<F>, Bf16> gaussian_bf16_kernel(Param param, LikelihoodVariant variant) {
-  return gaussian_kernel<F, Bf16>(param, variant);
+// That without a mask for tensors which are not stored as what the kernel computes with; null if there
+// is none.
+template <class F, class As>
+LikelihoodKernel<ScalarOf<F>, typename As::S, typename As::X> gaussian_kernel(
+    As, Param param, LikelihoodVariant variant) {
+  return gaussian_kernel<F, typename As::S, typename As::X>(param, variant);
 }
 
 // The other families read exponential ones; any other is prepared as log σ.
@@ -139,10 +153,10 @@ LikelihoodKernel<ScalarOf<F>> family_kernel(Param param, LikelihoodVariant varia
   using T = ScalarOf<F>;
   if constexpr (has_scale(family)) {
     if (param == Param::logvar) {
-      return likelihood_kernel<F, T, family, Param::logvar>(variant);
+      return likelihood_kernel<F, T, T, family, Param::logvar>(variant);
     }
   }
-  return likelihood_kernel<F, T, family, Param::logstd>(variant);
+  return likelihood_kernel<F, T, T, family, Param::logstd>(variant);
 }
 
 template <class F>
@@ -151,7 +165,7 @@ LikelihoodKernel<ScalarOf<F>> likelihood_kernel(Family family, Param param,
   using T = ScalarOf<F>;
   switch (family) {
     case Family::gaussian:
-      return gaussian_kernel<F, T>(param, variant);
+      return gaussian_kernel<F, T, T>(param, variant);
 #define VAE_FAST_CASE(NAME) \
   case Family::NAME:        \
     return family_kernel<F, Family::NAME>(param, variant);

@@ -48,6 +48,8 @@ template <class T>
 constexpr ScalarType type_of = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 template <>
 constexpr ScalarType type_of<Bf16> = ScalarType::BFloat16;
+template <>
+constexpr ScalarType type_of<uint8_t> = ScalarType::Byte;
 
 inline bool is_double(const View& t) { return t.type == ScalarType::Double; }
 
