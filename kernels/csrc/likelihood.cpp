@@ -267,8 +267,8 @@ struct Likelihood {
 
   // Whether the rows of mean and scale lie one behind the other, or are so long that it is no matter.
   bool rows_follow() const {
-    return size > kPiece ||
-           (mean.row_stride == size && (scalar || scale.row_stride == size));
+    const bool scales_follow = scalar || sharing == Sharing::event || scale.row_stride == size;
+    return size > kPiece || (mean.row_stride == size && scales_follow);
   }
 
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
