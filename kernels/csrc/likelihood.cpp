@@ -149,8 +149,8 @@ struct Likelihood {
     const Memory memory{stream, large && !rows_follow()};
     const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end,
                               LikelihoodTerms<T>* to) {
-      const auto run_all = [&](auto kernel) {
-        run_rows(kernel, gradient, first, last, begin, end, weight, memory, to);
+      const auto run_all = [&](auto chosen) {
+        run_rows(chosen, gradient, first, last, begin, end, weight, memory, to);
       };
       if (bf16) return run_all(bf16);
       if (levels) return run_all(levels);
