@@ -28,10 +28,10 @@ SIZES = (
     Size(16384, 256, 3072),
 )
 GPU_SIZES = (*SIZES, Size(65536, 256, 3072), Size(256, 4096, 196608))
-QUICK_SIZES = (SMALL, Size(1024, 64, 784), Size(4096, 128, 3072))
-QUICK_GPU_SIZES = (SMALL, Size(4096, 128, 3072), Size(65536, 256, 3072))
 # Sizes that are also timed on uint8 data, and the only ones of the likelihood's options.
 FEW = (Size(1024, 64, 784), Size(4096, 128, 3072))
+QUICK_SIZES = (SMALL, *FEW)
+QUICK_GPU_SIZES = (SMALL, Size(4096, 128, 3072), Size(65536, 256, 3072))
 
 
 @dataclass(frozen=True)

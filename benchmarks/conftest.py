@@ -17,7 +17,9 @@ _rows: list[dict] = []
 
 def pytest_addoption(parser):
     group = parser.getgroup("vae_fast")
-    group.addoption("--quick", action="store_true", help="few sizes, fp32, both phases as one")
+    group.addoption(
+        "--quick", action="store_true", help="few sizes, fp32, both phases as one, no max-autotune"
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.addoption("--device", default=default, help=f"cpu or cuda; {default} by default")
 

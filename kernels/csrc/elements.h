@@ -18,9 +18,9 @@ constexpr bool has_scale(Family family) {
 template <class T>
 struct Model {
   T df = 1, log_df = 0, far = 1;  // Student's ν, and the r beyond which 1 + r²/ν is r²/ν
-  T bin = 1, log_bin = 0, first_edge = 0, last_edge = 0;  // of the levels that x lies on
-  T mul = 1, add = 0;                                     // and what makes values of the levels
-  T constant = 0;                                         // of every element's value
+  T mul = 1, add = 0;                            // x is level·mul + add, where it lies on levels
+  T log_mul = 0, first_edge = 0, last_edge = 0;  // of their bins, as wide as they are apart
+  T constant = 0;                                // of every element's value
   T lo = -INFINITY, hi = INFINITY;  // of the raw scale, for kernels with bounds
 
   Model() = default;
@@ -36,8 +36,7 @@ struct Model {
                                 0.5 * std::log(3.14159265358979323846 * df_));
     }
     if (family == Family::logistic) {
-      bin = static_cast<T>(mul_);
-      log_bin = static_cast<T>(std::log(mul_));
+      log_mul = static_cast<T>(std::log(mul_));
       first_edge = static_cast<T>(add_ + 0.5 * mul_);
       last_edge = static_cast<T>(add_ + 254.5 * mul_);
     }
@@ -116,7 +115,7 @@ struct Element<F, Family::logistic> {
                           const Model<typename Traits<F>::Scalar>& model) {
     using T = typename Traits<F>::Scalar;
     const auto inverse = s.inverse();
-    const T half = model.bin * T(0.5);
+    const T half = model.mul * T(0.5);
     const F p = inverse.times(x - m + half), q = inverse.times(x - m - half);
     // By comparison, since the sign of a difference that is NaN says nothing.
     const F one = splat<F>(T(1));
@@ -133,14 +132,14 @@ struct Element<F, Family::logistic> {
     slope = p_bound * sigma_p - q_bound * sigma_q;
 
     // −log(1 − e^{−w}) of the levels between, and its derivative w/(e^w − 1).
-    const F w_any = inverse.times(splat<F>(model.bin));
+    const F w_any = inverse.times(splat<F>(model.mul));
     const F w = select(w_any > T(100), splat<F>(T(100)), w_any);
     const ExpMinusOne<F> e(-w);
     const F ratio = e.value / -w;  // (1 − e^{−w})/w, 1 for the smallest w
     const F safe = select(w == T(0), splat<F>(T(1)), ratio);
     const Negative<F> small(w - T(0.3));
     const F log_mass = log_normal(small.choose(safe, -e.value)) +
-                       small.choose(model.log_bin - s.log_sigma, F{});
+                       small.choose(model.log_mul - s.log_sigma, F{});
     const F width_slope = (e.value + T(1)) / safe;
     value -= first.choose(F{}, last.choose(F{}, log_mass));
     slope += first.choose(F{}, last.choose(F{}, width_slope));

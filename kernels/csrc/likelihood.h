@@ -38,8 +38,9 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       if (memory.ahead) {
         const bool same_row = begin + kTile < n;
         const int64_t next = same_row ? row : std::min(row + 1, rows - 1);
-        next_means = mean[next] + (same_row ? begin + kTile : 0);
-        if constexpr (!kRow) next_scales = scale[next] + (same_row ? begin + kTile : 0);
+        const int64_t from = same_row ? begin + kTile : 0;
+        next_means = mean[next] + from;
+        if constexpr (!kRow) next_scales = scale[next] + from;
       }
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
       S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;

@@ -132,25 +132,33 @@ VAE_FAST_INLINE void for_elements(const Block& b, const Fn& fn) {
   }
 }
 
-// A straight run of n elements as T, or the other way round, where a loop of vectors or a copy does
-// it; returns whether there is one.
+// Whether a loop of vectors, or a copy, turns a straight run of S into one of T.
+template <class S>
+constexpr bool is_half = std::is_same_v<S, BFloat16> || std::is_same_v<S, Half>;
 template <class S, class T>
-bool convert_run(const S* from, int64_t n, T* to) {
-  if constexpr (std::is_same_v<S, T>) {
-    if (n > 0) std::memcpy(to, from, n * sizeof(T));
-    return true;
-  } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, float>) {
-    return kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to), true;
-  } else if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-    return kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to), true;
-  } else if constexpr (std::is_same_v<S, float> && std::is_same_v<T, BFloat16>) {
-    return kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to)), true;
-  } else if constexpr (std::is_same_v<S, float> && std::is_same_v<T, Half>) {
-    return kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to)), true;
-  }
-  return false;
+constexpr bool converts_runs = std::is_same_v<S, T> || (is_half<S> && std::is_same_v<T, float>) ||
+                               (std::is_same_v<S, float> && is_half<T>);
+template <class T>
+void convert_run(const T* from, int64_t n, T* to) {
+  if (n > 0) std::memcpy(to, from, n * sizeof(T));
 }
-constexpr int64_t kShort = 16;  // elements of a run that are not worth a call
+inline void convert_run(const BFloat16* from, int64_t n, float* to) {
+  kStorage.widen_bf16(reinterpret_cast<const Bf16*>(from), n, to);
+}
+inline void convert_run(const Half* from, int64_t n, float* to) {
+  kStorage.widen_fp16(reinterpret_cast<const Fp16*>(from), n, to);
+}
+inline void convert_run(const float* from, int64_t n, BFloat16* to) {
+  kStorage.narrow_bf16(from, n, reinterpret_cast<Bf16*>(to));
+}
+inline void convert_run(const float* from, int64_t n, Half* to) {
+  kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to));
+}
+// Whether a block is of runs long enough to be worth a call each.
+inline bool is_runs(const Block& b) {
+  constexpr int64_t kShort = 16;
+  return b.stride == 1 && (b.rows == 1 || b.count >= kShort);
+}
 
 // The elements of a block as T, in order; and elements in order to where the block lies.
 template <class T>
@@ -158,10 +166,13 @@ __attribute__((noinline)) void gather(const Operand& o, const Block& b, T* to) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     const S* const from = reinterpret_cast<const S*>(o.data);
-    if (b.stride == 1 && (b.rows == 1 || b.count >= kShort)) {
-      int64_t i = 0;
-      while (i < b.rows && convert_run(from + b.offset + i * b.pitch, b.count, to + i * b.count)) ++i;
-      if (i == b.rows) return;
+    if constexpr (converts_runs<S, T>) {
+      if (is_runs(b)) {
+        for (int64_t i = 0; i < b.rows; ++i) {
+          convert_run(from + b.offset + i * b.pitch, b.count, to + i * b.count);
+        }
+        return;
+      }
     }
     for_elements(b, [&](int64_t at, int64_t i) { to[i] = static_cast<T>(from[at]); });
   });
@@ -171,10 +182,13 @@ __attribute__((noinline)) void scatter(const Operand& o, const Block& b, const T
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     S* const to = reinterpret_cast<S*>(o.data);
-    if (b.stride == 1 && (b.rows == 1 || b.count >= kShort)) {
-      int64_t i = 0;
-      while (i < b.rows && convert_run(from + i * b.count, b.count, to + b.offset + i * b.pitch)) ++i;
-      if (i == b.rows) return;
+    if constexpr (converts_runs<T, S>) {
+      if (is_runs(b)) {
+        for (int64_t i = 0; i < b.rows; ++i) {
+          convert_run(from + i * b.count, b.count, to + b.offset + i * b.pitch);
+        }
+        return;
+      }
     }
     for_elements(b, [&](int64_t at, int64_t i) { to[at] = narrow<S>(from[i]); });
   });
