@@ -234,3 +234,20 @@ def test_a_scale_that_is_nan_is_within_every_bound():
     nll.sum().backward()
     assert nll.isnan()
     assert s.grad.isnan().nonzero().tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("levels", [False, True])
+def test_a_mask_holds_for_every_storage(dtype, levels):
+    x, mean, s = (torch.randn(5, 100).to(dtype) for _ in range(3))
+    if levels:
+        x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    mask, log = torch.rand(x.shape) > 0.5, torch.zeros(5)
+    leaves = [t.requires_grad_() for t in (mean, s)]
+    loss, nll = vae_fast.fused_elbo(x, *leaves, log, log, mask=mask)
+    loss.backward()
+    with vae_fast.use_backend("reference"):
+        want = vae_fast.gaussian_nll(x, mean.detach(), s.detach(), mask=mask)
+    torch.testing.assert_close(nll, want, rtol=1e-5, atol=1e-5)
+    for t in leaves:
+        assert torch.equal(t.grad != 0, mask)
