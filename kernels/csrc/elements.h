@@ -55,11 +55,10 @@ struct Element<F, Family::gaussian> {
   F value, d_x, half;
   template <class S>
   VAE_FAST_INLINE Element(F x, F m, const S& s, const Model<T>&) {
-    const auto inverse = s.inverse();
-    const F r = inverse.times(x - m);
-    half = r * T(0.5) * r;  // of r, not of r², which may overflow
+    const Standardized<F> r(x - m, s);
+    half = r.half_square;
     value = half + s.log_sigma;
-    d_x = inverse.times(r);
+    d_x = r.over_variance;
   }
   VAE_FAST_INLINE F d_log_scale(F w) const { return (half * T(-2) + T(1)) * w; }
 };

@@ -17,6 +17,14 @@ constexpr int64_t kTile = 1024;  // elements worked on at once, in L1
 template <class F>
 using ScalarOf = typename Traits<F>::Scalar;
 
+// The first of some rows, and how far apart they are.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t pitch;
+  VAE_FAST_INLINE T* operator[](int64_t row) const { return data + row * pitch; }
+};
+
 // A bf16 or fp16 in memory; in a register it is a float.
 enum class Bf16 : uint16_t {};
 enum class Fp16 : uint16_t {};
@@ -179,48 +187,59 @@ struct MaskedLanes {
   }
 };
 
-// Writes σ of n raw scales, or its inverse, and returns whether every log σ was moderate (math.h);
-// else, or where σ is no exponential, what is written is nothing of use. A loop of its own, since the
-// processor overlaps an exponential better with others than with what needs it.
-template <class F, Param P, bool kInverse, class S, class Bound>
-VAE_FAST_INLINE bool moderate_sigma(int64_t n, const S* scale, const Bound& bound,
-                                    ScalarOf<F>* to) {
+// Writes the factors of some rows of n raw scales, row by row, and returns whether all scales were
+// moderate (math.h); else, or where σ is no exponential, what is written is nothing of use. A loop of
+// its own, since the processor overlaps an exponential better with others than with what needs it.
+template <class F, Param P, Factor kFactor, class S, class Bound>
+VAE_FAST_INLINE bool moderate_factors(int64_t rows, int64_t n, Rows<const S> scale,
+                                      const Bound& bound, ScalarOf<F>* to) {
   if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
-    using I = typename Traits<F>::Int;
-    // As bits without their sign floats are ordered, and a NaN is the largest.
-    const I most = bits_as<I>(splat<F>(kModerate));
-    I room{};  // negative where there is none
-    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-      const F t = Scale<F, P>(bound(at.load(scale)).kept).log_sigma;
-      room |= most - (bits_as<I>(t) & 0x7fffffff);
-      at.store(to, exp_moderate(kInverse ? -t : t));
-    });
-    uint32_t lanes[Traits<F>::width], any = 0;
-    std::memcpy(lanes, &room, sizeof(room));
-    for (const uint32_t lane : lanes) any |= lane;
-    return any >> 31 == 0;
+    using Exp = ModerateExp<F>;
+    typename Traits<F>::UInt places{};
+    if (scale.pitch == n) {
+      n *= rows;
+      rows = 1;
+    }
+    for (int64_t row = 0; row < rows; ++row, to += n) {
+      for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+        const Scale<F, P> s(bound(at.load(scale[row])).kept);
+        const Exp e(kFactor == Factor::sigma     ? s.log_sigma
+                    : kFactor == Factor::inverse ? -s.log_sigma
+                                                 : -s.log_variance);
+        places |= e.place;
+        at.store(to, e.value);
+      });
+    }
+    return !any_lane(places & ~(Exp::kPlaces - 1));
   }
   return false;
 }
 
-// Calls body(at, scale, raw) for the vectors of n raw scales, at most kTile, after bound(raw) has
-// made them Bounded or Unbounded. The body divides by σ (kInverse), or multiplies with it.
-template <class F, Param P, bool kInverse, class S, class Bound, class Body,
-          class Each = EveryLane<F>>
-VAE_FAST_INLINE void for_scales(int64_t n, const S* scale, const Bound& bound, const Body& body,
-                                const Each& each = {}) {
+// Calls fn(row, each_scale) for some rows of n raw scales, kTile of them at most, and each_scale(body)
+// calls body(at, scale, raw) for the row's vectors, after bound(raw) has made them Bounded or
+// Unbounded.
+template <class F, Param P, Factor kFactor, class S, class Bound, class Fn, class Each = EveryLane<F>>
+VAE_FAST_INLINE void for_scales(int64_t rows, int64_t n, Rows<const S> scale, const Bound& bound,
+                                const Fn& fn, const Each& each = {}) {
   using T = ScalarOf<F>;
   alignas(64) T factor[kTile];
-  if (moderate_sigma<F, P, kInverse>(n, scale, bound, factor)) {
-    each(n, [&](auto at) VAE_FAST_LAMBDA {
-      const auto raw = bound(at.load(scale, T(1)));
-      body(at, ModerateScale<F, P>(raw.kept, at.load(factor, T(1))), raw);
-    });
-  } else {
-    each(n, [&](auto at) VAE_FAST_LAMBDA {
-      const auto raw = bound(at.load(scale, T(1)));
-      body(at, Scale<F, P>(raw.kept), raw);
-    });
+  const bool moderate = moderate_factors<F, P, kFactor>(rows, n, scale, bound, factor);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (__builtin_expect(moderate, 1)) {  // whose loop gets the registers
+      fn(row, [&](const auto& body) VAE_FAST_LAMBDA {
+        each(n, [&](auto at) VAE_FAST_LAMBDA {
+          const auto raw = bound(at.load(scale[row], T(1)));
+          body(at, ModerateScale<F, P, kFactor>(raw.kept, at.load(factor + row * n, T(1))), raw);
+        });
+      });
+    } else {
+      fn(row, [&](const auto& body) VAE_FAST_LAMBDA {
+        each(n, [&](auto at) VAE_FAST_LAMBDA {
+          const auto raw = bound(at.load(scale[row], T(1)));
+          body(at, Scale<F, P>(raw.kept), raw);
+        });
+      });
+    }
   }
 }
 // A bound of for_scales.
@@ -234,14 +253,15 @@ struct NoBound {
 //
 // Philox works on 64-bit lanes, two vectors a block. The counters are dealt to the 32-bit lanes such
 // that transposing the 128-bit quarters of (x, y, z, w), which is cheap, puts them in order: lane
-// 4·q + m holds counter m·width/4 + q. Two blocks are worked on at once, since one is a single chain
-// of ten times a product, a shuffle and a sum, each of which has to wait for the last.
+// 4·q + m holds counter m·width/4 + q. Several blocks are worked on at once, as many as there are
+// registers for, since one is a single chain of ten times a product, a shuffle and a sum, each of which
+// has to wait for the last.
 template <class F, class Body>
 VAE_FAST_INLINE void philox_blocks(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                    uint32_t stream, const Body& body) {
   using U = typename Traits<F>::UInt;
   using L = typename Traits<F>::ULong;
-  constexpr int width = Traits<F>::width;
+  constexpr int width = Traits<F>::width, kAtOnce = width == 16 ? 4 : 2;
   L even;
   for (int i = 0; i < width / 2; ++i) even[i] = counter + i % 2 * (width / 2) + i / 2;
   const auto join = [](L low, L high) VAE_FAST_LAMBDA {
@@ -250,35 +270,30 @@ VAE_FAST_INLINE void philox_blocks(int64_t calls, uint64_t counter, uint32_t k0,
   const auto block = [&](int64_t i, const Words<L>& a, const Words<L>& b) VAE_FAST_LAMBDA {
     body(i, join(a.x, b.x), join(a.y, b.y), join(a.z, b.z), join(a.w, b.w));
   };
-  constexpr int step = width / 4;
   const int64_t blocks = (calls + width - 1) / width;
   int64_t i = 0;
-  for (; i + 1 < blocks; i += 2, even += 2 * width) {
-    const L counters[4] = {even, even + step, even + width, even + (width + step)};
-    Words<L> words[4];
-    philox(counters, k0, k1, stream, words);
-    block(i, words[0], words[1]);
-    block(i + 1, words[2], words[3]);
-  }
-  if (i < blocks) {
-    const L counters[2] = {even, even + step};
-    Words<L> words[2];
-    philox(counters, k0, k1, stream, words);
-    block(i, words[0], words[1]);
-  }
+  const auto run = [&](auto count) VAE_FAST_LAMBDA {
+    constexpr int kBlocks = decltype(count)::value;
+    for (; i + kBlocks <= blocks; i += kBlocks, even += kBlocks * width) {
+      L counters[2 * kBlocks];
+      VAE_FAST_UNROLL
+      for (int j = 0; j < kBlocks; ++j) {
+        counters[2 * j] = even + j * width;
+        counters[2 * j + 1] = even + (j * width + width / 4);
+      }
+      Words<L> words[2 * kBlocks];
+      philox(counters, k0, k1, stream, words);
+      VAE_FAST_UNROLL
+      for (int j = 0; j < kBlocks; ++j) block(i + j, words[2 * j], words[2 * j + 1]);
+    }
+  };
+  run(std::integral_constant<int, kAtOnce>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 template <class T>
 struct LikelihoodTerms {
   T value, g_scale;
-};
-
-// The first of some rows, and how far apart they are.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t pitch;
-  VAE_FAST_INLINE T* operator[](int64_t row) const { return data + row * pitch; }
 };
 
 template <class T>

@@ -11,8 +11,8 @@ VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, ui
   philox_blocks<F>(calls, counter, k0, k1, kNormalStream,
                    [&](int64_t i, U a, U b, U c, U d) VAE_FAST_LAMBDA {
     F x, y, z, w;
-    box_muller(uniform<F>(a), uniform<F>(b), x, y);
-    box_muller(uniform<F>(c), uniform<F>(d), z, w);
+    box_muller<F>(a, b, x, y);
+    box_muller<F>(c, d, z, w);
     store_transposed(x, y, z, w, eps + i * 4 * Traits<F>::width);
   });
 }
@@ -38,21 +38,21 @@ VAE_FAST_TARGET void latent_forward_rows(int64_t rows, int64_t n, Rows<const Sca
                                          Rows<const ScalarOf<F>> eps, Rows<ScalarOf<F>> z,
                                          ScalarOf<F>* log_q, ScalarOf<F>* log_p) {
   using T = ScalarOf<F>;
-  for (int64_t row = 0; row < rows; ++row) {
-    const T *const mus = mu[row], *const scales = scale[row], *const noise = eps[row];
+  const auto run = [&](int64_t row, const auto& each_scale) VAE_FAST_LAMBDA {
+    const T *const mus = mu[row], *const noise = eps[row];
     T* const to = z[row];
     F q{}, p{};
-    const auto body = [&](auto at, const auto& s, const auto&) VAE_FAST_LAMBDA {
+    each_scale([&](auto at, const auto& s, const auto&) VAE_FAST_LAMBDA {
       const F e = at.load(noise);
       const F sample = at.load(mus) + s.sigma() * e;
       at.store(to, sample);
       q += at.keep(e * e * T(0.5) + s.log_sigma);
       p += at.keep(sample * sample * T(0.5));
-    };
-    for_scales<F, P, /*kInverse=*/false>(n, scales, NoBound<F>{}, body);
+    });
     log_q[row] -= sum_lanes(q);
     log_p[row] -= sum_lanes(p);
-  }
+  };
+  for_scales<F, P, Factor::sigma>(rows, n, scale, NoBound<F>{}, run);
 }
 
 // One sample's gradients: h = g_z − g_p·z, ∂μ = h, ∂(log σ) = σεh − g_q; added to what is there, or
@@ -66,27 +66,30 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
                                           Rows<const ScalarOf<F>> g_p, Rows<ScalarOf<F>> g_mu,
                                           Rows<ScalarOf<F>> g_scale, bool add) {
   using T = ScalarOf<F>;
-  for (int64_t row = 0; row < rows; ++row) {
+  const auto run = [&](int64_t row, const auto& each_scale) VAE_FAST_LAMBDA {
     const T row_q = *g_q[row], row_p = *g_p[row];
-    const T *const mus = mu[row], *const scales = scale[row], *const noise = eps[row];
-    const T* const upstream = g_z[row];
+    const T *const mus = mu[row], *const noise = eps[row], *const upstream = g_z[row];
     T *const to_mu = g_mu[row], *const to_scale = g_scale[row];
-    const auto body = [&](auto at, const auto& s, const auto&) VAE_FAST_LAMBDA {
+    each_scale([&](auto at, const auto& s, const auto&) VAE_FAST_LAMBDA {
       const F e = at.load(noise), shift = s.sigma() * e;
       F h = at.load(upstream) - (at.load(mus) + shift) * row_p;
       if constexpr (kPath) h -= s.inverse().times(e) * row_q;
       const F g = (kPath ? shift * h : shift * h - row_q) * s.slope;
       at.store(to_mu, add ? at.load(to_mu) + h : h);
       at.store(to_scale, add ? at.load(to_scale) + g : g);
-    };
-    if constexpr (kPath) {  // both multiplies and divides
-      for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-        const F raw = at.load(scales, T(1));
-        body(at, Scale<F, P>(raw), Unbounded<F>{raw});
+    });
+  };
+  if constexpr (kPath) {  // both multiplies and divides
+    for (int64_t row = 0; row < rows; ++row) {
+      run(row, [&](const auto& body) VAE_FAST_LAMBDA {
+        for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+          const F raw = at.load(scale[row], T(1));
+          body(at, Scale<F, P>(raw), Unbounded<F>{raw});
+        });
       });
-    } else {
-      for_scales<F, P, /*kInverse=*/false>(n, scales, NoBound<F>{}, body);
     }
+  } else {
+    for_scales<F, P, Factor::sigma>(rows, n, scale, NoBound<F>{}, run);
   }
 }
 

@@ -16,13 +16,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
   constexpr bool kRow = kScale == ScaleKind::row;
-  const auto store = [stream = memory.past_caches](auto at, S* p, F v) VAE_FAST_LAMBDA {
-    if (stream) {
-      at.stream(p, v);
-    } else {
-      at.store(p, v);
-    }
-  };
+  constexpr Factor kFactor = family == Family::gaussian ? Factor::precision : Factor::inverse;
   const Model<T> constants = model;
   const F lo = splat<F>(model.lo), hi = splat<F>(model.hi);
   for (int64_t row = 0; row < rows; ++row) {
@@ -49,34 +43,59 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
         if constexpr (std::is_same_v<X, S>) return at.load(xs);
         return at.load(xs) * constants.mul + constants.add;
       };
-      const auto body = [&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
+      const auto body = [&](auto past_caches, auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
+        const auto store = [&](S* p, F v) VAE_FAST_LAMBDA {
+          if constexpr (past_caches) {
+            at.stream(p, v);
+          } else {
+            at.store(p, v);
+          }
+        };
         __builtin_prefetch(next_means + at.i);
         if constexpr (!kRow) __builtin_prefetch(next_scales + at.i);
         const Element<F, family> e(datum(at), at.load(means), s, constants);
         values += at.keep(e.value);
         if constexpr (kMasked) kept += at.keep(splat<F>(T(1)));
         if constexpr (kGradient) {
-          store(at, to_mean, e.d_x * -w);
+          store(to_mean, e.d_x * -w);
           if constexpr (has_scale(family)) {
             const F g = e.d_log_scale(s.slope * w);
             if constexpr (kRow) {
               g_scalar += at.keep(g);
             } else {
-              store(at, to_scale, raw.gradient(g));
+              store(to_scale, raw.gradient(g));
             }
           }
         }
       };
-      const auto run = [&](const auto& each) VAE_FAST_LAMBDA {
+      const auto run_as = [&](auto past_caches, const auto& each) VAE_FAST_LAMBDA {
         if constexpr (kRow) {
           const F s = splat<F>(*row_scale[row]);
           const Scale<F, P> shared(s);
-          each(count, [&](auto at) VAE_FAST_LAMBDA { body(at, shared, Unbounded<F>{s}); });
-        } else if constexpr (kScale == ScaleKind::each) {
-          for_scales<F, P, /*kInverse=*/true>(count, scales, NoBound<F>{}, body, each);
+          each(count, [&](auto at) VAE_FAST_LAMBDA {
+            body(past_caches, at, shared, Unbounded<F>{s});
+          });
         } else {
-          const auto bound = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
-          for_scales<F, P, /*kInverse=*/true>(count, scales, bound, body, each);
+          const auto run_row = [&](int64_t, const auto& each_scale) VAE_FAST_LAMBDA {
+            each_scale([&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
+              body(past_caches, at, s, raw);
+            });
+          };
+          const auto bound = [&](F s) VAE_FAST_LAMBDA {
+            if constexpr (kScale == ScaleKind::bounded) {
+              return Bounded<F>(s, lo, hi);
+            } else {
+              return Unbounded<F>{s};
+            }
+          };
+          for_scales<F, P, kFactor>(1, count, Rows<const S>{scales, count}, bound, run_row, each);
+        }
+      };
+      const auto run = [&](const auto& each) VAE_FAST_LAMBDA {
+        if (kGradient && memory.past_caches) {  // no test in every vector
+          run_as(std::true_type{}, each);
+        } else {
+          run_as(std::false_type{}, each);
         }
       };
       if constexpr (kMasked) {

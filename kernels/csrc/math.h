@@ -107,12 +107,22 @@ VAE_FAST_INLINE F select(Mask mask, F yes, F no) {
   return mask ? yes : no;
 }
 
+// b where either is NaN.
+template <class F>
+VAE_FAST_INLINE F minimum(F a, F b) {
+  return select(a < b, a, b);
+}
+template <class F>
+VAE_FAST_INLINE F maximum(F a, F b) {
+  return select(a > b, a, b);
+}
+
 // What GCC 12 does not find by itself for 512-bit vectors. It knows an instruction set's functions
 // once something is declared for it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define VAE_FAST_GCC_X86 1
 __attribute__((target("avx2,avx512f,avx512bw,avx512vl"))) void declare_avx512();
-// One instruction each; b where a or b is NaN.
+// One instruction each.
 VAE_FAST_INLINE f32x16 minimum(f32x16 a, f32x16 b) {
   return __builtin_ia32_minps512_mask(a, b, f32x16{}, 0xffff, 4);
 }
@@ -122,6 +132,10 @@ VAE_FAST_INLINE f32x16 maximum(f32x16 a, f32x16 b) {
 // a·2^n for a whole n of any size, rounded once.
 VAE_FAST_INLINE f32x16 times_power(f32x16 a, f32x16 n) {
   return __builtin_ia32_scalefps512_mask(a, n, f32x16{}, 0xffff, 4);
+}
+// The number of a table of sixteen that an index' low four bits say.
+VAE_FAST_INLINE f32x16 pick(f32x16 table, u32x16 index) {
+  return __builtin_ia32_permvarsf512_mask(table, (i32x16)index, f32x16{}, 0xffff);
 }
 #endif
 
@@ -220,6 +234,21 @@ VAE_FAST_INLINE typename Traits<F>::Int mask_lanes(const uint8_t* p) {
     return -widen_bytes<F>(p) >> 31;
   }
 }
+
+// Whether a lane is not zero.
+template <class U>
+VAE_FAST_INLINE bool any_lane(U v) {
+  uint64_t words[sizeof(v) / sizeof(uint64_t)], any = 0;
+  std::memcpy(words, &v, sizeof(v));
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+}
+#if defined(VAE_FAST_GCC_X86)
+template <>
+VAE_FAST_INLINE bool any_lane(u32x16 v) {
+  return __builtin_ia32_ptestmd512((i32x16)v, (i32x16)v, 0xffff) != 0;
+}
+#endif
 
 // The first n lanes of a vector, n below its width, as they lie in memory; lanes beyond them load
 // those of `fill`. Without masks in the instruction set a call of memcpy.
@@ -344,6 +373,42 @@ VAE_FAST_INLINE F log_normal(F x) {
   return e * 0.693359375f + (f + ((e * -2.12194440e-4f + f * f2 * p) - 0.5f * f2));
 }
 
+template <int kTimes, class F>
+VAE_FAST_INLINE F log_normal_times(F x) {
+  return log_normal(x) * static_cast<float>(kTimes);
+}
+#if defined(VAE_FAST_GCC_X86)
+// With tables of sixteen in registers: x = 2^e·m, m in [1, 2), r about 1/m from the table, f = m·r − 1,
+// and log x = e·ln 2 − log r + log(1+f), by a degree-3 minimax polynomial for (log(1+f) − f)/f²
+// (relative error 3e-9). Towards 1 from either side r is 1 or ½, whence all but log(1+f) is exactly 0;
+// the other r were searched for a logarithm that is a float to 13 digits. All is kTimes as large, a
+// power of two, at no cost.
+template <int kTimes>
+VAE_FAST_INLINE f32x16 log_normal_times(f32x16 x) {
+#define VAE_FAST_TABLE(_)                                                                        \
+  {_(1.0f),         _(0.913425744f), _(0.86409837f),  _(0.821119666f), _(0.781135321f),         \
+   _(0.744657218f), _(0.710069656f), _(0.680412114f), _(0.652004123f), _(0.627876878f),         \
+   _(0.602709115f), _(0.581756234f), _(0.562065065f), _(0.541504622f), _(0.524453163f), _(0.5f)}
+#define VAE_FAST_INVERSE(R) kTimes * R
+#define VAE_FAST_LOG(R) -kTimes * static_cast<float>(__builtin_log(R))
+  constexpr f32x16 inverses = VAE_FAST_TABLE(VAE_FAST_INVERSE), logs = VAE_FAST_TABLE(VAE_FAST_LOG);
+#undef VAE_FAST_LOG
+#undef VAE_FAST_INVERSE
+#undef VAE_FAST_TABLE
+  constexpr float times = kTimes, ln2 = times * 0.693147181f;
+  constexpr float c0 = -0.5f / times, c1 = 0.333344519f / (times * times);
+  constexpr float c2 = -0.250068545f / (times * times * times);
+  constexpr float c3 = 0.188555703f / (times * times * times * times);
+  const f32x16 m = __builtin_ia32_getmantps512_mask(x, 0, f32x16{}, 0xffff, 4);
+  const f32x16 e = __builtin_ia32_getexpps512_mask(x, f32x16{}, 0xffff, 4);
+  const u32x16 index = bits_as<u32x16>(m) >> 19;
+  const f32x16 f = m * pick(inverses, index) - times, f2 = f * f;
+  const f32x16 p = (f * c3 + c2) * f2 + (f * c1 + c0);
+  return (p * f2 + f) + (e * ln2 + pick(logs, index));
+}
+VAE_FAST_INLINE f32x16 log_normal(f32x16 x) { return log_normal_times<1>(x); }
+#endif
+
 template <class F>
 VAE_FAST_INLINE F log_any(F x) {
   // A subnormal is scaled by 2²³, and 23·ln 2 taken off again.
@@ -431,25 +496,58 @@ VAE_FAST_INLINE f32x16 exp_any(f32x16 t) {
 #endif
 VAE_FAST_INLINE double exp_any(double t) { return exp(t); }
 
-// e^t for |t| up to kModerate, where no 2^n leaves the normal numbers: half of exp_of's work.
-constexpr float kModerate = 11.0f;
+// e^t for a moderate t, of which 2^n is a normal number with room: half of exp_of's work. `place` is
+// t's among the moderate ones, less than kPlaces for these alone: from 2^-32 to 2^32, |t| < 21.8 at
+// least.
 template <class F>
-VAE_FAST_INLINE F exp_moderate(F t) {
+struct ModerateExp {
   using U = typename Traits<F>::UInt;  // which may overflow, for a t that is not moderate
-  const F shifted = t * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // as in exp_of
-  // Up to there ln 2 in one part is close enough (3e-8 in e^t at the end) if n·ln 2 is not rounded,
-  // which takes the fused multiply-add of the wider vectors' instruction sets.
-  const F f = Traits<F>::width > 4 ? t - n * 0.693147181f
-                                   : (t - n * 0.693359375f) - n * -2.12194440e-4f;
-  return bits_as<F>(bits_as<U>(exp_near_zero(f)) + (bits_as<U>(shifted) << 23));
-}
+  static constexpr uint32_t kPlaces = 64;
+  F value;
+  U place;
+  VAE_FAST_INLINE explicit ModerateExp(F t) {
+    const F shifted = t * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // as in exp_of
+    // Up to there ln 2 in one part is close enough (6e-8 in e^t at the end) if n·ln 2 is not rounded,
+    // which takes the fused multiply-add of the wider vectors' instruction sets.
+    const F f = Traits<F>::width > 4 ? t - n * 0.693147181f
+                                     : (t - n * 0.693359375f) - n * -2.12194440e-4f;
+    value = bits_as<F>(bits_as<U>(exp_near_zero(f)) + (bits_as<U>(shifted) << 23));
+    place = bits_as<U>(shifted) - (0x4b400000u - kPlaces / 2);
+  }
+};
+#if defined(VAE_FAST_GCC_X86)
+// n in sixteenths, whose 2^n are in a table: that of the whole part is added to its bits, less the
+// sixteenths which the shift adds along with it.
+template <>
+struct ModerateExp<f32x16> {
+  static constexpr uint32_t kPlaces = 64 * 16;
+  f32x16 value;
+  u32x16 place;
+  VAE_FAST_INLINE explicit ModerateExp(f32x16 t) {
+    constexpr u32x16 sixteenths{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr f32x16 powers{1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                            1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                            1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+    const u32x16 table = bits_as<u32x16>(powers) - (sixteenths << 19);
+    const f32x16 shifted = t * 1.44269504f + 786432.0f, n = shifted - 786432.0f;  // 1.5·2¹⁹
+    const f32x16 f = t - n * 0.693147181f, f2 = f * f;
+    const u32x16 index = bits_as<u32x16>(shifted);
+    const u32x16 power = bits_as<u32x16>(pick(bits_as<f32x16>(table), index)) + (index << 19);
+    // (e^f − 1 − f)/f² for |f| ≤ ln 2/32, whose error is 2e-9 in e^f.
+    const f32x16 rest = f * 0.166670546f + 0.500016212f;
+    value = (rest * f2 + f) * bits_as<f32x16>(power) + bits_as<f32x16>(power);
+    place = index - (0x49400000u - kPlaces / 2);
+  }
+};
+#endif
 
-// sin(2πu) and cos(2πu) for u in [0, 1]: the nearest quarter turn is removed exactly, and minimax
-// polynomials in f² serve both (errors 5e-9 and 5e-11).
+// sin(2πu) and cos(2πu) for u in [0, 1], given as kTurn·u: the nearest quarter turn is removed exactly,
+// and minimax polynomials in f² serve both (errors 5e-9 and 5e-11).
 template <class F>
-VAE_FAST_INLINE void sincos_turns(F u, F& sine, F& cosine) {
+constexpr float kTurn = 4.0f;
+template <class F>
+VAE_FAST_INLINE void sincos_turns(F turns, F& sine, F& cosine) {
   using U = typename Traits<F>::UInt;
-  const F turns = 4.0f * u;
   const F shifted = turns + 12582912.0f;
   const U quarter = bits_as<U>(shifted);  // the low bits count quarter turns
   const F f = turns - (shifted - 12582912.0f);
@@ -463,6 +561,25 @@ VAE_FAST_INLINE void sincos_turns(F u, F& sine, F& cosine) {
   sine = bits_as<F>(bits_as<U>(s) ^ swap ^ ((quarter & 2u) << 30));
   cosine = bits_as<F>(bits_as<U>(c) ^ swap ^ (((quarter + 1u) & 2u) << 30));
 }
+
+#if defined(VAE_FAST_GCC_X86)
+// With tables: the nearest sixteenth of a turn is removed, and the addition theorems put it back.
+template <>
+constexpr float kTurn<f32x16> = 16.0f;
+VAE_FAST_INLINE void sincos_turns(f32x16 turns, f32x16& sine, f32x16& cosine) {
+  constexpr float a = 0.382683432f, b = 0.707106781f, c = 0.923879533f;  // sin π/8, 2π/8, 3π/8
+  constexpr f32x16 sines{0, a, b, c, 1, c, b, a, 0, -a, -b, -c, -1, -c, -b, -a};
+  constexpr f32x16 cosines{1, c, b, a, 0, -a, -b, -c, -1, -c, -b, -a, 0, a, b, c};
+  const f32x16 shifted = turns + 12582912.0f;
+  const f32x16 f = turns - (shifted - 12582912.0f), f2 = f * f;
+  const f32x16 s = ((f2 * 7.77177484e-05f - 0.0100931786f) * f2 + 0.392699093f) * f;
+  const f32x16 c1 = (f2 * 0.000989124994f - 0.077106148f) * f2;  // cos − 1
+  const f32x16 turn_s = pick(sines, bits_as<u32x16>(shifted));
+  const f32x16 turn_c = pick(cosines, bits_as<u32x16>(shifted));
+  sine = (turn_s * c1 + turn_c * s) + turn_s;
+  cosine = (turn_c * c1 - turn_s * s) + turn_c;
+}
+#endif
 
 // log(1+w) for w in [0, 1]: a degree-8 minimax polynomial for (log(1+w) − w)/w² (relative error
 // 5e-9).
@@ -517,7 +634,7 @@ constexpr bool is_exponential(Param param) {
 
 template <class F>
 struct ExpScale {
-  F log_sigma;
+  F log_sigma, log_variance;
   F slope;  // d(log σ)/ds
   VAE_FAST_INLINE F sigma() const { return exp_any(log_sigma); }
   VAE_FAST_INLINE Exp<F> inverse() const { return exp_of(-log_sigma); }
@@ -526,28 +643,52 @@ struct ExpScale {
 template <class F>
 struct Scale<F, Param::logvar> : ExpScale<F> {
   using T = typename Traits<F>::Scalar;
-  VAE_FAST_INLINE explicit Scale(F s) : ExpScale<F>{s * T(0.5), splat<F>(T(0.5))} {}
+  VAE_FAST_INLINE explicit Scale(F s) : ExpScale<F>{s * T(0.5), s, splat<F>(T(0.5))} {}
 };
 
 template <class F>
 struct Scale<F, Param::logstd> : ExpScale<F> {
   using T = typename Traits<F>::Scalar;
-  VAE_FAST_INLINE explicit Scale(F s) : ExpScale<F>{s, splat<F>(T(1))} {}
+  VAE_FAST_INLINE explicit Scale(F s) : ExpScale<F>{s, s * T(2), splat<F>(T(1))} {}
 };
 
-// A scale whose σ or 1/σ, whichever is needed, is at hand, and so moderate that it can be multiplied
-// with as it is.
-template <class F>
-struct Factor {
-  F value;
-  VAE_FAST_INLINE F times(F d) const { return d * value; }
-};
-template <class F, Param P>
+// What an element multiplies with: σ, 1/σ or 1/σ².
+enum class Factor { sigma, inverse, precision };
+
+// A scale whose factor is at hand, and so moderate that it can be multiplied with as it is.
+template <class F, Param P, Factor kFactor>
 struct ModerateScale : Scale<F, P> {
   F factor;
   VAE_FAST_INLINE ModerateScale(F s, F factor_) : Scale<F, P>(s), factor(factor_) {}
-  VAE_FAST_INLINE F sigma() const { return factor; }
-  VAE_FAST_INLINE Factor<F> inverse() const { return {factor}; }
+  VAE_FAST_INLINE F sigma() const {
+    static_assert(kFactor == Factor::sigma);
+    return factor;
+  }
+  VAE_FAST_INLINE ModerateScale inverse() const {
+    static_assert(kFactor == Factor::inverse);
+    return *this;
+  }
+  VAE_FAST_INLINE F times(F d) const { return d * factor; }
+};
+
+// A difference d over σ², and half the square of d over σ.
+template <class F>
+struct Standardized {
+  F over_variance, half_square;
+  template <class S>
+  VAE_FAST_INLINE Standardized(F d, const S& scale) {
+    using T = typename Traits<F>::Scalar;
+    const auto inverse = scale.inverse();
+    const F r = inverse.times(d);
+    over_variance = inverse.times(r);
+    half_square = r * T(0.5) * r;  // of r, not of r², which may overflow
+  }
+  template <Param P>
+  VAE_FAST_INLINE Standardized(F d, const ModerateScale<F, P, Factor::precision>& scale) {
+    using T = typename Traits<F>::Scalar;
+    over_variance = scale.times(d);
+    half_square = d * T(0.5) * over_variance;
+  }
 };
 
 template <class F>
@@ -618,11 +759,10 @@ struct Unbounded {
 template <class F>
 struct Bounded {
   F raw, kept;
-  VAE_FAST_INLINE Bounded(F s, F lo, F hi) : raw(s), kept(select(s < lo, lo, s)) {
-    kept = select(kept > hi, hi, kept);
-  }
+  VAE_FAST_INLINE Bounded(F s, F lo, F hi) : raw(s), kept(minimum(hi, maximum(lo, s))) {}
   VAE_FAST_INLINE F gradient(F g) const {
-    return select(absolute(kept - raw) > typename Traits<F>::Scalar(0), F{}, g);
+    using I = typename Traits<F>::Int;
+    return select(bits_as<I>(kept) == bits_as<I>(raw), g, F{});
   }
 };
 

@@ -47,7 +47,6 @@ template <class F>
 VAE_FAST_TARGET void importance_tile(int64_t samples, int64_t n, int64_t pitch,
                                      ScalarOf<F>* weights, ScalarOf<F>* bound) {
   using T = ScalarOf<F>;
-  const T log_samples = static_cast<T>(std::log(static_cast<double>(samples)));
   for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     F largest = at.load(weights);
     for (int64_t k = 1; k < samples; ++k) {
@@ -65,7 +64,7 @@ VAE_FAST_TARGET void importance_tile(int64_t samples, int64_t n, int64_t pitch,
     for (int64_t k = 0; k < samples; ++k) {
       at.store(weights + k * pitch, at.load(weights + k * pitch) / sum);
     }
-    at.store(bound, log_samples - largest - log_any(sum));
+    at.store(bound, -largest - log_any(sum / static_cast<T>(samples)));
   });
 }
 

@@ -85,25 +85,27 @@ VAE_FAST_INLINE void philox(const U (&counters)[kCount], uint32_t k0, uint32_t k
   }
 }
 
-// v·2⁻³² + 2⁻³³ on (0, 1]; the product is exact, so this rounds as a fused multiply-add does.
+// v·2⁻³² + 2⁻³³ on (0, 1], times a power of two; the product is exact, so this rounds as a fused
+// multiply-add does.
 template <class F>
-VAE_FAST_INLINE F uniform(typename Traits<F>::UInt v) {
-  return to_float(v) * 0x1p-32f + 0x1p-33f;
+VAE_FAST_INLINE F uniform(typename Traits<F>::UInt v, float times = 1.0f) {
+  return to_float(v) * (times * 0x1p-32f) + times * 0x1p-33f;
 }
 
 VAE_FAST_INLINE double uniform(uint32_t hi, uint32_t lo) {
   return hi * 0x1p-32 + (lo * 0x1p-64 + 0x1p-65);
 }
 
-// Two normals from two uniforms.
+// Two normals from two words.
 template <class F>
-VAE_FAST_INLINE void box_muller(F u1, F u2, F& n0, F& n1) {
-  const F radius = square_root(log_normal(u1) * -2.0f);
+VAE_FAST_INLINE void box_muller(typename Traits<F>::UInt a, typename Traits<F>::UInt b, F& n0, F& n1) {
+  const F radius = square_root(log_normal_times<-2>(uniform<F>(a)));
   F sine, cosine;
-  sincos_turns(u2, sine, cosine);
+  sincos_turns(uniform<F>(b, kTurn<F>), sine, cosine);
   n0 = radius * cosine;
   n1 = radius * sine;
 }
+// And from two uniforms.
 VAE_FAST_INLINE void box_muller(double u1, double u2, double& n0, double& n1) {
   const double radius = sqrt(-2.0 * log(u1));
   const double angle = 6.283185307179586476925286766559 * u2;
