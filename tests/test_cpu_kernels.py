@@ -201,6 +201,38 @@ def test_a_scale_that_is_known_to_be_moderate_is_exact(size):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_scales_around_the_end_of_the_moderate_ones(size):
+    """In both passes: rows of one scale each, from where all are moderate to where none is."""
+    s = torch.cat([torch.linspace(*ends, 2001) for ends in ((-48.0, -18.0), (18.0, 48.0))])
+    rows, key = s[:, None].expand(-1, size).contiguous(), torch.tensor([1, 2], dtype=torch.uint64)
+    zeros = torch.zeros_like(rows)
+    eps, z = (vae_fast.reparameterize(zeros, t, key=key)[0].double() for t in (zeros, rows))
+    torch.testing.assert_close(z, torch.exp(0.5 * rows.double()) * eps, rtol=1e-6, atol=0)
+
+    mean = zeros.clone().requires_grad_()
+    vae_fast.gaussian_nll(torch.ones_like(rows), mean, rows).sum().backward()
+    torch.testing.assert_close(mean.grad.double(), -torch.exp(-rows.double()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 100])
+def test_what_comes_of_a_row_does_not_depend_on_the_others(size):
+    # One that is far from moderate, among rows that share a tile with it.
+    key = torch.tensor([1, 2], dtype=torch.uint64)
+    mu, scale, upstream = torch.randn(3, 40, size)
+    scale[7] = 60.0
+
+    def passes(first, last):
+        m, s = (t[first:last].clone().requires_grad_() for t in (mu, scale))
+        z, log_q, log_p = vae_fast.reparameterize(m, s, key=key, first_row=first)
+        g = torch.autograd.grad((z * upstream[first:last]).sum() + (log_q - log_p).sum(), (m, s))
+        nll = vae_fast.gaussian_nll(upstream[first:last], m, s)
+        return (z, log_q, log_p, *g, nll, *torch.autograd.grad(nll.sum(), (m, s)))
+
+    for all_rows, parts in zip(passes(0, 40), zip(*(passes(i, i + 1) for i in range(40)))):
+        assert torch.equal(all_rows, torch.cat(parts))
+
+
 def test_gradients_at_the_ends_of_fp32_are_no_nans():
     one = torch.ones(1, 4)
     s = torch.zeros(1, 4, requires_grad=True)

@@ -187,49 +187,47 @@ struct MaskedLanes {
   }
 };
 
-// Writes the factors of some rows of n raw scales, row by row, and returns whether all scales were
-// moderate (math.h); else, or where σ is no exponential, what is written is nothing of use. A loop of
-// its own, since the processor overlaps an exponential better with others than with what needs it.
+// Writes the factors of n raw scales and returns whether all of these were moderate (math.h); else, or
+// where σ is no exponential, what is written is nothing of use. A loop of its own, since the processor
+// overlaps an exponential better with others than with what needs it.
 template <class F, Param P, Factor kFactor, class S, class Bound>
-VAE_FAST_INLINE bool moderate_factors(int64_t rows, int64_t n, Rows<const S> scale,
-                                      const Bound& bound, ScalarOf<F>* to) {
+VAE_FAST_INLINE bool moderate_factors(int64_t n, const S* scale, const Bound& bound,
+                                      ScalarOf<F>* to) {
   if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
     using Exp = ModerateExp<F>;
     typename Traits<F>::UInt places{};
-    if (scale.pitch == n) {
-      n *= rows;
-      rows = 1;
-    }
-    for (int64_t row = 0; row < rows; ++row, to += n) {
-      for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-        const Scale<F, P> s(bound(at.load(scale[row])).kept);
-        const Exp e(kFactor == Factor::sigma     ? s.log_sigma
-                    : kFactor == Factor::inverse ? -s.log_sigma
-                                                 : -s.log_variance);
-        places |= e.place;
-        at.store(to, e.value);
-      });
-    }
+    for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+      const Scale<F, P> s(bound(at.load(scale)).kept);
+      const Exp e(kFactor == Factor::sigma     ? s.log_sigma
+                  : kFactor == Factor::inverse ? -s.log_sigma
+                                               : -s.log_variance);
+      places |= e.place;
+      at.store(to, e.value);
+    });
     return !any_lane(places & ~(Exp::kPlaces - 1));
   }
   return false;
 }
 
-// Calls fn(row, each_scale) for some rows of n raw scales, kTile of them at most, and each_scale(body)
+// Calls fn(row, each_scale) for some rows of n raw scales, kTile of these at most, and each_scale(body)
 // calls body(at, scale, raw) for the row's vectors, after bound(raw) has made them Bounded or
-// Unbounded.
+// Unbounded. What comes of a row does not depend on others.
 template <class F, Param P, Factor kFactor, class S, class Bound, class Fn, class Each = EveryLane<F>>
 VAE_FAST_INLINE void for_scales(int64_t rows, int64_t n, Rows<const S> scale, const Bound& bound,
                                 const Fn& fn, const Each& each = {}) {
   using T = ScalarOf<F>;
-  alignas(64) T factor[kTile];
-  const bool moderate = moderate_factors<F, P, kFactor>(rows, n, scale, bound, factor);
+  alignas(64) T factors[kTile];
+  bool moderate[kTile];
   for (int64_t row = 0; row < rows; ++row) {
-    if (__builtin_expect(moderate, 1)) {  // whose loop gets the registers
+    moderate[row] = moderate_factors<F, P, kFactor>(n, scale[row], bound, factors + row * n);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* const factor = factors + row * n;
+    if (__builtin_expect(moderate[row], 1)) {  // whose loop gets the registers
       fn(row, [&](const auto& body) VAE_FAST_LAMBDA {
         each(n, [&](auto at) VAE_FAST_LAMBDA {
           const auto raw = bound(at.load(scale[row], T(1)));
-          body(at, ModerateScale<F, P, kFactor>(raw.kept, at.load(factor + row * n, T(1))), raw);
+          body(at, ModerateScale<F, P, kFactor>(raw.kept, at.load(factor, T(1))), raw);
         });
       });
     } else {

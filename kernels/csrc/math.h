@@ -544,7 +544,7 @@ struct ModerateExp<f32x16> {
 // sin(2πu) and cos(2πu) for u in [0, 1], given as kTurn·u: the nearest quarter turn is removed exactly,
 // and minimax polynomials in f² serve both (errors 5e-9 and 5e-11).
 template <class F>
-constexpr float kTurn = 4.0f;
+inline constexpr float kTurn = 4.0f;
 template <class F>
 VAE_FAST_INLINE void sincos_turns(F turns, F& sine, F& cosine) {
   using U = typename Traits<F>::UInt;
@@ -565,7 +565,7 @@ VAE_FAST_INLINE void sincos_turns(F turns, F& sine, F& cosine) {
 #if defined(VAE_FAST_GCC_X86)
 // With tables: the nearest sixteenth of a turn is removed, and the addition theorems put it back.
 template <>
-constexpr float kTurn<f32x16> = 16.0f;
+inline constexpr float kTurn<f32x16> = 16.0f;
 VAE_FAST_INLINE void sincos_turns(f32x16 turns, f32x16& sine, f32x16& cosine) {
   constexpr float a = 0.382683432f, b = 0.707106781f, c = 0.923879533f;  // sin π/8, 2π/8, 3π/8
   constexpr f32x16 sines{0, a, b, c, 1, c, b, a, 0, -a, -b, -c, -1, -c, -b, -a};
