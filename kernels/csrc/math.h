@@ -525,8 +525,9 @@ struct ModerateExp<f32x16> {
   u32x16 place;
   VAE_FAST_INLINE explicit ModerateExp(f32x16 t) {
     constexpr u32x16 sixteenths{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    constexpr f32x16 powers{1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
-                            1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+    constexpr f32x16 powers{1.0f,        1.04427378f, 1.09050773f, 1.13878863f,
+                            1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+                            1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                             1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
     const u32x16 table = bits_as<u32x16>(powers) - (sixteenths << 19);
     const f32x16 shifted = t * 1.44269504f + 786432.0f, n = shifted - 786432.0f;  // 1.5·2¹⁹
