@@ -194,17 +194,16 @@ template <class F, Param P, Factor kFactor, class S, class Bound>
 VAE_FAST_INLINE bool moderate_factors(int64_t n, const S* scale, const Bound& bound,
                                       ScalarOf<F>* to) {
   if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
-    using Exp = ModerateExp<F>;
     typename Traits<F>::UInt places{};
     for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
       const Scale<F, P> s(bound(at.load(scale)).kept);
-      const Exp e(kFactor == Factor::sigma     ? s.log_sigma
-                  : kFactor == Factor::inverse ? -s.log_sigma
-                                               : -s.log_variance);
+      const ModerateExp<F> e(kFactor == Factor::sigma     ? s.log_sigma
+                             : kFactor == Factor::inverse ? -s.log_sigma
+                                                          : -s.log_variance);
       places |= e.place;
       at.store(to, e.value);
     });
-    return !any_lane(places & ~(Exp::kPlaces - 1));
+    return !any_lane(places & ~(ModerateExp<F>::kPlaces - 1));
   }
   return false;
 }

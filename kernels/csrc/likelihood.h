@@ -81,14 +81,14 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
               body(past_caches, at, s, raw);
             });
           };
-          const auto bound = [&](F s) VAE_FAST_LAMBDA {
-            if constexpr (kScale == ScaleKind::bounded) {
-              return Bounded<F>(s, lo, hi);
-            } else {
-              return Unbounded<F>{s};
-            }
+          const auto run_within = [&](const auto& bound) VAE_FAST_LAMBDA {
+            for_scales<F, P, kFactor>(1, count, Rows<const S>{scales, count}, bound, run_row, each);
           };
-          for_scales<F, P, kFactor>(1, count, Rows<const S>{scales, count}, bound, run_row, each);
+          if constexpr (kScale == ScaleKind::bounded) {
+            run_within([&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); });
+          } else {
+            run_within(NoBound<F>{});
+          }
         }
       };
       const auto run = [&](const auto& each) VAE_FAST_LAMBDA {
