@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -445,8 +446,10 @@ def main(folder):
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     # Gloo's threads drop the tensors of a gather only now, and need Python for it: a process that
-    # ends meanwhile aborts or waits for ever. While this one waits for the other they have it.
+    # ends meanwhile aborts or waits for ever. While this one sleeps they have it; in the barrier
+    # only the one that comes first waits.
     dist.barrier()
+    time.sleep(1)
     dist.destroy_process_group()
 
 
