@@ -256,16 +256,13 @@ struct NoBound {
 template <class F, class Body>
 VAE_FAST_INLINE void philox_blocks(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
                                    uint32_t stream, const Body& body) {
-  using U = typename Traits<F>::UInt;
   using L = typename Traits<F>::ULong;
   constexpr int width = Traits<F>::width, kAtOnce = width == 16 ? 4 : 2;
   L even;
   for (int i = 0; i < width / 2; ++i) even[i] = counter + i % 2 * (width / 2) + i / 2;
-  const auto join = [](L low, L high) VAE_FAST_LAMBDA {
-    return bits_as<U>((low & 0xffffffffu) | (high << 32));
-  };
   const auto block = [&](int64_t i, const Words<L>& a, const Words<L>& b) VAE_FAST_LAMBDA {
-    body(i, join(a.x, b.x), join(a.y, b.y), join(a.z, b.z), join(a.w, b.w));
+    body(i, join_low_halves(a.x, b.x), join_low_halves(a.y, b.y), join_low_halves(a.z, b.z),
+         join_low_halves(a.w, b.w));
   };
   const int64_t blocks = (calls + width - 1) / width;
   int64_t i = 0;
