@@ -191,7 +191,8 @@ struct Likelihood {
                                 });
     for (int64_t n = 0; n < rows; ++n) {
       const auto total = [&](T LikelihoodTerms<T>::*part) {
-        return tree_sum<T>(n * pieces, (n + 1) * pieces, [&](int64_t i) { return terms[i].*part; });
+        const auto term = [&](int64_t i) { return terms[i].*part; };
+        return pieces == 1 ? term(n) : tree_sum<T>(n * pieces, (n + 1) * pieces, term);
       };
       if (value) value[n] = total(&LikelihoodTerms<T>::value);
       if (g_shared) {

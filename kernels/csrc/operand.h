@@ -360,16 +360,24 @@ T* data_of(const View& t) {
   return static_cast<T*>(t.data);
 }
 
-// A fixed binary tree over fixed blocks: the same bits for any number of threads.
+// A fixed binary tree over fixed blocks: the same bits for any number of threads. A block is added up
+// in eight sums, none of which waits for another.
 template <class T, class Fn>
 T tree_sum(int64_t begin, int64_t end, const Fn& term) {
-  if (end - begin <= 64) {
-    T sum = 0;
-    for (int64_t i = begin; i < end; ++i) sum += term(i);
-    return sum;
+  constexpr int64_t kSums = 8;
+  if (end - begin > 8 * kSums) {
+    const int64_t middle = begin + (end - begin) / 2;
+    return tree_sum<T>(begin, middle, term) + tree_sum<T>(middle, end, term);
   }
-  const int64_t middle = begin + (end - begin) / 2;
-  return tree_sum<T>(begin, middle, term) + tree_sum<T>(middle, end, term);
+  T sums[kSums] = {};
+  for (; end - begin >= kSums; begin += kSums) {
+    for (int64_t i = 0; i < kSums; ++i) sums[i] += term(begin + i);
+  }
+  for (int64_t i = 0; i < end - begin; ++i) sums[i] += term(begin + i);
+  for (int64_t half = kSums / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
 }
 
 template <class T>
