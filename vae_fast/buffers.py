@@ -23,23 +23,31 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class _Buffer:
-    """A tensor that is kept, and how many hold its memory when nobody uses it."""
+    """A tensor that is kept, and how many hold its memory while nobody uses it.
 
-    __slots__ = ("alone", "nbytes", "storage", "tensor")
+    ``uses`` counts tensors, views and NumPy arrays on it, ``references`` its storage object's.
+    """
+
+    __slots__ = (
+        "address",
+        "dtype",
+        "nbytes",
+        "references",
+        "shape",
+        "storage",
+        "stride",
+        "tensor",
+        "uses",
+    )
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
         self.storage = tensor.untyped_storage()
+        self.address = self.storage._cdata
         self.nbytes = self.storage.nbytes()
-        self.alone = self.holders()
-
-    def holders(self) -> tuple[int, int]:
-        """Tensors, views and NumPy arrays on this memory, and holders of its storage object."""
-        return _use_count(self.storage._cdata), sys.getrefcount(self.storage)
-
-    def fits(self, t: Tensor) -> bool:
-        own = self.tensor
-        return own.shape == t.shape and own.dtype == t.dtype and own.stride() == t.stride()
+        self.uses = _use_count(self.address)
+        self.references = sys.getrefcount(self.storage)
 
 
 _kept: list[_Buffer] = []  # the latest used last
@@ -48,30 +56,34 @@ _lock = threading.Lock()
 
 def empty_like(t: Tensor) -> Tensor:
     """``torch.empty_like``, in reused memory where that pays, unseen by autograd."""
-    nbytes = t.numel() * t.element_size()
-    reusable = t.is_cpu and SMALLEST <= nbytes <= LARGEST_TOTAL // 2 and _use_count is not None
+    nbytes = t.nbytes
+    reusable = SMALLEST <= nbytes <= LARGEST_TOTAL // 2 and t.is_cpu and _use_count is not None
     # Whoever finds the lock taken (another thread, or a process forked meanwhile) does without.
     if not reusable or not _lock.acquire(blocking=False):
         return torch.empty_like(t)
     try:
-        return _take(t, nbytes)
+        # As empty_like would lay it out: like t if t is dense, but not if it is half of a tensor.
+        like = t if t.is_contiguous() else torch.empty_like(t, device="meta")
+        shape, stride, dtype = like.shape, like.stride(), like.dtype
+        for i in range(len(_kept) - 1, -1, -1):  # of what was used last a cache may have some
+            buffer = _kept[i]
+            if (
+                buffer.shape == shape
+                and buffer.stride == stride
+                and buffer.dtype is dtype
+                and _use_count(buffer.address) == buffer.uses
+                and sys.getrefcount(buffer.storage) == buffer.references
+            ):
+                _kept.append(_kept.pop(i))
+                return buffer.tensor.detach()
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device=t.device)
+        total = nbytes + sum(b.nbytes for b in _kept)
+        while _kept and (len(_kept) >= MOST or total > LARGEST_TOTAL):
+            total -= _kept.pop(0).nbytes
+        _kept.append(_Buffer(tensor))
+        return tensor.detach()
     finally:
         _lock.release()
-
-
-def _take(t: Tensor, nbytes: int) -> Tensor:
-    # As empty_like would lay it out: like t if t is dense, but not if it is half of a tensor, say.
-    like = t if t.is_contiguous() else torch.empty_like(t, device="meta")
-    for i in reversed(range(len(_kept))):  # of what was used last a cache may still have some
-        buffer = _kept[i]
-        if buffer.fits(like) and buffer.holders() == buffer.alone:
-            _kept.append(_kept.pop(i))
-            return buffer.tensor.detach()
-    tensor = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device)
-    while _kept and (len(_kept) >= MOST or nbytes + sum(b.nbytes for b in _kept) > LARGEST_TOTAL):
-        _kept.pop(0)
-    _kept.append(_Buffer(tensor))
-    return tensor.detach()
 
 
 def clear() -> None:
