@@ -18,10 +18,14 @@ KEY = torch.tensor([3, 5], dtype=torch.uint64)
 
 
 class Sizes:
-    """B rows, K samples, L latent and D data elements; unless tiny, several tiles and blocks."""
+    """B rows, K samples, L latent and D data elements.
 
-    def __init__(self, tiny=False):
-        self.B, self.K, self.L, self.D = (3, 2, 5, 6) if tiny else (150, 3, 70, 1500)
+    Unless tiny, several tiles and blocks; if large, enough that threads help each other.
+    """
+
+    def __init__(self, kind=""):
+        kinds = {"tiny": (3, 2, 5, 6), "": (150, 3, 70, 1500), "large": (700, 3, 1501, 1502)}
+        self.B, self.K, self.L, self.D = kinds[kind]
 
 
 def _latent(n, dtype, **options):
@@ -137,11 +141,11 @@ CALLS = {
 }
 
 
-def compute(name, tiny=False):
+def compute(name, kind=""):
     """Results and gradients of a call, always of the same inputs."""
     call, dtype, options = CALLS[name]
     torch.manual_seed(1)
-    results, total = call(Sizes(tiny), dtype, **options)
+    results, total = call(Sizes(kind), dtype, **options)
     gradients = torch.autograd.grad(total, leaves.last, allow_unused=True)
     return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]
 
@@ -180,30 +184,31 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("kind", ["", "large"])
 @pytest.mark.parametrize("name", CALLS)
-def test_same_bits_for_any_number_of_threads(name, cpp, threads):
+def test_same_bits_for_any_number_of_threads(name, kind, cpp, threads):
     threads(1)
-    first = compute(name)
+    first = compute(name, kind)
     assert len(first) > 1
     assert all(torch.isfinite(t).all() for t in first)
     for n in (1, 2, 3, 7, 2):
         threads(n)
-        assert same(compute(name), first), f"{n} threads"
+        assert same(compute(name, kind), first), f"{n} threads"
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_deterministic_algorithms(name, fused, deterministic):
     """The same bits as without, no warning, no error; fresh memory is NaN then."""
-    tiny = vae_fast.backends.backend_for("cpu") == "triton"
+    kind = "tiny" if vae_fast.backends.backend_for("cpu") == "triton" else ""
     if fused.type != "cpu":
         pytest.skip("the inputs are the CPU's")
-    plain = compute(name, tiny)
+    plain = compute(name, kind)
     deterministic()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="triton")  # of its interpreter's NumPy
         for _ in range(2):
-            assert same(compute(name, tiny), plain)
+            assert same(compute(name, kind), plain)
 
 
 def test_training_twice_gives_the_same_bits(cpp, deterministic):

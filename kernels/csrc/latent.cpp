@@ -3,9 +3,8 @@
 #define VAE_FAST_KERNELS "latent.h"
 #include "each_isa.h"
 #include "operand.h"
+#include "parallel.h"
 #include "passes.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
@@ -93,17 +92,17 @@ struct Latent {
   // elements from `begin` of one long row; in parallel over rows, in order within one.
   template <class Fn>
   void for_tiles(const Fn& fn) const {
-    const int64_t cost = 4 * group * std::max<int64_t>(size, 1) * samples;
-    torch::stable::parallel_for(
-        0, (batch + group - 1) / group, std::max<int64_t>(1, kGrain / cost),
-        [&](int64_t first, int64_t last) {
-          for (int64_t g = first; g < last; ++g) {
-            const int64_t b = g * group, rows = std::min(group, batch - b);
-            for (int64_t begin = 0; begin < size; begin += kTile) {
-              fn(b, rows, begin, std::min(size - begin, kTile));
-            }
+    const int64_t cost = 4 * group * size * samples;
+    parallel_parts((batch + group - 1) / group, cost, [&](const auto& parts) {
+      parts([&](int64_t first, int64_t last) {
+        for (int64_t g = first; g < last; ++g) {
+          const int64_t b = g * group, rows = std::min(group, batch - b);
+          for (int64_t begin = 0; begin < size; begin += kTile) {
+            fn(b, rows, begin, std::min(size - begin, kTile));
           }
-        });
+        }
+      });
+    });
   }
 
   // Calls fn(k, eps) for every sample k of a tile, with its noise.

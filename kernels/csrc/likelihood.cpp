@@ -5,9 +5,8 @@
 #define VAE_FAST_KERNELS "likelihood.h"
 #include "each_isa.h"
 #include "operand.h"
+#include "parallel.h"
 #include "passes.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
@@ -132,8 +131,7 @@ struct Likelihood {
     std::vector<LikelihoodTerms<T>> terms(rows * pieces);
     std::vector<T> event_sums(g_event ? blocks * size : 0, T(0));
     const int64_t work =
-        std::max<int64_t>(1, std::min(size, kPiece)) *
-        (need_x ? std::max<int64_t>(1, samples) : 1) * block;
+        std::min(size, kPiece) * (need_x ? std::max<int64_t>(1, samples) : 1) * block;
     const auto as_stored = [&](auto as) -> decltype(stored_kernel<T>(as, family, param, variant)) {
       using As = decltype(as);
       const bool reads = !g_event && reads_in_place<typename As::S, typename As::X>(gradient);
@@ -184,11 +182,10 @@ struct Likelihood {
         }
       }
     };
-    torch::stable::parallel_for(0, blocks * pieces, std::max<int64_t>(1, kGrain / work),
-                                [&](int64_t first, int64_t last) {
-                                  run_units(first, last);
-                                  if (stream) finish_stream();  // a wait: not after every tile
-                                });
+    parallel_parts(blocks * pieces, work, [&](const auto& parts) {
+      parts(run_units);
+      if (stream) finish_stream();  // a wait: not after every tile
+    });
     for (int64_t n = 0; n < rows; ++n) {
       const auto total = [&](T LikelihoodTerms<T>::*part) {
         const auto term = [&](int64_t i) { return terms[i].*part; };
@@ -529,21 +526,21 @@ void rescale_rows(const View& grad, const Factor& factor) {
   Event event = event_of(grad);
   event.fuse<1>({&rows}, /*reorder=*/true);
   const int64_t size = event.numel();
-  torch::stable::parallel_for(
-      0, grad.sizes[0], std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
-      [&](int64_t first, int64_t last) {
-        T tile[kTile], scaled[kTile];
-        for (int64_t n = first; n < last; ++n) {
-          for (int64_t begin = 0; begin < size; begin += kTile) {
-            const int64_t count = std::min(size - begin, kTile);
-            const T* from = event.load(rows, n, begin, count, tile);
-            const T by = factor(n);
+  parallel_parts(grad.sizes[0], size, [&](const auto& parts) {
+    T tile[kTile], scaled[kTile];
+    parts([&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        for (int64_t begin = 0; begin < size; begin += kTile) {
+          const int64_t count = std::min(size - begin, kTile);
+          const T* from = event.load(rows, n, begin, count, tile);
+          const T by = factor(n);
 #pragma omp simd
-            for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * by;
-            event.store(rows, n, begin, count, static_cast<const T*>(scaled));
-          }
+          for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * by;
+          event.store(rows, n, begin, count, static_cast<const T*>(scaled));
         }
-      });
+      }
+    });
+  });
 }
 
 template <class T>

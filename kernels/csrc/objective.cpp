@@ -3,9 +3,8 @@
 #define VAE_FAST_KERNELS "objective.h"
 #include "each_isa.h"
 #include "operand.h"
+#include "parallel.h"
 #include "passes.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
@@ -73,19 +72,20 @@ struct Kl {
 
   template <class Fn>
   void for_rows(const Fn& fn) const {
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1));
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    parallel_parts(rows, size, [&](const auto& parts) {
       Tile tile;
       std::fill(tile.prior_mu_buffer, tile.prior_mu_buffer + kTile, T(0));
       std::fill(tile.prior_log_scale, tile.prior_log_scale + kTile, T(0));
       tile.prior_mu = tile.prior_mu_buffer;
-      for (int64_t row = first; row < last; ++row) {
-        for (int64_t begin = 0; begin < size; begin += kTile) {
-          const int64_t n = std::min(size - begin, kTile);
-          load(tile, row, begin, n);
-          fn(tile, row, begin, n);
+      parts([&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+          for (int64_t begin = 0; begin < size; begin += kTile) {
+            const int64_t n = std::min(size - begin, kTile);
+            load(tile, row, begin, n);
+            fn(tile, row, begin, n);
+          }
         }
-      }
+      });
     });
   }
 

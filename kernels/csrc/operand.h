@@ -26,7 +26,6 @@ using torch::headeronly::Half;
 // ---- tensors as rows of elements ---------------------------------------------------------------
 
 constexpr int64_t kPiece = 8 * kTile;  // elements of a row that one unit of parallel work covers
-constexpr int64_t kGrain = 16384;      // elements that make another thread worth waking
 
 template <class Fn>
 auto with_type(ScalarType type, Fn fn) {
