@@ -34,7 +34,8 @@ void parallel_parts(int64_t units, int64_t cost, const Body& body) {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), units);
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), (units + grain - 1) / grain);
   std::vector<Share> shares(threads);
   for (int64_t i = 0; i < threads; ++i) {
     shares[i].next = units * i / threads;
