@@ -41,10 +41,12 @@ OPTIONS = {
     "VAE_FAST_FUZZ": "600",
     "OMP_NUM_THREADS": "2",
 }
-# Odd sizes, strides, empty tensors, samples, every family and dtype; and random calls of it all.
+# Odd sizes, strides, empty tensors, samples, every family and dtype; random calls of it all; and of
+# every call one with so much work that threads help each other.
 TESTS = [
     *("tests/test_fuzz.py", "tests/test_cpu_kernels.py", "tests/test_passes.py"),
     *("tests/test_likelihoods.py", "tests/test_buffers.py", "tests/test_noise.py"),
+    "tests/test_determinism.py",
 ]
 # "triton": the interpreter; "argument": no kernel runs; "reused": the allocator keeps freed memory.
 CHOICE = "not triton and not interpreted and not argument and not reused"
