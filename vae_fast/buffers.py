@@ -28,21 +28,11 @@ class _Buffer:
     ``uses`` counts tensors, views and NumPy arrays on it, ``references`` its storage object's.
     """
 
-    __slots__ = (
-        "address",
-        "dtype",
-        "nbytes",
-        "references",
-        "shape",
-        "storage",
-        "stride",
-        "tensor",
-        "uses",
-    )
+    __slots__ = ("address", "layout", "nbytes", "references", "storage", "tensor", "uses")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.layout = tensor.shape, tensor.stride(), tensor.dtype
         self.storage = tensor.untyped_storage()
         self.address = self.storage._cdata
         self.nbytes = self.storage.nbytes()
@@ -64,13 +54,11 @@ def empty_like(t: Tensor) -> Tensor:
     try:
         # As empty_like would lay it out: like t if t is dense, but not if it is half of a tensor.
         like = t if t.is_contiguous() else torch.empty_like(t, device="meta")
-        shape, stride, dtype = like.shape, like.stride(), like.dtype
+        layout = shape, stride, dtype = like.shape, like.stride(), like.dtype
         for i in range(len(_kept) - 1, -1, -1):  # of what was used last a cache may have some
             buffer = _kept[i]
             if (
-                buffer.shape == shape
-                and buffer.stride == stride
-                and buffer.dtype is dtype
+                buffer.layout == layout
                 and _use_count(buffer.address) == buffer.uses
                 and sys.getrefcount(buffer.storage) == buffer.references
             ):

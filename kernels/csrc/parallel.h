@@ -41,18 +41,16 @@ void parallel_parts(int64_t units, int64_t cost, const Body& body) {
     shares[i].next = units * i / threads;
     shares[i].end = units * (i + 1) / threads;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
     body([&](const auto& fn) {
-      for (int64_t own = first; own < last; ++own) {
-        for (int64_t i = 0; i < threads; ++i) {
-          Share& share = shares[(own + i) % threads];
-          int64_t from = share.next.load(std::memory_order_relaxed);
-          while (from < share.end) {
-            const int64_t to = std::min(from + std::max(grain, (share.end - from) / 2), share.end);
-            if (!share.next.compare_exchange_weak(from, to, std::memory_order_relaxed)) continue;
-            fn(from, to);
-            from = share.next.load(std::memory_order_relaxed);
-          }
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = shares[(own + i) % threads];
+        int64_t from = share.next.load(std::memory_order_relaxed);
+        while (from < share.end) {
+          const int64_t to = std::min(from + std::max(grain, (share.end - from) / 2), share.end);
+          if (!share.next.compare_exchange_weak(from, to, std::memory_order_relaxed)) continue;
+          fn(from, to);
+          from = share.next.load(std::memory_order_relaxed);
         }
       }
     });
