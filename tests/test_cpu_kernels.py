@@ -77,16 +77,18 @@ def test_gradients_larger_than_the_caches(size, num_samples, scalar, inplace):
         )
 
 
-@pytest.mark.parametrize("what", ["clamp", "soft clamp", "levels", "bf16", "mask"])
+@pytest.mark.parametrize("what", ["clamp", "soft clamp", "levels", "bf16", "bf16 net", "mask"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_gradient_past_the_caches_has_the_same_bits(what, learned):
-    dtype = torch.bfloat16 if what == "bf16" else torch.float32
+    dtype = torch.bfloat16 if "bf16" in what else torch.float32
     batch, few, size = 8192 // dtype.itemsize, 100, 800
     assert few * size * dtype.itemsize < 6 << 20 < batch * size * dtype.itemsize
     assert size * dtype.itemsize % 64 == 0  # rows that do not begin at a vector never go there
     x, mean, s = (torch.randn(batch, size).to(dtype) for _ in range(3))
     if what == "levels":
         x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    if what == "bf16 net":
+        x = torch.randn(batch, size)
     options = {"clamp": (-0.5, 0.5)} if "clamp" in what else {}
     options |= {"clamp_mode": "soft"} if what == "soft clamp" else {}
     mask = torch.rand(batch, size) > 0.5 if what == "mask" else None
@@ -122,12 +124,14 @@ def test_packed_rows_larger_than_the_caches(size, inplace):
 
 # Rows of several tiles and pieces, whose innermost dimension is short, long and in between.
 @pytest.mark.parametrize("event", [(3, 60, 60), (60, 3, 60), (60, 60, 3), (2, 17, 9, 31)])
-@pytest.mark.parametrize("what", ["fp32", "bf16", "levels", "mask"])
+@pytest.mark.parametrize("what", ["fp32", "bf16", "bf16 net", "levels", "mask"])
 def test_operands_of_different_layouts(event, what):
-    dtype = torch.bfloat16 if what == "bf16" else torch.float32
+    dtype = torch.bfloat16 if "bf16" in what else torch.float32
     x, mean, s = (torch.randn(3, *event).to(dtype) for _ in range(3))
     if what == "levels":
         x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    if what == "bf16 net":
+        x = torch.randn(3, *event)
     mask = torch.rand(x.shape) > 0.5 if what == "mask" else None
     log = torch.zeros(3)
 
@@ -270,10 +274,12 @@ def test_a_scale_that_is_nan_is_within_every_bound():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("levels", [False, True])
-def test_a_mask_holds_for_every_storage(dtype, levels):
+@pytest.mark.parametrize("data", ["the same", "fp32", "levels"])
+def test_a_mask_holds_for_every_storage(dtype, data):
     x, mean, s = (torch.randn(5, 100).to(dtype) for _ in range(3))
-    if levels:
+    if data == "fp32":
+        x = torch.randn(5, 100)
+    if data == "levels":
         x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
     mask, log = torch.rand(x.shape) > 0.5, torch.zeros(5)
     leaves = [t.requires_grad_() for t in (mean, s)]

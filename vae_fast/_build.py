@@ -99,7 +99,7 @@ class Target:
 
 KERNELS = Target(
     LIB_NAME,
-    ("cpu.cpp", "latent.cpp", "likelihood.cpp", "objective.cpp", "ops.cpp"),
+    ("cpu.cpp", "latent.cpp", "likelihood.cpp", "objective.cpp", "ops.cpp", "stored.cpp"),
     ("torch_cpu",),
 )
 

@@ -29,6 +29,11 @@ struct TileKernels {
 template <class T>
 TileKernels<T> tile_kernels(Param param);
 
+// The Gaussian's kernel, without a mask, on tensors that are not stored as what it computes with; null
+// if there is none.
+template <class S, class X>
+LikelihoodKernel<float, S, X> gaussian_kernel(Stored<S, X>, Param param, LikelihoodVariant variant);
+
 struct StorageKernels {
   void (*widen_bf16)(const Bf16* from, int64_t n, float* to);
   void (*narrow_bf16)(const float* from, int64_t n, Bf16* to);

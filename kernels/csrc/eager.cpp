@@ -92,11 +92,13 @@ const Tensor* plain(PyObject* object) {
   return owns_values(t) && !t._fw_grad(0).defined() ? &t : nullptr;
 }
 
-bool is_data(const Tensor& t) {
+bool is_number(const Tensor& t) {
   const at::ScalarType type = t.defined() ? t.scalar_type() : at::kBool;
-  return (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) &&
-         t.dim() > 0;
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
+bool is_data(const Tensor& t) { return is_number(t) && t.dim() > 0; }
+// Whether a pass takes t beside tensors like u: of any dtype but fp64, which mixes with no other.
+bool mixes(const Tensor& t, const Tensor& u) { return is_number(t) && row_type(t) == row_type(u); }
 
 // A likelihood's tensors. There may be no scale, and no mask.
 struct Data {
@@ -111,22 +113,21 @@ bool is_shared(const Tensor& scale, const Tensor& mean) {
          (scale.size(0) == mean.size(0) &&
           std::all_of(event.begin(), event.end(), [](int64_t n) { return n == 1; }));
 }
-// Whether a likelihood's tensors are all of one dtype, but for an x of levels or one scale in the dtype
-// of rows, and of shapes that the passes know: but for the number of mean's rows.
+// Whether a likelihood's tensors are of dtypes and shapes that the passes know: but for the number of
+// mean's rows.
 bool fit(const Data& data, bool scaled) {
   const auto& [x, mean, scale, mask] = data;
   if (!x.defined() || x.dim() == 0 || !is_data(mean) || mean.dim() != x.dim()) return false;
   if (mask.defined() && (mask.scalar_type() != at::kBool || mask.sizes() != x.sizes())) return false;
-  if (x.scalar_type() != at::kByte && x.scalar_type() != mean.scalar_type()) return false;
+  if (x.scalar_type() != at::kByte && !mixes(x, mean)) return false;
   if (scaled && !scale.defined()) {  // packed along dimension 1
     return x.dim() >= 2 && mean.size(1) == 2 * x.size(1) &&
            mean.sizes().slice(2) == x.sizes().slice(2);
   }
   if (scaled != scale.defined() || mean.sizes().slice(1) != x.sizes().slice(1)) return false;
   if (!scaled) return true;
-  const bool same = scale.scalar_type() == mean.scalar_type();
-  if (scale.dim() == 0) return same || scale.scalar_type() == row_type(mean);
-  return same && (scale.sizes() == mean.sizes() || is_shared(scale, mean));
+  return mixes(scale, mean) &&
+         (scale.dim() == 0 || scale.sizes() == mean.sizes() || is_shared(scale, mean));
 }
 
 // Terms of mean's rows, (B,) or (K, B).
@@ -542,8 +543,8 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 10, "latent takes 10 arguments, got ", count);
   const Tensor *mu = plain(objects[0]), *scale = plain(objects[1]), *given = plain(objects[2]);
-  if (!mu || !scale || !given || !unwatched() || !is_data(*mu) || !scale->defined() ||
-      scale->scalar_type() != mu->scalar_type() || scale->sizes() != mu->sizes() ||
+  if (!mu || !scale || !given || !unwatched() || !is_data(*mu) ||
+      !mixes(*scale, *mu) || scale->sizes() != mu->sizes() ||
       (given->defined() &&
        (given->scalar_type() != at::kUInt64 || given->dim() != 1 || given->size(0) != 2)) ||
       !passes->is_straight(view(*mu), 1) || !passes->is_straight(view(*scale), 1)) {

@@ -310,7 +310,7 @@ struct Memory {
   bool past_caches = false, ahead = false;
 };
 
-// On elements stored as S, and data stored as X: S, or bytes that are levels. The mask is that of the
+// On elements stored as S, and data stored as X: floats, or bytes that are levels. The mask is that of the
 // elements which count, if not all do.
 template <class T, class S = T, class X = S>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const X> x,

@@ -29,9 +29,7 @@ template <class T, class As>
 LikelihoodKernel<T, typename As::S, typename As::X> stored_kernel(As as, Family family, Param param,
                                                                   LikelihoodVariant variant) {
   if constexpr (std::is_same_v<T, float>) {
-    if (family == Family::gaussian && !variant.masked) {
-      VAE_FAST_SELECT(gaussian_kernel, as, param, variant)
-    }
+    if (family == Family::gaussian && !variant.masked) return gaussian_kernel(as, param, variant);
   }
   return nullptr;
 }
@@ -138,9 +136,10 @@ struct Likelihood {
       return reads ? stored_kernel<T>(as, family, param, variant) : nullptr;
     };
     const auto bf16 = as_stored(Stored<Bf16>{});
+    const auto bf16_floats = as_stored(Stored<Bf16, T>{});
     const auto levels = as_stored(Stored<T, uint8_t>{});
     const auto bf16_levels = as_stored(Stored<Bf16, uint8_t>{});
-    const bool half = bf16 || bf16_levels;
+    const bool half = bf16 || bf16_floats || bf16_levels;
     const bool direct = half || levels || (!g_event && reads_in_place<T, T>(gradient));
     const bool stream = gradient && (half ? streams<Bf16>() : streams<T>());
     const bool large = half ? is_large<Bf16>() : is_large<T>();
@@ -151,6 +150,7 @@ struct Likelihood {
         run_rows(chosen, gradient, first, last, begin, end, weight, memory, to);
       };
       if (bf16) return run_all(bf16);
+      if (bf16_floats) return run_all(bf16_floats);
       if (levels) return run_all(levels);
       if (bf16_levels) return run_all(bf16_levels);
       run_all(kernel);

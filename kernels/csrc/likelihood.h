@@ -40,7 +40,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{}, kept{};
       const auto datum = [&](auto at) VAE_FAST_LAMBDA {
-        if constexpr (std::is_same_v<X, S>) return at.load(xs);
+        if constexpr (!std::is_same_v<X, uint8_t>) return at.load(xs);
         return at.load(xs) * constants.mul + constants.add;
       };
       const auto body = [&](auto past_caches, auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
@@ -141,7 +141,7 @@ LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(LikelihoodVariant variant)
   return likelihood_kernel<F, S, X, family, P, ScaleKind::row>(variant);
 }
 
-// The Gaussian reads any parameter as it is; beside levels an exponential one.
+// The Gaussian reads any parameter as it is; beside data stored otherwise an exponential one.
 template <class F, class S, class X>
 LikelihoodKernel<ScalarOf<F>, S, X> gaussian_kernel(Param param, LikelihoodVariant variant) {
   switch (param) {
