@@ -8,7 +8,9 @@
 // then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/DistributionsHelper.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
@@ -537,6 +539,21 @@ bool owns_memory(const Tensor& t, std::initializer_list<const Tensor*> others) {
          });
 }
 
+// The very draw of vae_fast/noise.py, by what torch.randint is made of.
+Tensor fresh_key() {
+  const Tensor key = empty({2}, at::kUInt64);
+  const int64_t from = std::numeric_limits<int64_t>::min(), to = std::numeric_limits<int64_t>::max();
+  at::uniform_int_from_to_distribution<int64_t> draw(static_cast<uint64_t>(to) -
+                                                         static_cast<uint64_t>(from),
+                                                     from);
+  auto* const generator =
+      at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  auto* const words = static_cast<int64_t*>(key.data_ptr());
+  for (int i = 0; i < 2; ++i) words[i] = draw(generator);
+  return key;
+}
+
 // (mu, scale, key or None, num_samples, first_row, param, lo, hi, soft, path) -> (z, log_q, log_p) or
 // None
 PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
@@ -560,11 +577,7 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    if (!key.defined()) {  // the very draw of vae_fast/noise.py
-      key = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {2},
-                        at::kLong)
-                .view(at::kUInt64);
-    }
+    if (!key.defined()) key = fresh_key();
     const bool graph = at::GradMode::is_enabled() && (differentiable(m) || differentiable(s));
     results = graph ? Latent::recorded(m, s, key, options) : Latent::run(m, s, key, options);
   }
