@@ -47,21 +47,6 @@ def standard_normal(eps: Tensor) -> None:
         raise Wrong(f"noise: mean {mean:.2g}, mean square {square:.4g}")
 
 
-class _Decoded(torch.autograd.Function):
-    """Stands for a decoder: hands out its output, and takes the output's gradient."""
-
-    @staticmethod
-    def forward(ctx, z, case):
-        ctx.case = case
-        ctx.set_materialize_grads(False)  # a scale that nobody read costs no zeros
-        return case.mean.detach(), case.logvar_x.detach()
-
-    @staticmethod
-    def backward(ctx, g_mean, g_logvar):
-        ctx.case.g_mean, ctx.case.g_logvar_x = g_mean, g_logvar
-        return None, None
-
-
 class Case:
     """Tensors of one size in one dtype.
 
@@ -86,12 +71,8 @@ class Case:
         copies = 1
         if self._mean.nbytes >= LARGE:
             copies = max(1, math.ceil(2 * last_level_cache(device) / (5 * self._mean.nbytes)))
-        self._sets = itertools.cycle(
-            [
-                (x.clone(), torch.empty_like(self._mean), torch.empty_like(self._mean))
-                for _ in range(copies)
-            ]
-        )
+        made = lambda: torch.empty_like(self._mean, requires_grad=True)  # noqa: E731
+        self._sets = itertools.cycle([(x.clone(), made(), made()) for _ in range(copies)])
         self.reset()
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
@@ -106,14 +87,26 @@ class Case:
         return x, self._randn(shape), 0.5 * self._randn(shape)
 
     def reset(self) -> None:
-        """Before every step: new decoder outputs (one may have been overwritten), no gradients."""
-        if self.group != "likelihood":
-            self.mu.grad = self.logvar.grad = None
-        if self.group != "latent":
-            self.x, self.mean, self.logvar_x = next(self._sets)
+        """Before every step: new decoder outputs, since one may have been overwritten."""
+        if self.group == "latent":
+            return
+        self.x, self.mean, self.logvar_x = next(self._sets)
+        with torch.no_grad():
             self.mean.copy_(self._mean)
             self.logvar_x.copy_(self._logvar_x)
-            self.g_mean = self.g_logvar_x = None
+        self._outputs = self._decoded() if self.device == "cpu" else None
+
+    def _decoded(self) -> list[Tensor]:
+        """What a decoder would give: neither leaves nor views of them, which inplace refuses."""
+        leaves = self.mean, self.logvar_x
+        return [torch.ops.aten._unsafe_view.default(t, t.shape) for t in leaves]
+
+    def outputs(self) -> list[Tensor]:
+        """The decoder's output, made before the clock starts; but on a GPU only now.
+
+        A step that is captured there must hold all that its backward pass walks over.
+        """
+        return self._outputs or self._decoded()
 
     def step(self, function: Callable, phase: str) -> Callable[[], object]:
         """The step that is timed."""
@@ -139,15 +132,13 @@ class Case:
     def _rows(self) -> slice:
         return slice(None, None, max(1, self.size.batch * self.size.data // CHECKED))
 
-    def _decoder_gradients(self, phase: str) -> None:
-        """Those of the mean likelihood, in the rows that are checked."""
-        if phase == FORWARD:
-            return
+    def _check_decoder(self, g_mean: Tensor, g_logvar: Tensor | None) -> None:
+        """The decoder's gradients of the mean likelihood, in the rows that are checked."""
         rows, n = self._rows(), self.size.batch
-        _, g_mean, g_logvar = self._truth(rows)
-        close("decoder mean", self.g_mean[rows].double() * n, g_mean, self.exact)
-        if g_logvar is not None:
-            close("decoder scale", self.g_logvar_x[rows].double() * n, g_logvar, self.exact)
+        _, true_mean, true_logvar = self._truth(rows)
+        close("decoder mean", g_mean[rows].double() * n, true_mean, self.exact)
+        if true_logvar is not None:
+            close("decoder scale", g_logvar[rows].double() * n, true_logvar, self.exact)
 
     def _truth(self, rows: slice) -> tuple[float, Tensor, Tensor | None]:
         """Of some rows the exact sum of −log p(x|z), and its gradients."""
@@ -222,18 +213,18 @@ class Likelihood(Case):
             return torch.no_grad()(lambda: function(self.x, self.mean, self.logvar_x))
 
         def both():
-            # Not leaves, as a decoder's output is none: inplace refuses those.
-            mean, logvar = _Decoded.apply(self._leaf, self)
-            value = function(self.x, mean, logvar)
-            value.backward()
-            return value
+            decoded = self.outputs()
+            value = function(self.x, *decoded)
+            # Not every likelihood has a scale.
+            return value, *torch.autograd.grad(value, decoded, allow_unused=True)
 
-        self._leaf = torch.zeros((), device=self.device, requires_grad=True)
         return both
 
     def check(self, step, phase):
-        close("loss", step().detach(), torch.tensor(self._nll()), self.exact)
-        self._decoder_gradients(phase)
+        value, *gradients = step() if phase == BOTH else [step()]
+        close("loss", value.detach(), torch.tensor(self._nll()), self.exact)
+        if gradients:
+            self._check_decoder(*gradients)
 
     def bytes_moved(self, phase):
         """x, mean and scale in, two gradients out."""
@@ -241,26 +232,28 @@ class Likelihood(Case):
 
 
 class ELBO(Case):
-    """The whole loss given the decoder's output, with the decoder's place held."""
+    """The whole loss given the decoder's output."""
 
     group = "elbo"
 
     def step(self, function, phase):
+        latent = self.mu, self.logvar
         if phase == FORWARD:
-            decode = lambda z: (self.mean, self.logvar_x)  # noqa: E731
-            return torch.no_grad()(lambda: function(self.x, self.mu, self.logvar, decode))
+            decoded = lambda: (self.mean, self.logvar_x)  # noqa: E731  # other ones in every step
+            return torch.no_grad()(lambda: function(self.x, *latent, *decoded()))
 
         def both():
-            value = function(self.x, self.mu, self.logvar, lambda z: _Decoded.apply(z, self))
-            value.backward()
-            return value
+            decoded = self.outputs()
+            value = function(self.x, *latent, *decoded)
+            return value, *torch.autograd.grad(value, (*latent, *decoded))
 
         return both
 
     def check(self, step, phase):
         """The noise is the implementation's own: it is recovered from the gradient of μ, which is
         z/B here, must be standard normal, and must explain the rest."""
-        value = step().detach().double().cpu()
+        value, *gradients = step() if phase == BOTH else [step()]
+        value = value.detach().double().cpu()
         mu, logvar = self.mu.detach().double(), self.logvar.detach().double()
         if phase == FORWARD:
             kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1).mean().cpu()
@@ -269,16 +262,17 @@ class ELBO(Case):
             if not abs(value - self._nll() - kl) < spread + self.exact * abs(self._nll()):
                 raise Wrong(f"loss {value:.6g}, not {self._nll() + kl:.6g}")
             return
+        g_mu, g_logvar, *decoder = gradients
         sigma = torch.exp(0.5 * logvar)
-        z = self.mu.grad.double() * self.size.batch
+        z = g_mu.double() * self.size.batch
         eps = (z - mu) / sigma
         if self.dtype == torch.float32:
             standard_normal(eps)
         log_ratio = 0.5 * (z.square() - eps.square() - logvar).sum(1).mean().cpu()
         close("loss", value, self._nll() + log_ratio, self.exact)
-        g_logvar = self.logvar.grad.double() * self.size.batch
+        g_logvar = g_logvar.double() * self.size.batch
         close("logvar", g_logvar, 0.5 * (sigma * eps * z - 1), self.exact)
-        self._decoder_gradients(phase)
+        self._check_decoder(*decoder)
 
     def bytes_moved(self, phase):
         """Those of both passes."""

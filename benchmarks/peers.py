@@ -2,8 +2,8 @@
 
 A latent function takes (mu, logvar) and returns (z, log_q, log_p); it draws its own noise, which is
 part of its time. A likelihood function takes (x, mean, logvar) and returns −log p(x|z) of each row.
-A loss takes (x, mu, logvar, decode), where ``decode`` turns z into (mean, logvar), and returns the
-batch mean of −log p(x|z) + log q(z|x) − log p(z).
+A loss takes (x, mu, logvar, mean, logvar_x), the last two from the decoder, and returns the batch's
+mean of −log p(x|z) + log q(z|x) − log p(z). torch.compile gets each function as one graph.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ def mean_of(likelihood):
 
 
 def whole(latent, likelihood):
-    def loss(x, mu, logvar, decode):
-        z, log_q, log_p = latent(mu, logvar)
-        return (likelihood(x, *decode(z)) + log_q - log_p).mean()
+    def loss(x, mu, logvar, mean, logvar_x):
+        _, log_q, log_p = latent(mu, logvar)
+        return (likelihood(x, mean, logvar_x) + log_q - log_p).mean()
 
     return loss
 
 
 def fused(inplace):
     elbo = vae_fast.FusedELBO(inplace=inplace)
-    return lambda x, mu, logvar, decode: elbo(x, mu, logvar, decode).loss
+    return lambda x, mu, logvar, *decoded: elbo(x, mu, logvar, lambda z: decoded).loss
 
 
 def fused_likelihood(inplace, **options):
@@ -149,7 +149,7 @@ if torch.cuda.is_available():
 def compiled(function) -> dict[str, Callable]:
     """The function compiled for one shape, in each mode."""
     return {
-        name: lambda mode=mode: torch.compile(function, dynamic=False, mode=mode)
+        name: lambda mode=mode: torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         for name, mode in MODES.items()
     }
 
