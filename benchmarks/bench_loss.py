@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 
 import torch
 from cases import BOTH, CASES, FORWARD, Size
-from measure import Clock, copy_bandwidth, peak_bytes, race, saved_bytes
+from measure import Clock, peak_bytes, race, saved_bytes
 from peers import IMPLEMENTATIONS, OPTIONS
 from saved import INPLACE
 
@@ -88,11 +88,11 @@ def measured(group, phase, dtype, size, names, device, budget):
         case.reset()
         case.check(step, phase)
 
-    def others(name, median):
+    def others(name, median, bandwidth):
         moved = case.bytes_moved(phase)
         return {
             "bytes": moved,
-            "share": moved / median / copy_bandwidth(device),
+            "share": moved / median / bandwidth,
             "replayed": clock.replayed(steps[name]),
             "peak": peak_bytes(steps[name], case.reset, device),
             "saved": saved_bytes(steps[name], case.reset, lambda: case.inputs),

@@ -183,7 +183,7 @@ def measured(dtype, model, names, device, budget):
     torch._dynamo.reset()
     steps = {name: Step(model, name, dtype, device) for name in names}
 
-    def others(name, median):
+    def others(name, median, bandwidth):
         step = steps[name]
         return {
             "outside": 1 - seconds_in_products(step, device) / median,
@@ -192,7 +192,7 @@ def measured(dtype, model, names, device, budget):
         }
 
     checks = {name: step.check for name, step in steps.items()}
-    return race(steps, checks, Clock(device, lambda: None), budget, others)
+    return race(steps, checks, Clock(device), budget, others)
 
 
 def test_train_step(row, names, device, budget, hand_in):

@@ -38,8 +38,8 @@ class Clock:
     one behind the other: the device's time, or the host's where it cannot keep up.
     """
 
-    def __init__(self, device: str, reset: Callable[[], None]) -> None:
-        self.cuda, self.reset = device.startswith("cuda"), reset
+    def __init__(self, device: str, reset: Callable[[], None] = lambda: None) -> None:
+        self.device, self.cuda, self.reset = device, device.startswith("cuda"), reset
 
     def turn(self, step: Step, budget: float) -> tuple[list[float], list[float]]:
         """Seconds of each timed step, and the host's share of them, for ``budget`` seconds."""
@@ -100,12 +100,27 @@ class Clock:
         return start.elapsed_time(end) / 1e3 / times
 
 
+class Copy:
+    """A copy between tensors larger than caches: what a step's bytes are compared with."""
+
+    def __init__(self, device: str) -> None:
+        self.source = torch.ones((1 << 27) if device.startswith("cuda") else 1 << 25, device=device)
+        self.target = torch.zeros_like(self.source)
+
+    def __call__(self) -> None:
+        self.target.copy_(self.source)
+
+    def bandwidth(self, seconds: list[float]) -> float:
+        """Bytes per second, read and written, from the times of some copies."""
+        return 2 * self.source.nbytes / statistics.median(seconds)
+
+
 def race(
     steps: dict[str, Step],
     checks: dict[str, Callable[[], None]],
     clock: Clock,
     budget: float,
-    others: Callable[[str, float], dict],
+    others: Callable[[str, float, float], dict],
 ) -> dict[str, dict | Wrong]:
     """What each step did: its facts, or why it is wrong.
 
@@ -114,7 +129,8 @@ def race(
         checks: what raises Wrong unless the step's results are right.
         clock: what times them.
         budget: seconds to time each step for, in all its turns; 0 to check alone.
-        others: further facts of a step, from its name and median.
+        others: further facts of a step, from its name, its median, and the bandwidth of copies that
+            took turns with the steps, since other users of a machine have a part of it.
     """
     results: dict[str, dict | Wrong] = {}
     for name, check in checks.items():
@@ -127,25 +143,19 @@ def race(
     if not budget:
         return results
     turns = {name: [] for name in right}
+    copy, copies = Copy(clock.device), []
     for _ in range(TURNS):
         for name in right:
             turns[name].append(clock.turn(steps[name], budget / TURNS))
+        copies += Clock(clock.device).turn(copy, budget / TURNS)[0]
+    bandwidth = copy.bandwidth(copies)
+    del copy
     for name in right:
         seconds, host = zip(*turns[name], strict=True)
         median = statistics.median(itertools.chain(*seconds))
-        results[name] = {"turns": seconds, "host": min(map(min, host)), **others(name, median)}
+        facts = others(name, median, bandwidth)
+        results[name] = {"turns": seconds, "host": min(map(min, host)), **facts}
     return results
-
-
-@functools.cache
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a copy moves, read and written, between tensors larger than caches."""
-    size = (1 << 28) if device.startswith("cuda") else (1 << 26)
-    source = torch.ones(size, device=device)
-    target = torch.empty_like(source)
-    clock = Clock(device, lambda: None)
-    seconds, _ = clock.turn(lambda: target.copy_(source), 1.0)
-    return 2 * source.nbytes / min(seconds)
 
 
 def peak_bytes(step: Step, reset: Callable[[], None], device: str) -> int:
@@ -212,7 +222,7 @@ def machine(device: str) -> dict[str, object]:
         "backend": vae_fast.backends.backend_for(kind),
         "compiler": _output(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
         "python": platform.python_version(),
-        "copy GB/s": round(copy_bandwidth(device) / 1e9, 1),
+        "copy GB/s": round(_copy_bandwidth(device) / 1e9, 1),
         "cache MiB": round(last_level_cache(device) / 2**20, 1),
     }
     if importlib.util.find_spec("triton"):
@@ -226,6 +236,11 @@ def machine(device: str) -> dict[str, object]:
         # torch.compile's code is scalar, and no fair peer, where its test for vectors fails.
         facts["torch.compile's vectors"] = str(pick_vec_isa()) or "none"
     return facts
+
+
+def _copy_bandwidth(device: str) -> float:
+    copy = Copy(device)
+    return copy.bandwidth(Clock(device).turn(copy, 1.0)[0])
 
 
 def _processor() -> str:

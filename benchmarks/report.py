@@ -24,9 +24,9 @@ TITLES = {
 PREFACE = """\
 All implementations of a row ran in one process, on the same tensors, in turns; results were checked
 before they were timed. Times are medians. *Ratio* is the best peer's time over ours. *Of copy* is
-the share of this machine's copy bandwidth that the bytes which have to move were moved at. *Saved*
-is what is kept from the forward to the backward pass beyond the loss's inputs, *peak* what is held
-at once beyond them."""
+how fast the bytes which have to move were moved, as a share of the speed of copies that took turns
+with the row's implementations. *Saved* is what is kept from the forward to the backward pass beyond
+the loss's inputs, *peak* what is held at once beyond them."""
 
 
 def duration(seconds: float) -> str:
