@@ -225,6 +225,8 @@ def machine(device: str) -> dict[str, object]:
         "copy GB/s": round(_copy_bandwidth(device) / 1e9, 1),
         "cache MiB": round(last_level_cache(device) / 2**20, 1),
     }
+    if malloc := [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]:
+        facts["malloc"] = " ".join(malloc)  # page faults are a part of the times
     if importlib.util.find_spec("triton"):
         facts["triton"] = importlib.metadata.version("triton")
     if kind == "cuda":

@@ -1,6 +1,7 @@
 """Puts measured numbers into README.md, between its markers, from the runs that made them.
 
 python -m benchmarks.readme --run benchmarks/results/MACHINE/run.json
+python -m benchmarks.readme --kept benchmarks/results/MACHINE-kept/run.json
 vae-fast train --out runs/digits && vae-fast train --variance unit --out runs/unit
 python -m benchmarks.readme --trained runs/digits runs/unit
 """
@@ -19,29 +20,42 @@ from benchmarks.saved import COMPILED, INPLACE, OURS, Group, load
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def benchmark_table(path: Path) -> str:
-    machine, groups = load(path)
-    both = [g for g in groups if g.of == "elbo" and g.phase != "forward"]
-    options = [g for g in groups if g.of == "option"]
-    steps = [g for g in groups if g.of == "train_step"]
-
-    def speeds(groups: list[Group], *variants: str) -> str:
-        def line(group: Group) -> list[str]:
-            best = group.best_peer
-            cells = [f"{group.dtype} {group.size}", best, duration(group.rows[best]["median"])]
-            for variant in variants:
-                seconds = group.rows[variant]["median"]
-                cells += [duration(seconds), times(group.ratio(variant))]
-            return cells
-
-        header = ["size", "best peer", "its time"]
+def speeds(groups: list[Group], *variants: str) -> str:
+    def line(group: Group) -> list[str]:
+        best = group.best_peer
+        cells = [f"{group.dtype} {group.size}", best, duration(group.rows[best]["median"])]
         for variant in variants:
-            header += [variant.removeprefix(f"{OURS} "), "ratio"]
-        return table(header, map(line, groups))
+            cells += [duration(group.rows[variant]["median"]), times(group.ratio(variant))]
+        return cells
 
+    header = ["size", "best peer", "its time"]
+    for variant in variants:
+        header += [variant.removeprefix(f"{OURS} "), "ratio"]
+    return table(header, map(line, groups))
+
+
+def whole_losses(groups: list[Group]) -> list[Group]:
+    return [g for g in groups if g.of == "elbo" and g.phase != "forward"]
+
+
+def kept_table(path: Path) -> str:
+    machine, groups = load(path)
+    if "malloc" not in machine:
+        raise SystemExit(f"{path} is a run with the C library's defaults")
     folder = path.resolve().parent.relative_to(ROOT)
     return (
-        f"{speeds(both, OURS, INPLACE)}\n\n"
+        f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
+        f"Every row of that run: [{folder}]({folder}/README.md)."
+    )
+
+
+def benchmark_table(path: Path) -> str:
+    machine, groups = load(path)
+    options = [g for g in groups if g.of == "option"]
+    steps = [g for g in groups if g.of == "train_step"]
+    folder = path.resolve().parent.relative_to(ROOT)
+    return (
+        f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
         "The likelihood alone, for what is asked of it besides a free Gaussian:\n\n"
         f"{speeds(options, OURS, INPLACE)}\n\n"
         "Whole training steps, where matrix products or convolutions take most of the time of "
@@ -74,10 +88,13 @@ def insert(marker: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="run.json of a report")
+    parser.add_argument("--kept", type=Path, help="the same, of a run with freed memory kept")
     parser.add_argument("--trained", type=Path, nargs=2, metavar=("LEARNED", "UNIT"))
     args = parser.parse_args()
     if args.run:
         insert("benchmark", benchmark_table(args.run))
+    if args.kept:
+        insert("kept", kept_table(args.kept))
     if args.trained:
         learned, unit = args.trained
         insert("training", training_table({"learned per pixel": learned, "one": unit}))

@@ -3,7 +3,11 @@
 import csv
 import importlib.util
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -337,6 +341,36 @@ def test_runs_are_reproducible(tmp_path):
         del row["samples_per_s"]
         metrics.append(row)
     assert metrics[0] == metrics[1] != metrics[2]
+
+
+FAULTS = """
+import resource, sys, torch
+from vae_fast.cli import main, train
+
+def faults():
+    torch.ones(1 << 24)  # 16384 pages, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def steps(args):
+    first, *_, last = [faults() for _ in range(9)]
+    print(last - first)
+
+train.train = steps
+sys.argv = ["vae-fast", "train", "--out", "."]
+main()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.parametrize("told", [False, True])
+def test_the_command_keeps_freed_memory_unless_told_otherwise(told):
+    names = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    env |= dict.fromkeys(names, "131072") if told else {}
+    run = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
+    tensors = int(done.stdout) / 16384  # of eight, and the heap may need two before it fits
+    assert tensors > 7 if told else tensors < 3
 
 
 def test_train_conv_on_a_colour_npz_with_classes(tmp_path):

@@ -30,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "train":
-            from vae_fast.cli.train import train
+            from vae_fast.cli.train import keep_freed_memory, train
 
+            if argv is None:  # in a process of its own
+                keep_freed_memory()
             train(args)
         elif args.command == "sample":
             from vae_fast.cli.sample import sample

@@ -6,8 +6,11 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import hashlib
 import math
+import os
+import platform
 import signal
 import statistics
 import time
@@ -49,6 +52,20 @@ _COUPLING = tuple(name for name, shared in OPTIMAL.items() if shared != "sample"
 _HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
 # Points of a scatter plot that still can be told apart.
 _DRAWN = 10_000
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, which else faults it in page by page.
+
+    PyTorch's CPU allocator is the C library's, which returns large memory to the system. What the
+    environment says of its thresholds holds.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for name, code in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):
+        if name not in os.environ:
+            mallopt(code, 1 << 30)
 
 
 def train(args: argparse.Namespace) -> None:
