@@ -560,8 +560,8 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 10, "latent takes 10 arguments, got ", count);
   const Tensor *mu = plain(objects[0]), *scale = plain(objects[1]), *given = plain(objects[2]);
-  if (!mu || !scale || !given || !unwatched() || !is_data(*mu) ||
-      !mixes(*scale, *mu) || scale->sizes() != mu->sizes() ||
+  if (!mu || !scale || !given || !unwatched() || !is_data(*mu) || !mixes(*scale, *mu) ||
+      scale->sizes() != mu->sizes() ||
       (given->defined() &&
        (given->scalar_type() != at::kUInt64 || given->dim() != 1 || given->size(0) != 2)) ||
       !passes->is_straight(view(*mu), 1) || !passes->is_straight(view(*scale), 1)) {

@@ -310,8 +310,8 @@ struct Memory {
   bool past_caches = false, ahead = false;
 };
 
-// On elements stored as S, and data stored as X: floats, or bytes that are levels. The mask is that of the
-// elements which count, if not all do.
+// On elements stored as S, and data stored as X: floats, or bytes that are levels. The mask is that of
+// the elements which count, if not all do.
 template <class T, class S = T, class X = S>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const X> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
