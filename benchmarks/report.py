@@ -172,7 +172,8 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
     handles = {
         h.get_label(): h for panel in panels[0] for h in panel.get_legend_handles_labels()[0]
     }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    columns = min(4, 2 * len(losses))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
