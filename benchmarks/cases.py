@@ -239,8 +239,7 @@ class ELBO(Case):
     def step(self, function, phase):
         latent = self.mu, self.logvar
         if phase == FORWARD:
-            decoded = lambda: (self.mean, self.logvar_x)  # noqa: E731  # other ones in every step
-            return torch.no_grad()(lambda: function(self.x, *latent, *decoded()))
+            return torch.no_grad()(lambda: function(self.x, *latent, self.mean, self.logvar_x))
 
         def both():
             decoded = self.outputs()

@@ -60,9 +60,9 @@ class Clock:
             start = time.perf_counter()
             results = step()
             host.append(time.perf_counter() - start)
-            del results  # outside the clock
             if self.cuda:
                 events[-1][1].record()
+            del results  # outside the clock
         self.wait()
         seconds = [start.elapsed_time(end) / 1e3 for start, end in events] if self.cuda else host
         return seconds, host

@@ -44,6 +44,13 @@ class Calls:
         return call
 
 
+def same_bits_without_it(fast, again):
+    eager.use_shortcut(None)
+    for a, b in zip(fast, again(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
 def step(
     dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", kl="monte_carlo",
     levels=False, objective="elbo", **graph,
@@ -75,10 +82,7 @@ def test_same_bits_as_without_it(dtype, inplace, packed, reduction, kl, num_samp
     options = {"reduction": reduction, "kl": kl, "num_samples": num_samples}
     fast = step(dtype, key, inplace, packed, **options)
     assert calls.taken == ["latent", "elbo"]
-    eager.use_shortcut(None)
-    for a, b in zip(fast, step(dtype, key, inplace, packed, **options), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    same_bits_without_it(fast, lambda: step(dtype, key, inplace, packed, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -88,10 +92,7 @@ def test_same_bits_on_levels(dtype, inplace, packed, key):
     calls = Calls()
     fast = step(dtype, key, inplace, packed, levels=True)
     assert "elbo" in calls.taken
-    eager.use_shortcut(None)
-    for a, b in zip(fast, step(dtype, key, inplace, packed, levels=True), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    same_bits_without_it(fast, lambda: step(dtype, key, inplace, packed, levels=True))
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -123,10 +124,7 @@ def test_same_bits_of_several_dtypes(dtypes, scale, inplace, key):
 
     fast = results()
     assert calls.taken == ["latent", "elbo"]
-    eager.use_shortcut(None)
-    for a, b in zip(fast, results(), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    same_bits_without_it(fast, results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,10 +153,7 @@ def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels):
     fast = results()
     assert calls.taken == ["nll", "nll"]
     assert torch.equal(fast[0], fast[1])
-    eager.use_shortcut(None)
-    for a, b in zip(fast, results(), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    same_bits_without_it(fast, results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -168,10 +163,7 @@ def test_the_likelihood_of_samples_has_the_same_bits(dtype, packed, key):
     options = {"packed": packed, "num_samples": 3, "objective": "iwae"}
     fast = step(dtype, key, **options)
     assert calls.taken == ["latent", "nll"]
-    eager.use_shortcut(None)
-    for a, b in zip(fast, step(dtype, key, **options), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    same_bits_without_it(fast, lambda: step(dtype, key, **options))
 
 
 DENSITIES = [
@@ -237,10 +229,7 @@ def test_every_density_has_the_same_bits(density, inplace, dtype):
 
     fast = results()
     assert calls.taken == ["nll", "elbo"]
-    eager.use_shortcut(None)
-    for a, b in zip(fast, results(), strict=True):
-        assert torch.equal(a, b)
-        assert a.dtype == b.dtype
+    same_bits_without_it(fast, results)
 
 
 def test_one_scale_of_another_dtype_is_still_refused():
