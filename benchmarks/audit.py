@@ -211,6 +211,7 @@ class _Recorder:
 def record(case: Case, backend: str) -> Launch:
     """Run ``case``'s launcher as it would run for ``backend``, up to the launch."""
     from vae_fast._triton import importance, kl, latent, likelihood
+    from vae_fast._triton.launch import Place
 
     launches: list[Launch] = []
     kernels = {
@@ -219,7 +220,7 @@ def record(case: Case, backend: str) -> Launch:
         kl: ("kl_forward_kernel", "kl_backward_kernel"),
         importance: ("importance_kernel",),
     }
-    plays = {"backend_of": lambda t: backend, "machine": lambda t: MACHINES[backend]}
+    plays = {"place": lambda t: Place(backend, -1, *MACHINES[backend])}
     saved = [
         (m, n, getattr(m, n))
         for m, names in kernels.items()
@@ -372,13 +373,15 @@ def _heuristic(case: Case, target: str) -> tuple[Any, ...]:
     """What chooses a configuration: a function, the size of an element, and what it takes after."""
     from vae_fast._triton.config import latent_config, likelihood_config
     from vae_fast._triton.likelihood import heaviness
+    from vae_fast._triton.scale import clamp_code
 
     itemsize, machine = getattr(torch, case.dtype).itemsize, MACHINES[TARGETS[target][0][0]]
     if not case.op.startswith("likelihood"):
         return latent_config, itemsize, *machine
     if case.op == "likelihood_rescale_":
         return likelihood_config, itemsize, *machine, 0, False
-    heavy = heaviness(case.likelihood, case.param, *case.clamp, case.soft)
+    clamp = clamp_code(*case.clamp, case.soft)
+    heavy = heaviness(case.likelihood, case.param, clamp)
     return likelihood_config, itemsize, *machine, heavy, case.scale == "event"
 
 

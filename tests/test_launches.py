@@ -79,10 +79,9 @@ def launched(fused_triton, monkeypatch):
             kernel = _Kernel(getattr(module, name), name.removesuffix("_kernel"), running)
             monkeypatch.setattr(module, name, kernel)
     if device.type == "cpu":  # where scratch memory is not kept
-        make = likelihood.scratch
+        make = launch.scratch
         pair = functools.cache(lambda dtype: make(torch.empty(0), dtype, launch.MAX_PARTIALS))
-        for module in (latent, likelihood):
-            monkeypatch.setattr(module, "scratch", lambda t, dtype, partials: pair(dtype))
+        monkeypatch.setattr(launch, "scratch", lambda t, dtype, partials: pair(dtype))
 
     def step(x, num_samples, scale, latent_scale, key, watch, **options):
         """One step; ``watch`` runs what is to be counted."""

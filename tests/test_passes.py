@@ -350,3 +350,18 @@ def test_every_output_element_is_written(fused, key, monkeypatch):
             assert torch.all(torch.isfinite(t))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_key_need_not_lie_in_one_piece(fused, key):
+    mu, scale = (torch.randn(3, 6, device=fused) for _ in range(2))
+    levels = torch.randint(256, (3, 9), dtype=torch.uint8, device=fused)
+    mean = torch.zeros(3, 9, device=fused)
+    whole = key.to(fused)
+    strided = whole.view(torch.int64).repeat_interleave(2).view(torch.uint64)[::2]
+    assert strided.stride() == (2,)
+    assert torch.equal(strided.cpu(), key)
+    for run in (
+        lambda k: vae_fast.reparameterize(mu, scale, key=k)[0],
+        lambda k: vae_fast.likelihood_nll(levels, mean, 0.0, dequantize=True, key=k),
+    ):
+        assert torch.equal(run(strided), run(whole))

@@ -1,15 +1,27 @@
 """The importance-weighted bound of each row, as in ``reference.importance_bound``."""
 
+import functools
 import math
 
-import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
 from .elementary import exp
-from .launch import backend_of, compile_options, on_device
+from .launch import (
+    PLANS,
+    Launch,
+    Layout,
+    Place,
+    Plan,
+    approximates,
+    copies,
+    laid_out,
+    layout,
+    on_device,
+    place,
+)
 
 # A tile of samples and rows. Rows lie next to each other; a warp reads a line of them.
 _SAMPLES, _ROWS = 8, 64
@@ -62,20 +74,32 @@ def importance_kernel(
         tl.store(weights_ptr + at, weights, (k + i < K) & (b < B)[None, :])
 
 
+@functools.lru_cache(PLANS)
+def _plan(where: Place, nll: Layout, log_q: Layout, log_p: Layout | None) -> Plan:
+    """How importance_forward reads (nll, log_q, log_p): contiguous."""
+    reads = [laid_out(t) for t in (nll, log_q, log_p)]
+    samples, batch = reads[1].shape
+    launch = Launch(
+        where,
+        triton.cdiv(batch, _ROWS),
+        (samples, batch),
+        {"SAMPLES": _SAMPLES, "ROWS": _ROWS, "APPROX": approximates(where, reads[0].dtype)},
+        num_warps=4,
+    )
+    return Plan(launch, copies(reads, [None if t is None else t.contiguous() for t in reads]))
+
+
 def importance_forward(
     nll: Tensor, log_q: Tensor, log_p: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor]:
     """The bound (B,) and the weights (K, B) of nll (N,), log q and log p (K, B)."""
     samples, batch = log_q.shape
-    bound = torch.empty(batch, dtype=nll.dtype, device=nll.device)
-    weights = torch.empty((samples, batch), dtype=nll.dtype, device=nll.device)
+    bound, weights = nll.new_empty(batch), nll.new_empty((samples, batch))
     if batch == 0:
         return bound, weights
-    with on_device(nll, "importance forward"):
-        importance_kernel[(triton.cdiv(batch, _ROWS),)](
-            nll.contiguous(), log_q.contiguous(), None if log_p is None else log_p.contiguous(),
-            bound, weights, samples, batch, beta, math.log(samples),
-            SAMPLES=_SAMPLES, ROWS=_ROWS, num_warps=4,
-            **compile_options(backend_of(nll), nll.dtype),
-        )  # fmt: skip
+    where, reads = place(nll), (nll, log_q, log_p)
+    plan = _plan(where, *map(layout, reads))
+    with on_device(where, "importance forward"):
+        tensors = *plan.read(*reads), bound, weights
+        plan.launch(importance_kernel, tensors, beta, math.log(samples))
     return bound, weights

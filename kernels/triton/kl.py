@@ -1,21 +1,29 @@
 """KL(q‖p) of two diagonal Gaussians per row, and its gradient, as in ``reference.gaussian_kl``."""
 
-import torch
+import functools
+
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-from .config import LatentConfig, latent_config
+from .config import latent_config
 from .elementary import expm1_and_rest
 from .launch import (
+    PLANS,
+    Launch,
+    Layout,
+    Place,
+    Plan,
     accumulation,
     alignment,
+    approximates,
     as_rows,
-    backend_of,
-    compile_options,
-    machine,
+    copies,
+    laid_out,
+    layout,
     on_device,
+    place,
 )
 from .scale import (
     bound,
@@ -125,22 +133,38 @@ def kl_backward_kernel(
         tl.store(g_prior_scale_ptr + n * L + cols, g_prior_s, mask)
 
 
-def _operands(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
-    """The tensors to read, and their row and column strides one after another."""
-    read, strides = [], []
-    for t in tensors:
-        t, row, col = (None, 0, 0) if t is None else as_rows(t)
-        read.append(t)
+@functools.lru_cache(PLANS)
+def _plan(
+    where: Place, tensors: tuple[Layout | None, ...], g_kl: Layout | None, param: int,
+    prior_param: int, clamp: int,
+) -> Plan:  # fmt: skip
+    """How the passes read (mu, scale, prior_mu, prior_scale); the backward pass has a g_kl."""
+    given = [laid_out(t) for t in tensors]
+    mu, g_kl = given[0], laid_out(g_kl)
+    batch, size = mu.shape[0], mu.numel() // mu.shape[0]
+    reads, strides = [], []
+    for t in given:
+        t_in, row, col = (None, 0, 0) if t is None else as_rows(t)
+        reads.append(t_in)
         strides += [row, col]
-    return read, strides
-
-
-def _config(tensors: list[Tensor | None], strides: list[int]) -> tuple[LatentConfig, int]:
-    """The tile, and the alignment of its rows."""
-    mu, rows = tensors[0], strides[::2]
-    itemsize = min(t.element_size() for t in tensors if t is not None)
-    align = alignment(16 // itemsize, mu[0].numel(), *rows)
-    return latent_config(mu.shape[0], mu[0].numel(), itemsize, align, *machine(mu)), align
+    itemsize = min(t.element_size() for t in given if t is not None)
+    align = alignment(16 // itemsize, size, *strides[::2])
+    config = latent_config(batch, size, itemsize, align, where.sms, where.warp)
+    programs, g_kl_row = triton.cdiv(batch, config.rows), ()
+    if g_kl is not None:
+        programs, g_kl_row = programs * config.steps, g_kl.stride()
+    launch = Launch(
+        where,
+        programs,
+        (batch, size, config.steps, *g_kl_row, *strides),
+        {
+            "PARAM": param, "PRIOR_PARAM": prior_param, "CLAMP": clamp,
+            "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "ALIGN": align,
+            "EVEN": config.even, "APPROX": approximates(where, mu.dtype),
+        },
+        config.num_warps,
+    )  # fmt: skip
+    return Plan(launch, copies(given, reads))
 
 
 def gaussian_kl_forward(
@@ -148,21 +172,15 @@ def gaussian_kl_forward(
     param: int, prior_param: int, lo: float, hi: float, soft: bool,
 ) -> Tensor:  # fmt: skip
     """KL(q‖p) of each row (B,); p is a standard normal if no prior is given."""
-    batch = mu.shape[0]
-    kl = torch.empty(batch, dtype=accumulation(mu), device=mu.device)
+    kl = mu.new_empty(mu.shape[0], dtype=accumulation(mu))
     if mu.numel() == 0:
         return kl.zero_()
 
-    tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
-    config, align = _config(tensors, strides)
-    with on_device(mu, "kl forward"):
-        kl_forward_kernel[(triton.cdiv(batch, config.rows),)](
-            *tensors, kl, batch, mu[0].numel(), config.steps, *strides, lo, hi,
-            PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, ALIGN=align,
-            EVEN=config.even, num_warps=config.num_warps,
-            **compile_options(backend_of(mu), mu.dtype),
-        )  # fmt: skip
+    where, tensors = place(mu), (mu, scale, prior_mu, prior_scale)
+    layouts, clamp = tuple(map(layout, tensors)), clamp_code(lo, hi, soft)
+    plan = _plan(where, layouts, None, param, prior_param, clamp)
+    with on_device(where, "kl forward"):
+        plan.launch(kl_forward_kernel, (*plan.read(*tensors), kl), lo, hi)
     return kl
 
 
@@ -171,23 +189,14 @@ def gaussian_kl_backward(
     param: int, prior_param: int, lo: float, hi: float, soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """∂μ and ∂s of q and of p, contiguous; empty for an absent prior."""
-    batch = mu.shape[0]
-    gradients = [
-        mu.new_empty(0) if t is None else t.new_empty(t.shape)
-        for t in (mu, scale, prior_mu, prior_scale)
-    ]
+    tensors = mu, scale, prior_mu, prior_scale
+    gradients = tuple(mu.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
     if mu.numel() == 0:
-        return tuple(gradients)
+        return gradients
 
-    tensors, strides = _operands([mu, scale, prior_mu, prior_scale])
-    config, align = _config(tensors, strides)
-    with on_device(mu, "kl backward"):
-        kl_backward_kernel[(triton.cdiv(batch, config.rows) * config.steps,)](
-            g_kl, *tensors, *gradients, batch, mu[0].numel(), config.steps,
-            g_kl.stride(0), *strides, lo, hi,
-            PARAM=param, PRIOR_PARAM=prior_param, CLAMP=clamp_code(lo, hi, soft),
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, ALIGN=align,
-            EVEN=config.even, num_warps=config.num_warps,
-            **compile_options(backend_of(mu), mu.dtype),
-        )  # fmt: skip
-    return tuple(gradients)
+    where, layouts, clamp = place(mu), tuple(map(layout, tensors)), clamp_code(lo, hi, soft)
+    plan = _plan(where, layouts, layout(g_kl), param, prior_param, clamp)
+    with on_device(where, "kl backward"):
+        reads = plan.read(*tensors)
+        plan.launch(kl_backward_kernel, (g_kl, *reads, *gradients), lo, hi)
+    return gradients

@@ -4,6 +4,7 @@
 The element formulas are those of ``reference.reparameterize``.
 """
 
+import functools
 import math
 
 import torch
@@ -15,15 +16,22 @@ import triton.language as tl
 from .config import latent_config
 from .elementary import minus_zeros
 from .launch import (
+    PLANS,
+    Launch,
+    Layout,
+    Place,
+    Plan,
     accumulation,
     alignment,
+    approximates,
     as_rows,
-    backend_of,
-    compile_options,
-    machine,
+    copies,
+    is_wide,
+    laid_out,
+    layout,
     on_device,
+    place,
     row_stride,
-    scratch,
 )
 from .philox import normal
 from .reduce import is_last_program, sum_partials
@@ -59,8 +67,8 @@ def _sum_tiles(x, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["B", "first_row"])
 def latent_forward_kernel(
     mu_ptr, scale_ptr, key_ptr, z_ptr, log_q_ptr, log_p_ptr,
-    B, K, L, first_row, steps, mu_row, mu_col, scale_row, scale_col,
-    lo: tl.float64, hi: tl.float64,
+    B, K, L, steps, mu_row, mu_col, scale_row, scale_col,
+    first_row, lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, CLAMP: tl.constexpr, SCALAR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, VEC: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, APPROX: tl.constexpr,
@@ -111,9 +119,9 @@ def latent_forward_kernel(
 def latent_backward_kernel(
     g_z_ptr, g_log_q_ptr, g_log_p_ptr, mu_ptr, scale_ptr, key_ptr, g_mu_ptr, g_scale_ptr,
     counter_ptr, partial_ptr,
-    B, K, L, first_row, steps, g_z_row, g_z_col, g_log_q_row, g_log_p_row,
+    B, K, L, steps, g_z_row, g_z_col, g_log_q_row, g_log_p_row,
     mu_row, mu_col, scale_row, scale_col,
-    lo: tl.float64, hi: tl.float64,
+    first_row, lo: tl.float64, hi: tl.float64,
     PARAM: tl.constexpr, CLAMP: tl.constexpr, PATH: tl.constexpr, SCALAR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, VEC: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, APPROX: tl.constexpr,
@@ -186,36 +194,89 @@ def latent_backward_kernel(
         tl.store(g_scale_ptr + cols + row * L, g_s, mask)
 
 
+@functools.lru_cache(PLANS)
+def _forward_plan(
+    where: Place, mu: Layout, scale: Layout, samples: int, wide: bool, param: int, clamp: int
+) -> Plan:
+    """How latent_forward reads (mu, scale). ``wide``: first_row needs 64 bits."""
+    mu, scale = laid_out(mu), laid_out(scale)
+    batch, size = mu.shape[0], mu.numel() // mu.shape[0]
+    scalar = scale.dim() == 0
+    mu_in, mu_row, mu_col = as_rows(mu)
+    scale_in, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
+    itemsize = min(mu.element_size(), scale.element_size())
+    align = alignment(16 // itemsize, size, mu_row, scale_row)
+    config = latent_config(batch, size, itemsize, align, where.sms, where.warp)
+    launch = Launch(
+        where,
+        triton.cdiv(batch, config.rows) * samples,
+        (batch, samples, size, config.steps, mu_row, mu_col, scale_row, scale_col),
+        {
+            "PARAM": param, "CLAMP": clamp, "SCALAR": scalar,
+            "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "VEC": config.vec,
+            "ALIGN": align, "EVEN": config.even, "APPROX": approximates(where, mu.dtype),
+        },
+        config.num_warps,
+    )  # fmt: skip
+    return Plan(launch, copies((mu, scale), (mu_in, scale_in)))
+
+
+@functools.lru_cache(PLANS)
+def _backward_plan(
+    where: Place, g_z: Layout | None, g_log_q: Layout | None, g_log_p: Layout | None,
+    mu: Layout, scale: Layout, samples: int, wide: bool, param: int, clamp: int, path: bool,
+) -> Plan:  # fmt: skip
+    """How latent_backward reads (g_z, g_log_q, g_log_p, mu, scale); g_z of K·B rows."""
+    g_z, g_log_q, g_log_p, mu, scale = map(laid_out, (g_z, g_log_q, g_log_p, mu, scale))
+    batch, size = mu.shape[0], mu.numel() // mu.shape[0]
+    scalar = scale.dim() == 0
+    mu_in, mu_row, mu_col = as_rows(mu)
+    scale_in, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
+    g_z_in, g_z_row, g_z_col = (None, 0, 0) if g_z is None else as_rows(g_z)
+    g_log_q_in, g_log_q_row = (None, 0) if g_log_q is None else row_stride(g_log_q)
+    g_log_p_in, g_log_p_row = (None, 0) if g_log_p is None else row_stride(g_log_p)
+    itemsize = min(mu.element_size(), scale.element_size())
+    align = alignment(16 // itemsize, size, g_z_row, mu_row, scale_row)
+    config = latent_config(batch, size, itemsize, align, where.sms, where.warp)
+    programs = triton.cdiv(batch, config.rows) * config.steps
+    launch = Launch(
+        where,
+        programs,
+        (
+            batch, samples, size, config.steps, g_z_row, g_z_col, g_log_q_row, g_log_p_row,
+            mu_row, mu_col, scale_row, scale_col,
+        ),
+        {
+            "PARAM": param, "CLAMP": clamp, "PATH": path, "SCALAR": scalar,
+            "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "VEC": config.vec,
+            "ALIGN": align, "EVEN": config.even, "APPROX": approximates(where, mu.dtype),
+        },
+        config.num_warps,
+    )  # fmt: skip
+    copied = copies(
+        (g_z, g_log_q, g_log_p, mu, scale), (g_z_in, g_log_q_in, g_log_p_in, mu_in, scale_in)
+    )
+    return Plan(launch, copied, programs if scalar else None)
+
+
 def latent_forward(
     mu: Tensor, scale: Tensor, key: Tensor, num_samples: int, first_row: int, param: int,
     lo: float, hi: float, soft: bool, path: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw z ([K,] B, *latent), with log q(z|x) and log p(z) ([K,] B)."""
-    batch, samples = mu.shape[0], max(num_samples, 1)
-    lead = (num_samples, batch) if num_samples else (batch,)
-    z = torch.empty((*lead, *mu.shape[1:]), dtype=mu.dtype, device=mu.device)
-    log_q = torch.empty(lead, dtype=accumulation(mu), device=mu.device)
+    lead = (num_samples, mu.shape[0]) if num_samples else mu.shape[:1]
+    z = mu.new_empty((*lead, *mu.shape[1:]))
+    log_q = mu.new_empty(lead, dtype=accumulation(mu))
     log_p = torch.empty_like(log_q)
     if mu.numel() == 0:
         return z, log_q.zero_(), log_p.zero_()
 
-    size = mu.numel() // batch
-    scalar = scale.dim() == 0
-    mu, mu_row, mu_col = as_rows(mu)
-    scale, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
-    itemsize = min(mu.element_size(), scale.element_size())
-    align = alignment(16 // itemsize, size, mu_row, scale_row)
-    config = latent_config(batch, size, itemsize, align, *machine(mu))
-    with on_device(mu, "latent forward"):
-        latent_forward_kernel[(triton.cdiv(batch, config.rows) * samples,)](
-            mu, scale, key, z, log_q, log_p,
-            batch, samples, size, first_row, config.steps, mu_row, mu_col, scale_row, scale_col,
-            lo, hi,
-            PARAM=param, CLAMP=clamp_code(lo, hi, soft), SCALAR=scalar,
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            ALIGN=align, EVEN=config.even, num_warps=config.num_warps,
-            **compile_options(backend_of(mu), mu.dtype),
-        )  # fmt: skip
+    where, clamp = place(mu), clamp_code(lo, hi, soft)
+    samples, wide = max(num_samples, 1), is_wide(first_row)
+    plan = _forward_plan(where, layout(mu), layout(scale), samples, wide, param, clamp)
+    with on_device(where, "latent forward"):
+        tensors = *plan.read(mu, scale), key.contiguous(), z, log_q, log_p
+        plan.launch(latent_forward_kernel, tensors, first_row, lo, hi)
     return z, log_q, log_p
 
 
@@ -225,36 +286,17 @@ def latent_backward(
     lo: float, hi: float, soft: bool, path: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """∂μ and ∂s, contiguous, from the gradients of latent_forward's results."""
-    batch, samples = mu.shape[0], max(num_samples, 1)
-    scalar = scale.dim() == 0
     g_mu, g_scale = mu.new_empty(mu.shape), scale.new_empty(scale.shape)
     if mu.numel() == 0:
         return g_mu, g_scale.zero_()
 
-    size = mu.numel() // batch
-    mu, mu_row, mu_col = as_rows(mu)
-    scale, scale_row, scale_col = (scale, 0, 0) if scalar else as_rows(scale)
-    g_z_row = g_z_col = g_log_q_row = g_log_p_row = 0
-    if g_z is not None:
-        g_z, g_z_row, g_z_col = as_rows(g_z.flatten(0, 1) if num_samples else g_z)
-    if g_log_q is not None:
-        g_log_q, g_log_q_row = row_stride(g_log_q)
-    if g_log_p is not None:
-        g_log_p, g_log_p_row = row_stride(g_log_p)
-    itemsize = min(mu.element_size(), scale.element_size())
-    align = alignment(16 // itemsize, size, g_z_row, mu_row, scale_row)
-    config = latent_config(batch, size, itemsize, align, *machine(mu))
-    programs = triton.cdiv(batch, config.rows) * config.steps
-    with on_device(mu, "latent backward"):
-        counter, partial = scratch(mu, accumulation(mu), programs) if scalar else (None, None)
-        latent_backward_kernel[(programs,)](
-            g_z, g_log_q, g_log_p, mu, scale, key, g_mu, g_scale, counter, partial,
-            batch, samples, size, first_row, config.steps,
-            g_z_row, g_z_col, g_log_q_row, g_log_p_row,
-            mu_row, mu_col, scale_row, scale_col, lo, hi,
-            PARAM=param, CLAMP=clamp_code(lo, hi, soft), PATH=path, SCALAR=scalar,
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            ALIGN=align, EVEN=config.even, num_warps=config.num_warps,
-            **compile_options(backend_of(mu), mu.dtype),
-        )  # fmt: skip
+    if g_z is not None and num_samples:
+        g_z = g_z.flatten(0, 1)
+    where, clamp = place(mu), clamp_code(lo, hi, soft)
+    reads = g_z, g_log_q, g_log_p, mu, scale
+    samples, wide = max(num_samples, 1), is_wide(first_row)
+    plan = _backward_plan(where, *map(layout, reads), samples, wide, param, clamp, path)
+    with on_device(where, "latent backward"):
+        tensors = *plan.read(*reads), key.contiguous(), g_mu, g_scale, *plan.scratch(mu)
+        plan.launch(latent_backward_kernel, tensors, first_row, lo, hi)
     return g_mu, g_scale

@@ -1,17 +1,28 @@
-"""What every launcher needs on the host: strides, gradient buffers, the device, scratch memory."""
+"""What every launcher needs on the host: plans of launches, strides, the device, scratch memory.
 
-import contextlib
+A small kernel takes the GPU microseconds. To work out its grid and strides, and Triton's own look
+at every argument, take the host many times that. So what follows from layouts and options alone is
+worked out once: each launcher has a function of these, pure and cached, that returns a `Plan`.
+"""
+
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import triton
+from triton.compiler import CompiledKernel
+
+# Plans that a launcher keeps: those used last.
+PLANS = 1024
+
 # Scratch of one stream: the ticket counter, and room for this many partial results.
 MAX_PARTIALS = 8192
-
-_NOTHING = contextlib.nullcontext()
 
 _scratch: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -21,67 +32,185 @@ def accumulation(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def backend_of(t: Tensor) -> str:
-    """Who runs a kernel on ``t``: "cuda" (NVIDIA), "hip" (AMD) or "interpreter"."""
-    if not t.is_cuda:
-        return "interpreter"
-    return "cuda" if torch.version.hip is None else "hip"
+# ---- where ---------------------------------------------------------------------------------------
 
 
-def compile_options(
-    backend: str, dtype: torch.dtype, registers: int | None = None
-) -> dict[str, bool | int]:
-    """Keyword arguments that depend on who compiles the kernel.
+class Place(NamedTuple):
+    """Who runs a kernel.
 
-    Args:
-        backend: as :func:`backend_of` says.
-        dtype: dtype of the arithmetic's main tensor.
-        registers: registers a thread may use, where ptxas would rather spill one than use more.
+    Attributes:
+        backend: "cuda" (NVIDIA), "hip" (AMD) or "interpreter".
+        device: index of the GPU; -1 for the interpreter, which plays an H200.
+        sms, warp: multiprocessors, and threads in a warp.
     """
-    options: dict[str, bool | int] = {
-        # PTX's approximate instructions: AMD's compiler takes PTX silently and wrongly.
-        "APPROX": backend == "cuda" and dtype != torch.float64,
-        "enable_fp_fusion": True,
-        "num_stages": 1,
-    }
-    if backend == "cuda" and registers is not None:
-        options["maxnreg"] = registers
-    return options
+
+    backend: str
+    device: int
+    sms: int
+    warp: int
+
+
+@functools.cache
+def _place(device: torch.device) -> Place:
+    if device.type != "cuda":
+        return Place("interpreter", -1, 132, 32)
+    gpu = torch.cuda.get_device_properties(device)
+    backend = "cuda" if torch.version.hip is None else "hip"
+    return Place(backend, device.index, gpu.multi_processor_count, gpu.warp_size)
+
+
+def place(t: Tensor) -> Place:
+    """Who runs a kernel on ``t``."""
+    return _place(t.device)
 
 
 class on_device:
-    """Make ``t``'s GPU the current one, since Triton launches there.
+    """Make a GPU the current one, since Triton launches there.
 
     On NVIDIA GPUs it is also an NVTX range, "vae_fast ``name``", that Nsight Systems shows.
     """
 
-    __slots__ = ("device", "name")
+    __slots__ = ("elsewhere", "name")
 
-    def __init__(self, t: Tensor, name: str) -> None:
-        self.name = f"vae_fast {name}" if backend_of(t) == "cuda" else None
-        elsewhere = t.is_cuda and t.device.index != torch.cuda.current_device()
-        self.device = torch.cuda.device(t.device) if elsewhere else _NOTHING
+    def __init__(self, where: Place, name: str) -> None:
+        self.name = f"vae_fast {name}" if where.backend == "cuda" else None
+        elsewhere = where.device >= 0 and where.device != torch.cuda.current_device()
+        self.elsewhere = torch.cuda.device(where.device) if elsewhere else None
 
     def __enter__(self) -> None:
-        self.device.__enter__()
+        if self.elsewhere is not None:
+            self.elsewhere.__enter__()
         if self.name is not None:
             torch.cuda.nvtx.range_push(self.name)
 
     def __exit__(self, *error: object) -> None:
         if self.name is not None:
             torch.cuda.nvtx.range_pop()
-        self.device.__exit__(*error)
+        if self.elsewhere is not None:
+            self.elsewhere.__exit__(*error)
 
 
-@functools.cache
-def _machine(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.warp_size
+# ---- plans ---------------------------------------------------------------------------------------
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
-def machine(t: Tensor) -> tuple[int, int]:
-    """Multiprocessors, and threads in a warp, of ``t``'s GPU; the interpreter plays an H200."""
-    return _machine(t.device.index) if t.is_cuda else (132, 32)
+def layout(t: Tensor | None) -> Layout | None:
+    """What a plan may know of a tensor: all but its values and its address."""
+    return None if t is None else (t.shape, t.stride(), t.dtype)
+
+
+def laid_out(layout: Layout | None) -> Tensor | None:
+    """A tensor of this layout, without memory."""
+    if layout is None:
+        return None
+    shape, stride, dtype = layout
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def approximates(where: Place, dtype: torch.dtype) -> bool:
+    """APPROX: whether a kernel in ``dtype`` may use PTX's approximate instructions.
+
+    AMD's compiler takes PTX silently and wrongly.
+    """
+    return where.backend == "cuda" and dtype != torch.float64
+
+
+class Launch:
+    """A kernel's grid, and all its arguments but for tensors and ``values`` that change.
+
+    A kernel takes tensors, then ``sizes``, then values, then ``constants``. Triton compiles it for
+    the dtypes of the tensors, which of them there are and whether they begin at a multiple of 16
+    bytes, and for the integers; all but the third is of the plan. So the first compiled kernel for
+    aligned tensors is that of all later ones, which it then takes without another search.
+
+    Args:
+        where: who runs it.
+        programs: size of the grid.
+        sizes: integers. One among the values must be in the plan in so far as it needs 64 bits.
+        constants: the kernel's ``tl.constexpr``, in its order.
+        num_warps: warps per program.
+        registers: registers a thread may use, where ptxas would rather spill one than use more.
+    """
+
+    def __init__(
+        self, where: Place, programs: int, sizes: Sequence[int], constants: dict[str, Any],
+        num_warps: int, registers: int | None = None,
+    ) -> None:  # fmt: skip
+        self.grid = programs, 1, 1
+        self.sizes, self.constants = tuple(sizes), constants
+        self.options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        if where.backend == "cuda" and registers is not None:
+            self.options["maxnreg"] = registers
+        self._run = None
+
+    def __call__(self, kernel: Any, tensors: Sequence[Tensor | None], *values: float) -> None:
+        """Launch ``kernel`` on the current device and stream."""
+        addresses = 0
+        for t in tensors:
+            if t is not None:
+                addresses |= t.data_ptr()
+        # What stands for a kernel, as the interpreter does, sees every launch.
+        known = addresses % 16 == 0 and type(kernel) is triton.JITFunction
+        if known and self._run is not None:
+            self._run(*tensors, *self.sizes, *values, *self.constants.values())
+            return
+        arguments = *tensors, *self.sizes, *values
+        compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
+        if known and isinstance(compiled, CompiledKernel):
+            self._run = compiled[self.grid]
+
+
+def is_wide(n: int) -> bool:
+    """Whether Triton passes an integer in 64 bits."""
+    return not -(2**31) <= n < 2**31
+
+
+def copies(
+    tensors: Sequence[Tensor | None],
+    read: Sequence[Tensor | None],
+    orders: Iterable[tuple[int, ...] | None] = itertools.repeat(None),
+) -> dict[int, tuple[int, ...]]:
+    """``Plan.copied``, of tensors and what a kernel reads of them: they themselves, or copies.
+
+    ``orders`` are those of the copies' dimensions where they are not the tensors' own.
+    """
+    return {
+        i: order or tuple(range(t.dim()))
+        for i, (t, taken, order) in enumerate(zip(tensors, read, orders, strict=False))
+        if taken is not t
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch, and what comes before it.
+
+    Attributes:
+        copied: numbers of the tensors that no stride pattern fits, and the order of the dimensions
+            in which they are copied.
+        partials: partial results that need scratch memory, if any do.
+    """
+
+    launch: Launch
+    copied: dict[int, tuple[int, ...]]
+    partials: int | None = None
+
+    def read(self, *tensors: Tensor | None) -> Sequence[Tensor | None]:
+        """The tensors, or copies in place of them."""
+        if not self.copied:
+            return tensors
+        read = list(tensors)
+        for i, order in self.copied.items():
+            read[i] = read[i].permute(order).contiguous()
+        return read
+
+    def scratch(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The counter and the partial results that the launch takes, for a sum over ``t``."""
+        return (None, None) if self.partials is None else scratch(t, accumulation(t), self.partials)
+
+
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tensor]:
@@ -105,6 +234,9 @@ def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tenso
     if stream is not None:
         _scratch[t.device.index, stream, dtype] = pair
     return pair
+
+
+# ---- strides -------------------------------------------------------------------------------------
 
 
 def collapse(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

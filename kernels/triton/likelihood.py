@@ -5,7 +5,10 @@ every likelihood and every shape of the scale (family.py, SCALE). The element fo
 ``reference.likelihood_nll``; the loss is ``reference.elbo_loss``.
 """
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,15 +19,22 @@ import triton.language as tl
 from .config import likelihood_config
 from .family import HEAVY, WITHOUT_SCALE, element_gradients, element_nll, student_t_constant
 from .launch import (
+    PLANS,
+    Launch,
+    Layout,
+    Place,
+    Plan,
     accumulation,
     alignment,
-    backend_of,
+    approximates,
     collapse,
-    compile_options,
-    machine,
+    copies,
+    is_wide,
+    laid_out,
+    layout,
     on_device,
+    place,
     row_stride,
-    scratch,
 )
 from .philox import uniform
 from .reduce import is_last_program, sum_partials
@@ -382,12 +392,16 @@ class _Walk:
         sizes = [t.shape[d] // 2 if d == halved else t.shape[d] for d in self.dims]
         return collapse(sizes, [t.stride(d) for d in self.dims])
 
-    def rows(self, t: Tensor, packed: bool = False, read: bool = True) -> tuple[Tensor, int, int]:
-        """A tensor to read ``t`` from, or to write it to, with its row and column strides."""
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All dimensions as they are walked, rows first."""
+        return 0, *self.dims
+
+    def rows(self, t: Tensor, packed: bool = False) -> tuple[Tensor, int, int]:
+        """``t``, or a copy in place of it, with its row and column strides."""
         col = self.col(t, packed)
         if col is None:
-            permuted = t.permute(0, *self.dims)
-            t = permuted.contiguous() if read else permuted.new_empty(permuted.shape)
+            t = t.permute(self.order).contiguous()
             return t, math.prod(t.shape[1:]), 1
         return t, t.stride(0), col
 
@@ -395,11 +409,6 @@ class _Walk:
         """Offset of the second half of a packed tensor ``t`` that ``rows`` gave for ``given``."""
         d = 1 if t is given else 1 + self.dims.index(1)
         return t.shape[d] // 2 * t.stride(d)
-
-    def store(self, t: Tensor, written: Tensor) -> None:
-        """Copy what was written for ``t`` into it, if it was written elsewhere."""
-        if written is not t:
-            t.permute(0, *self.dims).copy_(written)
 
 
 def _loss(
@@ -430,13 +439,141 @@ def _kind(scale: Tensor | None, mean: Tensor, likelihood: int) -> int:
     return EVENT.value if scale.shape[1:] == mean.shape[1:] else ROW.value
 
 
-def heaviness(likelihood: int, param: int, lo: float, hi: float, soft: bool) -> int:
+def heaviness(likelihood: int, param: int, clamp: int) -> int:
     """How often a thread's elements must be halved, for the registers that they need."""
     if likelihood in WITHOUT_SCALE:
         return 0
     # A logarithm, a division or a soft clamp of the scale needs as many as all else.
-    exponential = param in (LOGVAR.value, LOGSTD.value) and clamp_code(lo, hi, soft) != SOFT.value
+    exponential = param in (LOGVAR.value, LOGSTD.value) and clamp != SOFT.value
     return HEAVY.get(likelihood, 0) + (not exponential)
+
+
+Spare = tuple[tuple[int, ...], torch.dtype] | None
+
+
+@dataclass(frozen=True)
+class _LikelihoodPlan(Plan):
+    """How the kernel reads (x, mean, scale, mask, log_q, log_p, g_nll, g_loss), and what it writes.
+
+    Attributes:
+        order: of the dimensions of mean, as they are walked.
+        spares: shape and dtype of what ∂x, ∂mean and ∂scale are written to if not to themselves.
+    """
+
+    order: tuple[int, ...] = ()
+    spares: tuple[Spare, Spare, Spare] = (None, None, None)
+
+    def write(self, *gradients: Tensor | None) -> Sequence[Tensor | None]:
+        """Where the kernel writes (∂x, ∂mean, ∂scale)."""
+        if not any(self.spares):
+            return gradients
+        pairs = zip(gradients, self.spares, strict=True)
+        return [g if spare is None else g.new_empty(spare[0], dtype=spare[1]) for g, spare in pairs]
+
+
+@functools.lru_cache(PLANS)
+def _plan(
+    where: Place, x: Layout, mean: Layout, scale: Layout | None, mask: Layout | None,
+    log_q: Layout | None, log_p: Layout | None, g_nll: Layout | None, g_loss: Layout | None,
+    g_x: Layout | None, g_mean: Layout | None, g_scale: Layout | None,
+    dequantize: bool, wide: bool, reduction: int, likelihood: int, param: int, clamp: int,
+    forward: bool, grad: bool, need_scale: bool,
+) -> _LikelihoodPlan:  # fmt: skip
+    reads = x, mean, scale, mask, log_q, log_p, g_nll, g_loss = tuple(
+        map(laid_out, (x, mean, scale, mask, log_q, log_p, g_nll, g_loss))
+    )
+    g_x, g_mean, g_scale = map(laid_out, (g_x, g_mean, g_scale))
+    n, batch, size = mean.shape[0], x.shape[0], math.prod(x.shape[1:])
+    samples = n // batch
+    kind = _kind(scale, mean, likelihood)
+    packed = scale is None and kind == FULL.value
+    full, scalar = kind == FULL.value and not packed, kind == SCALAR.value
+    row, event = kind == ROW.value, kind == EVENT.value
+    summed = event and grad and need_scale  # else an event is read as a full scale of equal rows
+    acc = accumulation(mean)
+
+    walk = _Walk(mean, packed, in_order=dequantize)
+    x_in, x_row, x_col = walk.rows(x)
+    mean_in, mean_row, mean_col = walk.rows(mean, packed)
+    offset = g_offset = scale_row = scale_col = 0
+    scale_in = scale
+    if packed:
+        scale_row, scale_col = mean_row, mean_col
+        offset = walk.half(mean_in, mean)
+    elif full:
+        scale_in, scale_row, scale_col = walk.rows(scale)
+    elif event:
+        scale_in, _, scale_col = walk.rows(scale)
+    elif row:
+        scale_row = scale.stride(0)
+    mask_in, mask_row, mask_col = (None, 0, 0) if mask is None else walk.rows(mask)
+    g_nll_in, g_nll_row = (None, 0) if g_nll is None else row_stride(g_nll)
+    by_row = g_loss is not None and reduction == NONE
+    g_loss_in, g_loss_row = row_stride(g_loss) if by_row else (g_loss, 0)
+    # Per-row terms may be one sample's, expanded.
+    log_q_in, log_p_in = (None if t is None else t.contiguous() for t in (log_q, log_p))
+
+    # Levels of one byte do not make the vectors longer; noise comes in quads at the least.
+    floats = [t for t in (x, mean, scale) if t is not None and t.is_floating_point()]
+    itemsize = min(t.element_size() for t in floats)
+    heavy = heaviness(likelihood, param, clamp)
+    rows = [x_row, mean_row, mask_row, offset, 0 if row else scale_row]
+    if dequantize and itemsize == 8:
+        itemsize, heavy = 4, heavy + 1
+    align = alignment(16 // itemsize, size, *rows)
+    config = likelihood_config(n, size, itemsize, align, where.sms, where.warp, heavy, summed)
+    split = config.split
+
+    spare_x = spare_mean = spare_scale = None
+    g_x_row = g_x_col = g_mean_row = g_mean_col = g_scale_row = g_scale_col = 0
+    if g_mean is not None:
+        to, g_mean_row, g_mean_col = walk.rows(g_mean, packed)
+        spare_mean = None if to is g_mean else (tuple(to.shape), to.dtype)
+        if packed:
+            g_scale_row, g_scale_col = g_mean_row, g_mean_col
+            g_offset = walk.half(to, g_mean)
+    if full and g_scale is not None:
+        to, g_scale_row, g_scale_col = walk.rows(g_scale)
+        spare_scale = None if to is g_scale else (tuple(to.shape), to.dtype)
+    elif row and split > 1 and g_scale is not None:
+        spare_scale = (n, split), acc
+    elif summed:
+        spare_scale = (config.programs // split, size), acc
+    if g_x is not None:
+        to, g_x_row, g_x_col = walk.rows(g_x)
+        spare_x = None if to is g_x else (tuple(to.shape), to.dtype)
+        if samples > 1:  # each sample's on its own; their sum follows
+            spare_x, g_x_row, g_x_col = ((n, size), acc), size, 1
+
+    # With several samples and no reduction, the mean over k is taken from the finished rows.
+    row_loss = forward and reduction == NONE and samples == 1
+    sum_loss = forward and reduction in (MEAN, SUM)
+    partials = None
+    if sum_loss or (grad and scalar and not forward) or (forward and split > 1):
+        partials = max(config.programs, 2 * n * split if split > 1 else 0)
+    launch = Launch(
+        where,
+        config.programs,
+        (
+            n, batch, size, config.steps, config.passes, x_row, x_col, mean_row, mean_col,
+            scale_row, scale_col, mask_row, mask_col, g_x_row, g_x_col, g_mean_row, g_mean_col,
+            g_scale_row, g_scale_col, g_nll_row, g_loss_row, offset, g_offset,
+        ),
+        {
+            "LIKELIHOOD": likelihood, "PARAM": param, "CLAMP": clamp,
+            "SCALE": FULL.value if event and not summed else kind, "GROUP": walk.group,
+            "SAMPLES": samples > 1, "FORWARD": forward, "GRAD": grad, "ROW_LOSS": row_loss,
+            "SUM_LOSS": sum_loss, "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles,
+            "VEC": config.vec, "ALIGN": math.gcd(align, g_x_row, g_mean_row, g_scale_row, g_offset),
+            "SPLIT": split, "EVEN": config.even, "APPROX": approximates(where, mean.dtype),
+        },
+        config.num_warps,
+        registers=128,
+    )  # fmt: skip
+    taken = x_in, mean_in, scale_in, mask_in, log_q_in, log_p_in, g_nll_in, g_loss_in
+    copied = copies(reads, taken, [walk.order] * 4 + [None] * 4)
+    spares = spare_x, spare_mean, spare_scale
+    return _LikelihoodPlan(launch, copied, partials, walk.order, spares)
 
 
 def _launch(
@@ -451,30 +588,22 @@ def _launch(
     n, batch = mean.shape[0], x.shape[0]
     samples = n // batch if batch else 1
     kind = _kind(scale, mean, likelihood)
-    packed = scale is None and kind == FULL.value
-    full, scalar = kind == FULL.value and not packed, kind == SCALAR.value
-    row, event = kind == ROW.value, kind == EVENT.value
-    summed = event and grad and need_scale  # else an event is read as a full scale of equal rows
     acc = accumulation(mean)
-    # With several samples and no reduction, the mean over k is taken from the finished rows.
-    row_loss = forward and reduction == NONE and samples == 1
-    sum_loss = forward and reduction in (MEAN, SUM)
-
     nll = loss = g_x = g_log_q = g_log_p = None
     if forward:
-        nll = torch.empty(n, dtype=acc, device=mean.device)
-        if sum_loss:
-            loss = torch.empty((), dtype=acc, device=mean.device)
-        elif row_loss:
+        nll = mean.new_empty(n, dtype=acc)
+        if reduction in (MEAN, SUM):
+            loss = mean.new_empty((), dtype=acc)
+        elif reduction == NONE and samples == 1:
             loss = torch.empty_like(nll)
     else:
-        g_log_q = torch.empty(n, dtype=acc, device=mean.device)
+        g_log_q = mean.new_empty(n, dtype=acc)
         g_log_p = torch.empty_like(g_log_q)
     if grad:
         if need_mean and g_mean is None:
             g_mean = torch.empty_like(mean)
         g_x = torch.empty_like(x) if need_x else None
-        if scalar:
+        if kind == SCALAR.value:
             g_scale = torch.empty_like(nll if forward else scale)
         elif scale is not None and need_scale and g_scale is None:
             g_scale = torch.empty_like(scale)
@@ -484,104 +613,43 @@ def _launch(
             g_scale.zero_()
         return nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p
 
-    walk = _Walk(mean, packed, in_order=key is not None)
-    x_in, x_row, x_col = walk.rows(x)
-    mean_in, mean_row, mean_col = walk.rows(mean, packed)
-    size = math.prod(x.shape[1:])
-    offset = g_offset = scale_row = scale_col = 0
-    scale_in = scale
-    if packed:
-        scale_in, scale_row, scale_col = mean_in, mean_row, mean_col
-        offset = walk.half(mean_in, mean)
-    elif full:
-        scale_in, scale_row, scale_col = walk.rows(scale)
-    elif event:
-        scale_in, _, scale_col = walk.rows(scale)
-    elif row:
-        scale_row = scale.stride(0)
-    mask_in, mask_row, mask_col = (None, 0, 0) if mask is None else walk.rows(mask)
-
-    # Levels of one byte do not make the vectors longer; noise comes in quads at the least.
-    floats = [t for t in (x, mean, scale_in) if t is not None and t.is_floating_point()]
-    itemsize = min(t.element_size() for t in floats)
-    heavy = heaviness(likelihood, param, lo, hi, soft)
-    rows = [x_row, mean_row, mask_row, offset, 0 if row else scale_row]
-    if key is not None and itemsize == 8:
-        itemsize, heavy = 4, heavy + 1
-    align = alignment(16 // itemsize, size, *rows)
-    config = likelihood_config(n, size, itemsize, align, *machine(mean), heavy, summed)
-    split = config.split
-
-    out_x = out_mean = out_scale = None
-    g_x_row = g_x_col = g_mean_row = g_mean_col = g_scale_row = g_scale_col = 0
-    if grad:
-        out_scale = g_scale
-        if g_mean is not None:
-            out_mean, g_mean_row, g_mean_col = walk.rows(g_mean, packed, read=False)
-        if packed and g_mean is not None:
-            out_scale, g_scale_row, g_scale_col = out_mean, g_mean_row, g_mean_col
-            g_offset = walk.half(out_mean, g_mean)
-        elif full and g_scale is not None:
-            out_scale, g_scale_row, g_scale_col = walk.rows(g_scale, read=False)
-        elif row and split > 1 and need_scale:
-            out_scale = torch.empty((n, split), dtype=acc, device=mean.device)
-        elif summed:
-            out_scale = torch.empty((config.programs // split, size), dtype=acc, device=mean.device)
-        if need_x and samples > 1:
-            # Each sample's ∂x on its own; their sum follows below.
-            out_x = torch.empty((n, size), dtype=acc, device=x.device)
-            g_x_row, g_x_col = size, 1
-        elif need_x:
-            out_x, g_x_row, g_x_col = walk.rows(g_x, read=False)
-    g_nll_row = g_loss_row = 0
-    if g_nll is not None:
-        g_nll, g_nll_row = row_stride(g_nll)
-    if g_loss is not None:
-        g_loss, g_loss_row = row_stride(g_loss) if reduction == NONE else (g_loss, 0)
-    if reduction == NO_LOSS:
-        g_loss = None
-    # Per-row terms may be one sample's, expanded.
-    log_q_in = None if log_q is None else log_q.contiguous()
-    log_p_in = None if log_p is None else log_p.contiguous()
-
-    scalar_sum = grad and scalar and not forward
-    counter = partial = None
+    where = place(mean)
+    reads = x, mean, scale, mask, log_q, log_p, g_nll, None if reduction == NO_LOSS else g_loss
+    gradients = g_x, g_mean, g_scale
+    clamp, dequantize = clamp_code(lo, hi, soft), key is not None
+    plan = _plan(
+        where, *map(layout, reads), *map(layout, gradients), dequantize, is_wide(first_row),
+        reduction, likelihood, param, clamp, forward, grad, need_scale,
+    )  # fmt: skip
     name = "forward with gradients" if forward and grad else "forward" if forward else "backward"
-    with on_device(mean, f"likelihood {name}"):
-        if sum_loss or scalar_sum or (forward and split > 1):
-            partials = max(config.programs, 2 * n * split if split > 1 else 0)
-            counter, partial = scratch(mean, acc, partials)
-        likelihood_kernel[(config.programs,)](
-            x_in, mean_in, scale_in, mask_in, log_q_in, log_p_in, g_nll, g_loss, key,
-            nll, loss, out_x, out_mean, out_scale, g_log_q, g_log_p, counter, partial,
-            n, batch, size, config.steps, config.passes,
-            x_row, x_col, mean_row, mean_col, scale_row, scale_col, mask_row, mask_col,
-            g_x_row, g_x_col, g_mean_row, g_mean_col, g_scale_row, g_scale_col,
-            g_nll_row, g_loss_row, offset, g_offset, first_row,
-            beta, _row_weight(reduction, samples, batch), lo, hi, df, student_t_constant(df),
-            x_mul, x_add,
-            LIKELIHOOD=likelihood, PARAM=param, CLAMP=clamp_code(lo, hi, soft),
-            SCALE=FULL.value if event and not summed else kind, GROUP=walk.group,
-            SAMPLES=samples > 1, FORWARD=forward, GRAD=grad, ROW_LOSS=row_loss, SUM_LOSS=sum_loss,
-            ROWS=config.rows, COLS=config.cols, TILES=config.tiles, VEC=config.vec,
-            ALIGN=math.gcd(align, g_x_row, g_mean_row, g_scale_row, g_offset), SPLIT=split,
-            EVEN=config.even, num_warps=config.num_warps,
-            **compile_options(backend_of(mean), mean.dtype, registers=128),
+    with on_device(where, f"likelihood {name}"):
+        x_in, mean_in, scale_in, *others = plan.read(*reads)
+        out_x, out_mean, out_scale = plan.write(*gradients)
+        if scale is None and kind == FULL.value:  # packed
+            scale_in, out_scale = mean_in, out_mean
+        tensors = (
+            x_in, mean_in, scale_in, *others, key.contiguous() if dequantize else None,
+            nll, loss, out_x, out_mean, out_scale, g_log_q, g_log_p, *plan.scratch(mean),
         )  # fmt: skip
-    if grad:
-        if g_mean is not None:
-            walk.store(g_mean, out_mean)
-        if full and g_scale is not None:
-            walk.store(g_scale, out_scale)
-        elif row and split > 1 and need_scale:
+        plan.launch(
+            likelihood_kernel, tensors, first_row, beta, _row_weight(reduction, samples, batch),
+            lo, hi, df, student_t_constant(df), x_mul, x_add,
+        )  # fmt: skip
+    if any(plan.spares):
+        spare_x, spare_mean, spare_scale = plan.spares
+        event = [mean.shape[d] for d in plan.order[1:]]
+        if spare_mean:
+            g_mean.permute(plan.order).copy_(out_mean)
+        if spare_scale and kind == ROW.value:
             g_scale.copy_(out_scale.sum(1).view(g_scale.shape))
-        elif summed:
-            sums = out_scale.sum(0).view(1, *(mean.shape[d] for d in walk.dims))
-            walk.store(g_scale, sums)
-        if need_x and samples > 1:
-            out_x = out_x.view(samples, batch, *(x.shape[d] for d in walk.dims)).sum(0)
-        if need_x:
-            walk.store(g_x, out_x)
+        elif spare_scale:
+            if kind != FULL.value:
+                out_scale = out_scale.sum(0).view(1, *event)
+            g_scale.permute(plan.order).copy_(out_scale)
+        if spare_x:
+            if samples > 1:
+                out_x = out_x.view(samples, batch, *event).sum(0)
+            g_x.permute(plan.order).copy_(out_x)
     if forward and loss is None:
         loss = _loss(nll, log_q, log_p, beta, reduction, batch)
     return nll, loss, g_x, g_mean, g_scale, g_log_q, g_log_p
@@ -635,6 +703,45 @@ def likelihood_forward_grad_(
     return nll, loss, g_scale if scalar else nll.new_empty(0)
 
 
+@functools.lru_cache(PLANS)
+def _rescale_plan(
+    where: Place, g_mean: Layout, g_scale: Layout | None, g_shared: Layout | None,
+    g_nll: Layout | None, g_loss: Layout | None, reduction: int, samples: int, batch: int,
+) -> Plan:  # fmt: skip
+    """How likelihood_rescale_ reads (g_mean, g_scale, g_shared, g_nll, g_loss)."""
+    reads = g_mean, g_scale, g_shared, g_nll, g_loss = tuple(
+        map(laid_out, (g_mean, g_scale, g_shared, g_nll, g_loss))
+    )
+    n, size = g_mean.shape[0], math.prod(g_mean.shape[1:])
+    walks = [None if g is None else _Walk(g, False) for g in (g_mean, g_scale)]
+    (mean_in, g_mean_row, g_mean_col), (scale_in, g_scale_row, g_scale_col) = (
+        (None, 0, 0) if walk is None else walk.rows(g)
+        for g, walk in zip((g_mean, g_scale), walks, strict=True)
+    )
+    g_nll_in, g_nll_row = (None, 0) if g_nll is None else row_stride(g_nll)
+    by_row = g_loss is not None and reduction == NONE
+    g_loss_in, g_loss_row = row_stride(g_loss) if by_row else (g_loss, 0)
+    itemsize = g_mean.element_size()
+    align = alignment(16 // itemsize, size, g_mean_row, g_scale_row)
+    config = likelihood_config(n, size, itemsize, align, where.sms, where.warp)
+    launch = Launch(
+        where,
+        config.programs,
+        (
+            n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,
+            g_scale_col, g_nll_row, g_loss_row,
+        ),
+        {
+            "SHARED": g_shared is not None, "SAMPLES": samples > 1, "ROWS": config.rows,
+            "COLS": config.cols, "TILES": config.tiles, "ALIGN": align, "SPLIT": config.split,
+        },
+        config.num_warps,
+    )  # fmt: skip
+    taken = mean_in, scale_in, g_shared, g_nll_in, g_loss_in
+    orders = [None if walk is None else walk.order for walk in walks] + [None] * 3
+    return Plan(launch, copies(reads, taken, orders))
+
+
 def likelihood_rescale_(
     g_mean: Tensor, g_scale: Tensor | None, g_shared: Tensor | None,
     g_nll: Tensor | None, g_loss: Tensor | None,
@@ -645,40 +752,21 @@ def likelihood_rescale_(
     Returns ∂log q and ∂log p (N,), and the summed gradient of a scalar scale (else empty).
     """
     n, acc = g_mean.shape[0], accumulation(g_mean)
-    g_log_q = torch.empty(n, dtype=acc, device=g_mean.device)
+    g_log_q = g_mean.new_empty(n, dtype=acc)
     g_log_p = torch.empty_like(g_log_q)
-    shared = g_shared is not None
-    total = torch.empty(() if shared else 0, dtype=acc, device=g_mean.device)
+    total = g_mean.new_empty(0 if g_shared is None else (), dtype=acc)
     if n == 0:
         return g_log_q, g_log_p, total.zero_()
 
-    mean_walk = _Walk(g_mean, False)
-    out_mean, g_mean_row, g_mean_col = mean_walk.rows(g_mean)
-    out_scale, g_scale_row, g_scale_col = g_shared, 0, 0
-    if g_scale is not None:
-        scale_walk = _Walk(g_scale, False)
-        out_scale, g_scale_row, g_scale_col = scale_walk.rows(g_scale)
-    g_nll_row = g_loss_row = 0
-    if g_nll is not None:
-        g_nll, g_nll_row = row_stride(g_nll)
-    if g_loss is not None:
-        g_loss, g_loss_row = row_stride(g_loss) if reduction == NONE else (g_loss, 0)
-    if reduction == NO_LOSS:
-        g_loss = None
-    size = math.prod(g_mean.shape[1:])
-    itemsize = g_mean.element_size()
-    align = alignment(16 // itemsize, size, g_mean_row, g_scale_row)
-    config = likelihood_config(n, size, itemsize, align, *machine(g_mean))
-    with on_device(g_mean, "likelihood rescale"):
-        rescale_kernel[(config.programs,)](
-            out_mean, out_scale, g_nll, g_loss, g_log_q, g_log_p, total,
-            n, batch, size, config.steps, config.passes, g_mean_row, g_mean_col, g_scale_row,
-            g_scale_col, g_nll_row, g_loss_row, beta, _row_weight(reduction, num_samples, batch),
-            SHARED=shared, SAMPLES=num_samples > 1, ROWS=config.rows, COLS=config.cols,
-            TILES=config.tiles, ALIGN=align, SPLIT=config.split, num_warps=config.num_warps,
-            num_stages=1,
-        )  # fmt: skip
-    mean_walk.store(g_mean, out_mean)
-    if g_scale is not None:
-        scale_walk.store(g_scale, out_scale)
+    where = place(g_mean)
+    reads = g_mean, g_scale, g_shared, g_nll, None if reduction == NO_LOSS else g_loss
+    plan = _rescale_plan(where, *map(layout, reads), reduction, num_samples, batch)
+    with on_device(where, "likelihood rescale"):
+        out_mean, out_scale, _, g_nll, g_loss = plan.read(*reads)
+        scales = out_scale if g_shared is None else g_shared
+        tensors = out_mean, scales, g_nll, g_loss, g_log_q, g_log_p, total
+        plan.launch(rescale_kernel, tensors, beta, _row_weight(reduction, num_samples, batch))
+    for g, out, i in ((g_mean, out_mean, 0), (g_scale, out_scale, 1)):
+        if i in plan.copied:
+            g.permute(plan.copied[i]).copy_(out)
     return g_log_q, g_log_p, total
