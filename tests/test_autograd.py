@@ -360,6 +360,85 @@ def test_a_half_that_was_cut_off_gets_no_gradient(half, backend):
     assert kept.abs().min() > 0
 
 
+class Reversed(torch.autograd.Function):
+    """A gradient reversal layer: views, with another derivative than a view's."""
+
+    @staticmethod
+    def forward(ctx, *halves):
+        return tuple(h.view_as(h) for h in halves)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return tuple(-g for g in gradients)
+
+
+SPLITS = {
+    "chunk": lambda h: h.chunk(2, 1),
+    "split": lambda h: h.split(3, 1),
+    "split with sizes": lambda h: h.split([3, 3], 1),
+    "tensor_split": lambda h: h.tensor_split(2, 1),
+    "narrow": lambda h: (h.narrow(1, 0, 3), h.narrow(1, 3, 3)),
+    "slices": lambda h: (h[:, :3], h[:, 3:]),
+}
+
+
+def gradient_through(split, seen=lambda *halves: halves):
+    """Of the output of a decoder that splits it, and what has happened to the halves since."""
+    torch.manual_seed(0)
+    (output,) = leaves((4, 6))
+    x, zeros = torch.rand(4, 3), torch.zeros(4, 2)
+    nodes = []
+    h = output * 1.0
+    out = vae_fast.FusedELBO()(x, zeros, zeros, lambda z: seen(*split(h)))
+    todo = [out.loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        nodes.append(node.name())
+        todo += [n for n, _ in node.next_functions if n is not None]
+    return torch.autograd.grad(out.loss, output)[0], nodes
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_halves_are_read_as_the_tensor_that_was_split(split):
+    plain, nodes = gradient_through(split, lambda *halves: [h.clone() for h in halves])
+    assert any(name.startswith(("Split", "Slice")) for name in nodes)
+    packed, nodes = gradient_through(split)
+    assert not any(name.startswith(("Split", "Slice")) for name in nodes)
+    assert torch.equal(packed, plain)
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_what_lies_between_the_halves_and_the_tensor_has_its_say(split, shortcut):
+    plain, _ = gradient_through(split)
+    reversed_, _ = gradient_through(split, Reversed.apply)
+    assert torch.equal(reversed_, -plain)
+    one, _ = gradient_through(split, lambda mean, scale: (Reversed.apply(mean)[0], scale))
+    assert torch.equal(one, torch.cat((-plain[:, :3], plain[:, 3:]), 1))
+
+
+def test_hooks_of_a_decoder_that_splits_its_output(backend):
+    class Decoder(torch.nn.Linear):
+        def forward(self, z):
+            return super().forward(z).chunk(2, 1)
+
+    decoder, calls = Decoder(2, 6).to(backend), []
+    decoder.register_full_backward_hook(lambda *args: calls.append("after"))
+    decoder.register_full_backward_pre_hook(lambda *args: calls.append("before"))
+    (mu,) = leaves((4, 2), device=backend)
+    x = torch.rand(4, 3, device=backend)
+    vae_fast.FusedELBO()(x, mu, mu, decoder).loss.backward()
+    assert calls == ["before", "after"]
+
+
+def test_leaves_that_are_halves_of_a_plain_tensor(backend):
+    mean, scale = (h.requires_grad_() for h in torch.randn(4, 6, device=backend).chunk(2, 1))
+    zeros = torch.zeros(4, 2, device=backend)
+    x = torch.rand(4, 3, device=backend)
+    vae_fast.FusedELBO()(x, zeros, zeros, lambda z: (mean, scale)).loss.backward()
+    assert mean.grad.abs().min() > 0
+    assert scale.grad is not None
+
+
 def test_inplace_refuses_the_memory_of_the_latent_terms(shortcut):
     x, (w,) = torch.rand(4, 6), leaves((4, 6))
     h = w * 1.0

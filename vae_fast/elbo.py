@@ -206,7 +206,7 @@ class FusedELBO(nn.Module):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
-        if name in _PAIRS and isinstance(value, list):
+        if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, (str, tuple)):
             value = tuple(value)  # which nobody changes unseen
         checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
         before = getattr(self, name) if checked else None
@@ -342,7 +342,10 @@ class FusedELBO(nn.Module):
             decoder: called once with z of shape (K·B, *latent); returns (mean, scale) of p(x|z),
                 mean (K·B, *event) and scale broadcastable to it or a number, or one tensor packed
                 along dimension 1, mean first. The mean alone, one tensor of x's event, if the
-                likelihood has no scale or ``likelihood_scale`` gives it.
+                likelihood has no scale or ``likelihood_scale`` gives it. The two halves of a tensor
+                split along dimension 1 are read as that tensor, which gets the gradient: to ask for
+                that of a half (``torch.autograd.grad``, ``retain_grad``, a hook) call
+                ``retain_grad`` on it in the decoder.
             key, generator, first_row: the noise, as in :func:`vae_fast.reparameterize`.
             mask: bool, broadcastable to x; what is False is missing data, whatever it holds.
             weight: weights of the rows' losses, (B,); ``reduction="mean"`` still divides by B.
@@ -629,6 +632,8 @@ def _check_weight(weight: object, rows: Tensor) -> Tensor:
             f"weight must have shape ({rows.shape[0]},), one value per row of x; "
             f"got {tuple(weight.shape)}"
         )
+    if functional._validate:
+        functional._check_values("", weight=weight)
     return weight.to(rows.dtype)
 
 
@@ -648,7 +653,7 @@ def _packed(mean: object, scale: object) -> Tensor | None:
     """The tensor whose dimension 1 was split into (mean, scale), if that is what happened.
 
     Reading it packed gives it one packed gradient, where the split's own backward pass would
-    concatenate two. Not if somebody watches the halves' gradients.
+    concatenate two. Not if anything lies between the halves and the tensor, or watches them.
     """
     if not eager.suffices() or type(mean) is not Tensor or (base := mean._base) is None:
         return None
@@ -656,9 +661,6 @@ def _packed(mean: object, scale: object) -> Tensor | None:
         return None
     if base.dim() != mean.dim() or mean.dim() < 2:
         return None
-    watched = any(t._backward_hooks or t.retains_grad for t in (mean, scale))
-    # A half made under no_grad is cut off from the base, and has no gradient to give it.
-    watched = watched or (base.requires_grad and None in (mean.grad_fn, scale.grad_fn))
     half = mean.shape[1]
     fits = (
         mean.shape == scale.shape
@@ -667,7 +669,24 @@ def _packed(mean: object, scale: object) -> Tensor | None:
         and mean.storage_offset() == base.storage_offset()
         and scale.storage_offset() == base.storage_offset() + half * base.stride(1)
     )
-    return base if fits and not watched else None
+    return base if fits and all(_is_slice(t, base) for t in (mean, scale)) else None
+
+
+# What split, chunk, tensor_split, narrow and indexing with slices leave in the graph.
+_SLICES = "SplitBackward0", "SplitWithSizesBackward0", "SliceBackward0"
+
+
+def _is_slice(t: Tensor, base: Tensor) -> bool:
+    """Whether the gradient of a view goes straight to ``base``, and nobody else sees it."""
+    if not base.requires_grad:
+        return not t.requires_grad
+    node = t.grad_fn
+    if node is None or node.name() not in _SLICES or t._backward_hooks or t.retains_grad:
+        return False
+    into, number = node.next_functions[0]
+    if base.grad_fn is None:
+        return getattr(into, "variable", None) is base
+    return into is base.grad_fn and number == base.output_nr
 
 
 def _check_not_latent(z: Tensor, mean: Tensor, scale: Tensor | None) -> None:
