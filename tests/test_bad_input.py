@@ -1,5 +1,6 @@
 """Every error of the public functions, on every backend: its type, and the argument it names."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,7 +122,7 @@ ELBO = [
     (dict(log_p=t(5)), ValueError, r"log_p must have shape \(B,\) or \(K, B\)"),
     (dict(log_q=t(1, 4)), ValueError, "log_p must have the shape of log_q"),
     (dict(log_q=t(0, 4), mean=t(0, 6), scale=0.0), ValueError, "log_q must have shape"),
-    (dict(log_q=t(2, 4), log_p=t(2, 4)), ValueError, "log_q must have shape"),
+    (dict(log_q=t(2, 4), log_p=t(2, 4)), ValueError, r"expected \(8, 6\), one row for each"),
     (dict(log_q=t(4).to("meta")), ValueError, "log_q is on meta"),
     (dict(reduction="max"), ValueError, "reduction must be one of mean, sum, none; got 'max'"),
     (dict(beta="1"), TypeError, "beta must be a float, got str"),
@@ -324,3 +325,74 @@ def test_values_are_checked_on_request(backend):
         vae_fast.gaussian_nll(x, broken, x, mask=torch.isfinite(broken))
     finally:
         vae_fast.validate(False)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("scale", ["full", "packed", "row", "event", "scalar"])
+def test_values_under_a_mask_are_not_checked(scale, samples, backend):
+    """Whatever the shapes of what is masked, and that it stands for."""
+    x = torch.zeros(4, 6, device=backend)
+    mask = torch.ones(4, 6, dtype=torch.bool, device=backend)
+    mask[1] = False
+    mask[:, 2] = False
+    n = samples * 4
+    mean = torch.zeros(n, 12 if scale == "packed" else 6, device=backend)
+    shape = {"full": (n, 6), "packed": (0,), "row": (n, 1), "event": (1, 6), "scalar": ()}[scale]
+    raw = torch.zeros(shape, device=backend)
+    x[1], x[:, 2], mean[1::4], mean[:, 2] = (torch.nan,) * 4
+    if scale == "packed":
+        mean[:, 8] = torch.nan
+    elif scale != "scalar":
+        raw[1::4, :] = 0.0 if scale == "event" else torch.nan
+        raw[:, 2:3] = torch.nan
+    log_q = torch.zeros((samples, 4) if samples > 1 else 4, device=backend)
+    arguments = x, mean, None if scale == "packed" else raw, log_q
+    vae_fast.validate(True)
+    try:
+        vae_fast.fused_elbo(*arguments, mask=mask)
+        mean[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="mean must be finite, but 1 elements are not"):
+            vae_fast.fused_elbo(*arguments, mask=mask)
+        mean[0, 0] = 0.0
+        log_q.view(-1)[0] = torch.inf
+        with pytest.raises(ValueError, match="log_q must be finite"):
+            vae_fast.fused_elbo(*arguments, mask=mask)
+    finally:
+        vae_fast.validate(False)
+
+
+def test_terms_and_priors_are_checked_on_request(backend):
+    mu, bad = t(4, 3).to(backend), torch.full((4, 3), torch.nan, device=backend)
+    weight = torch.full((4,), torch.inf, device=backend)
+    elbo = vae_fast.FusedELBO()
+    vae_fast.validate(True)
+    try:
+        with pytest.raises(ValueError, match="nll must be finite"):
+            vae_fast.importance_bound(bad, mu)
+        with pytest.raises(ValueError, match="log_p must be finite"):
+            vae_fast.importance_bound(mu, mu, bad)
+        with pytest.raises(ValueError, match="prior's mu must be finite"):
+            vae_fast.gaussian_kl(mu, mu, (bad, mu))
+        with pytest.raises(ValueError, match="prior's scale must be finite and positive"):
+            vae_fast.gaussian_kl(mu, mu, (mu, mu), prior_param="std")
+        with pytest.raises(ValueError, match="weight must be finite"):
+            elbo(mu, mu, mu, lambda z: (z, z), weight=weight)
+    finally:
+        vae_fast.validate(False)
+
+
+def test_a_decoder_that_returns_too_few_rows(backend):
+    mu, x = t(4, 3).to(backend), t(4, 6).to(backend)
+    few = (
+        r"mean of shape \(4, 6\) does not fit x of shape \(4, 6\): expected \(12, 6\), one row for"
+    )
+    with pytest.raises(ValueError, match=few):
+        vae_fast.FusedELBO(num_samples=3)(x, mu, mu, lambda z: (x, x))
+    with pytest.raises(ValueError, match=r"\(3, 4, 6\) does not fit .* expected \(12, 6\)"):
+        vae_fast.FusedELBO(num_samples=3)(x, mu, mu, lambda z: (x.expand(3, 4, 6), 0.0))
+
+
+def test_pairs_of_any_kind(backend):
+    elbo = vae_fast.FusedELBO(likelihood_clamp=np.array([-3.0, 3.0]), posterior_clamp=[-2, 2])
+    assert "likelihood_clamp=(" in repr(elbo)
+    assert elbo.posterior_clamp == (-2, 2)

@@ -49,6 +49,15 @@ def test_memory_that_somebody_holds_is_not_reused(hold):
     del held
 
 
+def test_memory_that_somebody_gave_back_is_not_handed_out():
+    t = like()
+    first = buffers.empty_like(t)
+    first.untyped_storage().resize_(0)
+    del first
+    second = buffers.empty_like(t)
+    assert second.untyped_storage().nbytes() == second.nbytes
+
+
 def test_gradients_of_two_steps_do_not_share_memory():
     x, log = torch.randn(64, 1024), torch.zeros(64)
     steps = []

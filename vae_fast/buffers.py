@@ -59,6 +59,7 @@ def empty_like(t: Tensor) -> Tensor:
             buffer = _kept[i]
             if (
                 buffer.layout == layout
+                and buffer.storage.nbytes() == buffer.nbytes  # FSDP, say, resizes to zero
                 and _use_count(buffer.address) == buffer.uses
                 and sys.getrefcount(buffer.storage) == buffer.references
             ):

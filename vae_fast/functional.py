@@ -38,8 +38,9 @@ _validate = False
 def validate(enabled: bool = True) -> None:
     """Turn checks of tensor *values* on or off; they are off by default.
 
-    When on, NaN and infinite inputs, and standard deviations and variances that are not positive,
-    raise a ``ValueError`` that names the argument. Each check waits for the device.
+    When on, NaN and infinite values of data, of the parameters of distributions and of the terms of
+    a loss, and standard deviations and variances that are not positive, raise a ``ValueError`` that
+    names the argument. What a mask hides may hold anything. Each check waits for the device.
     """
     global _validate
     _validate = bool(enabled)
@@ -467,7 +468,7 @@ def gaussian_kl(
         tensors.append(t)
     if _validate:
         _check_values(param, mu=mu, scale=tensors[1])
-        _check_values(prior_param, mu=prior[0], scale=prior[1])
+        _check_values(prior_param, **{"prior's mu": prior[0], "prior's scale": prior[1]})
     if backend_for(mu.device.type) == "reference":
         p = None if standard else (tensors[2], tensors[3])
         return reference.gaussian_kl(*tensors[:2], p, param, prior_param, clamp, clamp_mode)
@@ -517,6 +518,8 @@ def importance_bound(
             )
     if nll.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"nll must be float32 or float64, got {nll.dtype}".replace("torch.", ""))
+    if _validate:
+        _check_values("", nll=nll, log_q=log_q, log_p=log_p)
     if backend_for(nll.device.type) == "reference":
         return reference.importance_bound(nll, log_q, log_p, beta)
     if eager.suffices():
@@ -654,6 +657,7 @@ def _fused_elbo(
     scale = fitted
     if _validate:
         _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
+        _check_values(param, log_q=log_q, log_p=log_p)
 
     if backend_for(x.device.type) == "reference":
         nll = _reference_nll(x, mean, scale, mask, density, key, first_row).view(log_q.shape)
@@ -930,15 +934,20 @@ def _check_likelihood(
                 f"shape (B, C, ...); got mean {tuple(mean.shape)} and x {tuple(x.shape)}"
             )
         event = (2 * event[0], *event[1:])
-    lead = 2 if sampled else 1
-    rows_fit = rows_of is not None or mean.shape[lead - 1 : lead] == x.shape[:1]
-    if mean.dim() != lead + len(event) or tuple(mean.shape[lead:]) != event or not rows_fit:
-        expected = f"(B, {', '.join(map(str, event))})" if event else "(B,)"
+    lead, batch = 2 if sampled else 1, x.shape[0]
+    rows = batch
+    if rows_of is not None:  # and if that does not fit x, then it is not for mean to fit it
+        terms = isinstance(rows_of, Tensor) and rows_of.shape[-1:] == x.shape[:1]
+        rows = rows_of.numel() if terms else mean.shape[:1].numel()
+    if tuple(mean.shape[lead - 1 :]) != (rows, *event) or mean.dim() != lead + len(event):
+        expected = str((rows, *event)) + (" packed mean and scale" if packed else "")
+        if rows_of is not None and rows != batch:
+            expected += f", one row for each sample of {batch} rows"
+        elif rows_of is None and not packed:
+            expected += ", or that with a leading sample dimension"
         raise ValueError(
             f"mean of shape {tuple(mean.shape)} does not fit x of shape {tuple(x.shape)}: expected "
             f"{expected}"
-            + (" packed mean and scale" if packed else "")
-            + (", or a leading sample dimension" if not packed else "")
         )
     if sampled and mean.shape[0] == 0:
         raise ValueError(f"mean must hold at least one sample, got shape {tuple(mean.shape)}")
@@ -1050,11 +1059,24 @@ def _check_values(param: str, mask: Tensor | None = None, **tensors: Tensor | No
         if t is None or not t.is_floating_point():
             continue
         bad = ~torch.isfinite(t)
-        positive = name == "scale" and param in ("std", "var")
+        positive = name.endswith("scale") and param in ("std", "var")
         if positive:
             bad = bad | (t <= 0)
         if mask is not None and t.dim() >= mask.dim():
-            bad = bad & mask
+            bad = bad & _seen(mask, t)
         if bool(bad.any()):
             what = "finite and positive" if positive else "finite"
             raise ValueError(f"{name} must be {what}, but {int(bad.sum())} elements are not")
+
+
+def _seen(mask: Tensor, t: Tensor) -> Tensor:
+    """A mask of x, for a tensor of the samples' rows, perhaps packed, or of shared scales."""
+    packed = mask.dim() > 1 and t.dim() == mask.dim() and t.shape[1] == 2 * mask.shape[1]
+    if packed:
+        mask = torch.cat((mask, mask), 1)
+    rows = t.shape[0]
+    if t.dim() > mask.dim() or rows == mask.shape[0]:
+        return mask
+    if rows == 1:  # a scale that the rows share
+        return mask.any(0, keepdim=True)
+    return mask.repeat(rows // max(mask.shape[0], 1), *(1,) * (mask.dim() - 1))
