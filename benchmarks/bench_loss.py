@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 
 import torch
 from cases import BOTH, CASES, FORWARD, Size
-from measure import Clock, peak_bytes, race, saved_bytes
+from measure import Clock, has_graph, peak_bytes, race, saved_bytes
 from peers import IMPLEMENTATIONS, OPTIONS
 from saved import INPLACE
 
@@ -89,12 +89,12 @@ def measured(group, phase, dtype, size, names, device, budget):
         case.check(step, phase)
 
     def others(name, median, bandwidth):
-        moved = case.bytes_moved(phase)
+        moved, closed = case.bytes_moved(phase), has_graph(name, device)
         return {
             "bytes": moved,
             "share": moved / median / bandwidth,
-            "replayed": clock.replayed(steps[name]),
-            "peak": peak_bytes(steps[name], case.reset, device),
+            "replayed": None if closed else clock.replayed(steps[name]),
+            "peak": None if closed else peak_bytes(steps[name], case.reset, device),
             "saved": saved_bytes(steps[name], case.reset, lambda: case.inputs),
         }
 

@@ -10,6 +10,8 @@ import torch
 from measure import Wrong, machine
 from saved import is_ours
 
+from vae_fast import backends
+
 SECONDS, QUICK_SECONDS = 0.5, 0.25  # to time an implementation for, in all its turns
 
 _rows: list[dict] = []
@@ -34,7 +36,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def device(request):
-    return request.config.getoption("--device")
+    """The device; where none of the fused backends serves it, there is nothing to compare."""
+    device = request.config.getoption("--device")
+    if backends.backend_for(torch.device(device).type) == "reference":
+        pytest.fail(f"{device!r} is served by the reference: vae-fast doctor says why")
+    return device
 
 
 @pytest.fixture
@@ -109,7 +115,10 @@ def pytest_terminal_summary(terminalreporter, config):
         for row in sorted(timed, key=lambda r: -r["seconds"]):
             ratio = f"{min(peers) / row['seconds']:6.2f}x" if peers else "-"
             share = f"{row['share']:8.1%}" if row.get("share") else f"{'-':>8s}"
-            memory = [f"{row[n] / 1e6:7.2f} MB" for n in ("saved", "peak")]
+            memory = [
+                f"{'-':>10s}" if row[n] is None else f"{row[n] / 1e6:7.2f} MB"
+                for n in ("saved", "peak")
+            ]
             write(
                 f"  {row['implementation']:42s} {row['seconds'] * 1e3:7.3f} ms {ratio:>7s} {share} "
                 + " ".join(memory)

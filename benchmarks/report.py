@@ -87,7 +87,7 @@ def details(groups: list[Group]) -> str:
                     "" if share is None else f"{share:.0%}",
                     size(facts["bytes"]) if facts.get("bytes") else "",
                     size(facts["saved"]),
-                    size(facts["peak"]),
+                    "" if facts["peak"] is None else size(facts["peak"]),
                 )
 
     share = "outside products" if groups[0].of == "train_step" else "of copy"
@@ -181,7 +181,10 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
 PICTURES: dict[str, tuple[str, Value]] = {
     "ratio": ("speed (the best peer = 1)", Group.ratio),
     "bandwidth": ("share of copy bandwidth", lambda g, n: g.rows[n].get("share")),
-    "memory": ("peak memory beyond the inputs, MB", lambda g, n: g.rows[n]["peak"] / 1e6 or None),
+    "memory": (
+        "peak memory beyond the inputs, MB",
+        lambda g, n: (g.rows[n]["peak"] or 0) / 1e6 or None,
+    ),
 }
 
 

@@ -2,15 +2,16 @@
 # All that needs a GPU, in one folder: the GPU tests, the accuracy on the device, the benchmarks and
 # their report, the kernels under ncu where there is one. From the repository's root, or any place:
 #
-#   benchmarks/run_gpu.sh [FOLDER]        (default: $OUT, or runs/gpu)
+#   benchmarks/run_gpu.sh [FOLDER]        (default: runs/gpu)
 #
-# PYTHON names a Python that has torch, Triton and the packages of the "dev" extra. A part that fails
-# or runs out of its seconds does not stop the next; the exit status says whether one did. All their
-# seconds together are less than ten minutes.
+# PYTHON names a Python that has torch, Triton, setuptools and the packages of the "dev" extra. Where
+# this checkout is not installed in it, it is installed, editable and without any download. A part
+# that fails or runs out of its seconds does not stop the next; the exit status says whether one did.
+# All their seconds together are less than ten minutes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-folder=${1:-${OUT:-runs/gpu}}
+folder=${1:-runs/gpu}
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # what is measured is this checkout
@@ -31,10 +32,13 @@ part() { # NAME SECONDS COMMAND...: runs it, and keeps what it prints
   exit 1
 }
 nvidia-smi >"$folder/nvidia-smi.txt" 2>&1 || true
+# The Triton kernels are a part of the package only where it is installed.
+"$python" -c 'import vae_fast._triton' 2>/dev/null ||
+  part install 30 "$python" -m pip install --no-deps --no-build-isolation --no-index --editable .
 part doctor 70 "$python" -m vae_fast.cli doctor # which compiles the C++ kernels
 part tests 120 "$python" -m pytest -m gpu -p no:cacheprovider
 # On a GPU these run the compiled kernels, not the interpreter's; compiling takes most of their time.
-part accuracy 110 "$python" -m pytest -q -n 8 -k triton -p no:cacheprovider \
+part accuracy 100 "$python" -m pytest -q -n "$(nproc)" -k triton -p no:cacheprovider \
   tests/test_noise.py tests/test_passes.py tests/test_likelihoods.py tests/test_elbo.py
 part bench 200 "$python" -m pytest benchmarks --benchmark-only -q --quick --device cuda \
   --benchmark-json="$folder/bench.json"

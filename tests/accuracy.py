@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from vae_fast import backends
+
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 SIGMA = {
@@ -33,6 +35,11 @@ def eager_nll(x, mean, s, param, clamp=None, mask=None):
     if mask is not None:
         value = torch.where(mask, value, 0.0)
     return value.sum(tuple(range(mean.dim() - x.dim() + 1, mean.dim())))
+
+
+def is_interpreted(device):
+    """Whether Triton's interpreter runs the kernels: slowly, and bf16 by truncation."""
+    return device.type == "cpu" and backends.backend_for("cpu") == "triton"
 
 
 def error(value, truth):

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -20,3 +22,28 @@ def test_planned_launches_are_those_of_triton(seed, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "all launches are Triton's"
+
+
+def test_scratch_memory_is_shared_on_the_default_stream_alone(monkeypatch):
+    """On any other it may lie in a CUDA graph's pool, which takes it back."""
+    from vae_fast._triton import launch
+
+    stream = 0
+    monkeypatch.setattr(launch, "_scratch", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream, raising=False)
+    gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))  # as far as it is looked at
+
+    def counter(partials):
+        return launch.scratch(gpu, torch.float32, partials)[0]
+
+    first = counter(10)
+    assert counter(launch.MAX_PARTIALS) is first
+    more = counter(launch.MAX_PARTIALS + 1)
+    assert more is not first
+    assert counter(10) is more
+    stream = 7
+    others = [counter(10), counter(10)]
+    assert others[0] is not others[1]
+    assert all(other is not more for other in others)
+    stream = 0
+    assert counter(10) is more

@@ -172,8 +172,8 @@ def _copies(event):
 
 
 LEVELS = torch.arange(B * D, dtype=torch.uint8).view(B, D)
-# A fresh key: bits are drawn, and become unsigned.
-KEY = {"randint": 1, "to": 1}
+# A fresh key.
+KEY = {"randint": 1}
 # The gradient of the likelihood is written in the forward pass; rescaled only if it must be.
 FOUR = {"latent_forward": 1, "likelihood": 1, "rescale": 1, "latent_backward": 1}
 # One that rows share, or of rows weighted later, has a pass of its own.

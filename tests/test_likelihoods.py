@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from accuracy import HALF_LOG_2PI, SIGMA, assert_accurate
+from accuracy import HALF_LOG_2PI, SIGMA, assert_accurate, is_interpreted
 from test_passes import DTYPES, latent_views, raw_scale, results_and_gradients
 
 import vae_fast
-from vae_fast import backends, noise, ops, reference
+from vae_fast import noise, ops, reference
 
 FAMILIES = ("gaussian", "laplace", "bernoulli", "logistic", "student_t")
 
@@ -71,7 +71,7 @@ def check_family(device, family, batch, event, dtype, param="logvar", clamp=None
     )
     ours = results_and_gradients(fused, inputs, upstream)
     theirs = results_and_gradients(eager, inputs, upstream)
-    interpreted = backends.backend_for("cpu") == "triton" and dtype == torch.bfloat16
+    interpreted = is_interpreted(inputs[0].device) and dtype == torch.bfloat16
     assert_accurate(
         ours, theirs, truth, dtype, truncates=interpreted or (levels and dtype.itemsize == 2)
     )
@@ -161,7 +161,7 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_scales(name, dtype, fused):
     """More rows than one block of them; the gradient has the scale's own shape."""
-    rows = 20 if backends.backend_for("cpu") == "triton" else 70
+    rows = 20 if is_interpreted(fused) else 70
     shape = tuple(rows if n == 70 else n for n in SHARED[name])
     check_family(fused, "gaussian", rows, (3, 5, 4), dtype, scale_shape=shape)
     if dtype == torch.float32:
@@ -179,7 +179,7 @@ def test_shared_scales_of_samples(shape, fused):
 @pytest.mark.parametrize("size", [3, 1025, 9001])
 def test_shared_scale_sizes(size, fused):
     """Ragged, several tiles, several pieces; more rows than a block's."""
-    interpreted = backends.backend_for("cpu") == "triton"
+    interpreted = is_interpreted(fused)
     rows = 9 if interpreted else 333
     check_family(fused, "gaussian", rows, (size,), torch.float32, scale_shape=(size,))
     check_family(fused, "gaussian", rows, (size,), torch.float32, scale_shape=(rows, 1))
@@ -201,10 +201,10 @@ def test_shared_scales_of_strided_data(fused):
 
 
 def test_shared_gradient_does_not_depend_on_the_threads(fused):
-    if backends.backend_for("cpu") == "triton":
+    if is_interpreted(fused):
         pytest.skip("the interpreter has one thread")
-    x, mean = torch.randn(300, 1500), torch.randn(300, 1500)
-    scales = [torch.randn(1500), torch.randn(300, 1), torch.randn(())]
+    x, mean = (torch.randn(300, 1500, device=fused) for _ in range(2))
+    scales = [torch.randn(shape, device=fused) for shape in ((1500,), (300, 1), ())]
 
     def run():
         gradients = []
@@ -274,7 +274,7 @@ def test_logistic_is_a_distribution(fused):
     """The masses of the 256 levels add up to one, at any scale."""
     x = torch.arange(256, dtype=torch.uint8, device=fused)[:, None]
     mean = torch.full((256, 1), 0.3011, device=fused)
-    interpreted = backends.backend_for("cpu") == "triton"
+    interpreted = is_interpreted(fused)
     for log_tau in (-2.0,) if interpreted else (-9.0, -5.0, -2.0, 0.0, 4.0, 30.0):
         nll = vae_fast.likelihood_nll(x, mean, log_tau, "logistic", "logstd")
         assert torch.exp(-nll).sum().item() == pytest.approx(1.0, abs=2e-5)
@@ -334,7 +334,7 @@ def test_mask_hides_nan(family, shape, fused):
 @pytest.mark.parametrize("size", [11, 70_001])
 def test_mask_hides_scales_of_no_meaning(size, param, bad, family, fused):
     """A padded scale of zero, say, whose logarithm has an infinite slope."""
-    if size > 11 and backends.backend_for("cpu") == "triton":
+    if size > 11 and is_interpreted(fused):
         size = 300
     for clamp, mode in ((None, "hard"), ((0.1, 2.0), "soft")):
         mask = torch.rand(6, size, device=fused) > 0.5
@@ -505,7 +505,7 @@ def test_path_gradient_and_soft_clamp(param, dtype, fused, key):
         results_and_gradients(eager, inputs, upstream),
         results_and_gradients(eager, [t.double() for t in inputs], upstream),
         dtype,
-        backends.backend_for("cpu") == "triton" and dtype == torch.bfloat16,
+        is_interpreted(fused) and dtype == torch.bfloat16,
     )
 
 
@@ -539,7 +539,7 @@ def test_kl(with_prior, param, dtype, fused):
         results_and_gradients(eager, inputs, upstream),
         results_and_gradients(eager, [t.double() for t in inputs], upstream),
         dtype,
-        backends.backend_for("cpu") == "triton" and dtype == torch.bfloat16,
+        is_interpreted(fused) and dtype == torch.bfloat16,
     )
 
 

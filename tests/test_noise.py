@@ -17,10 +17,11 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 def drawn(key, batch, num_samples, latent_shape, first_row=0, dtype=torch.float32):
     """ε as the current backend's latent pass uses it: z for μ = 0 and σ = 1."""
-    mu = torch.zeros(batch, *latent_shape, dtype=dtype)
-    return vae_fast.reparameterize(
-        mu, torch.zeros((), dtype=dtype), num_samples=num_samples, key=key, first_row=first_row
-    )[0]
+    mu = torch.zeros(batch, *latent_shape, dtype=dtype, device=key.device)
+    one = torch.zeros((), dtype=dtype, device=key.device)
+    return vae_fast.reparameterize(mu, one, num_samples=num_samples, key=key, first_row=first_row)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -38,6 +39,7 @@ def test_golden_stream_of_pytorch(case, backend):
     "latent_shape", [(1,), (2,), (3,), (5,), (16,), (63,), (2, 3), (1025,), (5000,)]
 )
 def test_reference_stream(dtype, latent_shape, fused, key):
+    key = key.to(fused)
     for num_samples, first_row in ((None, 0), (3, 5)):
         ours = drawn(key, 5, num_samples, latent_shape, first_row, dtype)
         truth = noise.normal(key, 5, num_samples, latent_shape, first_row, dtype)
@@ -61,6 +63,7 @@ def test_live_pytorch_agrees():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_uses_the_fp32_stream(dtype, backend, key):
+    key = key.to(backend)
     ours = drawn(key, 4, 2, (6,), dtype=dtype)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, noise.normal(key, 4, 2, (6,)).to(dtype), rtol=1e-2, atol=1e-4)
@@ -68,6 +71,7 @@ def test_half_precision_uses_the_fp32_stream(dtype, backend, key):
 
 @pytest.mark.parametrize("num_samples", [None, 3])
 def test_first_row_makes_noise_independent_of_the_split(num_samples, backend, key):
+    key = key.to(backend)
     whole = drawn(key, 7, num_samples, (5,))
     parts = [drawn(key, 3, num_samples, (5,)), drawn(key, 4, num_samples, (5,), first_row=3)]
     assert torch.equal(whole, torch.cat(parts, dim=0 if num_samples is None else 1))
@@ -75,9 +79,9 @@ def test_first_row_makes_noise_independent_of_the_split(num_samples, backend, ke
 
 def test_offset_wraps_around(backend):
     """Counters count modulo 2⁶⁴, and rows carry into the upper word."""
-    key = torch.tensor([5, 2**64 - 3], dtype=torch.uint64)
+    key = torch.tensor([5, 2**64 - 3], dtype=torch.uint64, device=backend)
     ours = drawn(key, 8, None, (4,))
-    wrapped = drawn(torch.tensor([5, 0], dtype=torch.uint64), 5, None, (4,))
+    wrapped = drawn(torch.tensor([5, 0], dtype=torch.uint64, device=backend), 5, None, (4,))
     assert (ours[3:] - wrapped).abs().max() <= 2e-5
 
 
@@ -110,7 +114,7 @@ def test_make_key_follows_the_generators():
 
 
 def test_seed_decides_the_sample(backend):
-    mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
+    mu, logvar = torch.randn(4, 3, device=backend), torch.randn(4, 3, device=backend)
     torch.manual_seed(11)
     first = vae_fast.reparameterize(mu, logvar)[0]
     second = vae_fast.reparameterize(mu, logvar)[0]

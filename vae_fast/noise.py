@@ -1,9 +1,9 @@
 """Keys and the reference noise stream.
 
 Noise is a pure function of a key and a logical index: it equals what PyTorch's stateless generator
-(``torch.func._random.normal``, Philox4x32-10) returns for that key, on every backend. A seed
+(``torch.func._random.normal``, Philox4x32-10) returns for that key, on every backend. A key
 therefore gives the same latent sample on a CPU, on a GPU and in the reference, and nothing needs to
-be stored for the backward pass.
+be stored for the backward pass. (Fresh keys come from the device's own generator, and differ.)
 
 This module is the stream written in plain PyTorch. The kernels make the same numbers in registers.
 """
@@ -47,7 +47,9 @@ def make_key(
     bits = torch.randint(
         -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
     )
-    return bits.to(torch.uint64)  # the same bits; vmap takes no view as another dtype before 2.13
+    # The same bits, without a launch; but vmap takes no view as another dtype before torch 2.13.
+    plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return bits.view(torch.uint64) if plain else bits.to(torch.uint64)
 
 
 def check_key(key: object) -> None:

@@ -21,10 +21,10 @@ from triton.compiler import CompiledKernel
 # Plans that a launcher keeps: those used last.
 PLANS = 1024
 
-# Scratch of one stream: the ticket counter, and room for this many partial results.
+# Scratch that launches share: the ticket counter, and room for this many partial results.
 MAX_PARTIALS = 8192
 
-_scratch: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+_scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
 def accumulation(t: Tensor) -> torch.dtype:
@@ -216,23 +216,22 @@ class Plan:
 def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tensor]:
     """(counter, partials) for a launch on ``t``'s device: an int32 zero, and uninitialised memory.
 
-    Launches on one stream follow each other, and each leaves the counter at zero, so they share
-    one pair. A graph being captured gets its own, zeroed by every replay.
+    Launches on the default stream follow each other, and each leaves the counter at zero, so they
+    share one pair. On other streams each launch gets its own: there, memory may be a graph's, which
+    is captured or warmed up in a pool that takes back all that it gave.
     """
-    if t.is_cuda and not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(t.device).cuda_stream
-        cached = _scratch.get((t.device.index, stream, dtype))
+    shared = t.is_cuda and torch._C._cuda_getCurrentRawStream(t.device.index) == 0
+    if shared:
+        cached = _scratch.get((t.device.index, dtype))
         if cached is not None and cached[1].numel() >= partials:
             return cached
         partials = max(partials, MAX_PARTIALS)
-    else:
-        stream = None
     pair = (
         torch.zeros((), dtype=torch.int32, device=t.device),
         torch.empty(partials, dtype=dtype, device=t.device),
     )
-    if stream is not None:
-        _scratch[t.device.index, stream, dtype] = pair
+    if shared:
+        _scratch[t.device.index, dtype] = pair
     return pair
 
 
