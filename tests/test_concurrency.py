@@ -160,6 +160,30 @@ def test_first_use_by_several_threads_that_must_build(tmp_path):
     assert len(built) == 1
 
 
+def test_contexts_of_threads_may_close_in_any_order():
+    before = vae_fast.backends._forced
+    first, second = vae_fast.use_backend("reference"), vae_fast.use_backend("cpp")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert vae_fast.backends.backend_for("cpu") == "cpp"
+    second.__exit__(None, None, None)
+    assert vae_fast.backends._forced == before
+
+
+def test_a_context_that_cannot_be_entered_leaves_nothing(monkeypatch):
+    def broken():
+        raise ImportError("no Triton")
+
+    before = vae_fast.backends._forced
+    with monkeypatch.context() as m:
+        m.setattr(vae_fast.backends, "_register_triton", lambda key: broken())
+        m.setattr(vae_fast.backends, "why_not", lambda name, device: None)
+        with pytest.raises(ImportError, match="no Triton"), vae_fast.use_backend("triton"):
+            pass
+    assert vae_fast.backends._forced == before
+
+
 def test_a_forced_backend_is_for_all_threads():
     with vae_fast.use_backend("reference"):
         assert set(in_threads(lambda i: vae_fast.backends.backend_for("cpu"))) == {"reference"}

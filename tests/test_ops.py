@@ -317,6 +317,7 @@ def test_a_missing_backend_warns_once_and_falls_back(monkeypatch):
         raise backends._build.BuildError("no compiler")
 
     monkeypatch.setattr(backends, "_resolved", {})
+    monkeypatch.setattr(backends, "_failures", {})
     monkeypatch.setattr(backends, "_forced", None)
     monkeypatch.setattr(backends._build, "load", broken)
     monkeypatch.setattr(eager, "_shortcut", None)
@@ -326,6 +327,16 @@ def test_a_missing_backend_warns_once_and_falls_back(monkeypatch):
     assert len(record) == 1
     assert record[0].filename == __file__
     torch.testing.assert_close(results[0], vae_fast.reference.gaussian_nll(t, t, t))
+    (cpu,) = (d for d in backends.report()["devices"] if d["device"] == "cpu")
+    assert cpu["others"]["cpp"] == "no compiler"
+
+
+def test_the_report_says_what_is_forced():
+    with vae_fast.use_backend("reference"):
+        report = backends.report()
+    (cpu,) = (d for d in report["devices"] if d["device"] == "cpu")
+    assert cpu["others"]["cpp"] == "available, but reference is forced"
+    assert report["extension"]["eager calls"] == "none, reference is forced"
 
 
 def test_report_covers_every_backend():

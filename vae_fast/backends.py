@@ -21,6 +21,7 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +34,20 @@ from vae_fast import _build, buffers, eager
 __all__ = ["BACKENDS", "report", "use_backend"]
 
 BACKENDS = ("cpp", "triton", "reference")
+DEFAULTS = {"cpu": "cpp", "cuda": "triton"}  # by device type; elsewhere the reference
 
 # The backend forced by use_backend() or the environment, for every device.
 _forced: str | None = os.environ.get("VAE_FAST_BACKEND") or None
 
+# The contexts of use_backend() that are open: what each forces, and what held before the first.
+_open: list[list[str | None]] = []
+_lock = threading.Lock()
+
 # Backend by (forced, device type), once it has been found to run.
 _resolved: dict[tuple[str | None, str], str] = {}
+
+# Why the default backend of a device type could not be loaded, where it could not.
+_failures: dict[str, str] = {}
 
 # eager.cpp, once the C++ kernels are loaded, if it can be had.
 _cpu_shortcut: ModuleType | None = None
@@ -77,19 +86,29 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is unknown.
         RuntimeError: the backend runs on no device of this machine; says why.
     """
-    global _forced
     _check_name(name, "name")
     reasons = {d: why_not(name, d) for d in _device_types()}
     if all(reasons.values()):
         why = "; ".join(f"{d}: {r}" for d, r in reasons.items())
         raise RuntimeError(f"backend {name!r} cannot run on this machine ({why})")
-    previous, _forced = _forced, name
-    _serve_cpu()
+    with _lock:
+        outside = _open[0][1] if _open else _forced  # what holds once all contexts are closed
+        context = [name, outside]
+        _open.append(context)
     try:
+        with _lock:
+            _force(name)
         yield
     finally:
-        _forced = previous
-        _serve_cpu()
+        with _lock:  # contexts of other threads may close in any order
+            _open[:] = [other for other in _open if other is not context]
+            _force(_open[-1][0] if _open else outside)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    _serve_cpu()
 
 
 def why_not(name: str, device_type: str) -> str | None:
@@ -127,7 +146,7 @@ def _resolve(forced: str | None, device_type: str) -> str:
 
 
 def _load_default(device_type: str) -> str:
-    name = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
+    name = DEFAULTS.get(device_type, "reference")
     reason = why_not(name, device_type)
     if reason is None:
         try:
@@ -135,6 +154,7 @@ def _load_default(device_type: str) -> str:
             return name
         except (_build.BuildError, ImportError) as error:
             reason = str(error)
+    _failures[device_type] = reason
     # Once per device type, since the outcome is remembered.
     warnings.warn(
         f"vae_fast runs on the slower reference backend on {device_type!r}: backend {name!r} is "
@@ -212,16 +232,22 @@ def report() -> dict:
         devices = []
         for device_type in _device_types():
             backend = backend_for(device_type)
-            others = {n: why_not(n, device_type) for n in BACKENDS if n != backend}
             devices.append(
                 {
                     "device": device_type,
                     "name": torch.cuda.get_device_name() if device_type == "cuda" else _cpu_name(),
                     "backend": backend,
-                    "others": {n: why or "available, slower" for n, why in others.items()},
+                    "others": {n: _why_other(n, device_type) for n in BACKENDS if n != backend},
                 }
             )
     return {"versions": _versions(), "devices": devices, "extension": _extension()}
+
+
+def _why_other(name: str, device_type: str) -> str:
+    """Why a backend does not serve a device now."""
+    failed = _failures.get(device_type) if name == DEFAULTS.get(device_type) else None
+    spare = "available, slower" if _forced is None else f"available, but {_forced} is forced"
+    return failed or why_not(name, device_type) or spare
 
 
 def _versions() -> dict[str, str | None]:
@@ -239,6 +265,10 @@ def _extension() -> dict:
         info = _build.load()
     except _build.BuildError as error:
         return {"status": "not available", "reason": str(error)}
+    if _forced not in (None, "cpp"):
+        eager_calls = f"none, {_forced} is forced"
+    else:
+        eager_calls = "in Python" if _cpu_shortcut is None else "in C++"
     return {
         "status": "loaded",
         "path": str(info.path),
@@ -246,7 +276,7 @@ def _extension() -> dict:
         "compiler": info.compiler,
         "flags": " ".join(info.flags),
         "seconds": info.seconds,
-        "eager calls": "in Python" if _cpu_shortcut is None else "in C++",
+        "eager calls": eager_calls,
     }
 
 
