@@ -532,6 +532,8 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     assert "00.png is 5x4" in text
     assert "11.png is 5x3" in text
     assert "--image-size" in text
+    Image.fromarray(np.full((5, 4), 60000, np.uint16)).save(images / "00.png")
+    assert "00.png has more than 8 bits a channel" in message(images)
     (images / "00.png").write_text("no image")
     assert "00.png cannot be read as an image" in message(images)
 
@@ -543,14 +545,19 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--backend", "nonsense"], "--backend nonsense"),
         (["--epochs", "0"], "must be at least 1"),
+        (["--epochs", "x"], "must be a whole number, got x"),
+        (["--lr", "fast"], "must be a number, got fast"),
         (["--lr", "-1"], "must be a number of at least 0"),
         (["--lr", "0"], "must be above 0"),
         (["--beta", "nan"], "must be a number of at least 0"),
         (["--seed", "-1"], "must be between 0"),
         (["--variance", "some"], "invalid choice"),
         (["--likelihood", "poisson"], "invalid choice"),
-        (["--likelihood-scale", "best"], "must be a number or one of optimal, optimal_sample"),
-        (["--likelihood-scale", "0"], "must be above 0"),
+        (
+            ["--likelihood-scale", "best"],
+            "must be a number above 0 or one of optimal, optimal_sample",
+        ),
+        (["--likelihood-scale", "0"], "must be a number above 0 or one of"),
         (["--likelihood-scale", "1", "--variance", "unit"], "variance='unit' and likelihood_scale"),
         (["--beta-warmup", "steep:3"], "SHAPE one of cyclical, linear, sigmoid, got steep:3"),
         (["--beta-warmup", "linear:0"], "must be SHAPE:STEPS"),

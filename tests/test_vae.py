@@ -7,7 +7,9 @@ import json
 import math
 import os
 import struct
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -1016,6 +1018,82 @@ def test_load_refuses_what_save_did_not_write(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(2)}, foreign)
     with pytest.raises(ValueError, match=r"not written by VAE\.save"):
         VAE.load(foreign)
+
+
+def header(path, change):
+    """The model of ``path`` with a changed configuration, beside it."""
+    import safetensors.torch
+
+    with safetensors.safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["vae_fast"])
+    changed = path.with_name("changed.safetensors")
+    text = json.dumps(change(config))
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(weights, changed, metadata={"vae_fast": text})
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: [],
+        lambda config: config | {"options": None},
+        lambda config: {"format": config["format"]},
+        lambda config: config | {"architecture": {"kind": "rnn"}},
+        lambda config: config | {"architecture": config["architecture"] | {"hidden": [9]}},
+        lambda config: config | {"architecture": config["architecture"] | {"depth": 9}},
+    ],
+)
+def test_load_explains_damage(change, tmp_path):
+    path = tmp_path / "m.safetensors"
+    VAE.mlp((4,), 2, (8,)).save(path)
+    with pytest.raises(ValueError, match=r"changed.safetensors is damaged, or its weights are not"):
+        VAE.load(header(path, change))
+
+
+def test_a_compiled_network_is_saved_as_the_network(tmp_path):
+    vae = VAE.mlp((4,), 2, (8,))
+    x, key = torch.rand(3, 4), torch.zeros(2, dtype=torch.uint64)
+    expected = vae(x, key=key).loss
+    vae.encoder = torch.compile(vae.encoder)
+    vae.save(tmp_path / "m.safetensors")
+    assert torch.equal(VAE.load(tmp_path / "m.safetensors")(x, key=key).loss, expected)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_network_that_was_replaced_must_be_given_to_load(nested, tmp_path):
+    path = tmp_path / "m.safetensors"
+    vae = VAE.mlp((4,), 2, (8,))
+
+    def replace(vae):
+        if nested:
+            vae.encoder[-1] = torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.Linear(9, 4))
+        else:
+            vae.encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4))
+
+    replace(vae)
+    vae.save(path)
+    with pytest.raises(ValueError, match="pass both"):
+        VAE.load(path)
+    other = VAE.mlp((4,), 2, (8,))
+    replace(other)
+    loaded = VAE.load(path, encoder=other.encoder, decoder=other.decoder)
+    x, key = torch.rand(3, 4), torch.zeros(2, dtype=torch.uint64)
+    assert torch.equal(loaded(x, key=key).loss, vae(x, key=key).loss)
+    plain = VAE.mlp((4,), 2, (8,))
+    with pytest.raises(ValueError, match="its weights are not those of these networks"):
+        VAE.load(path, encoder=plain.encoder, decoder=plain.decoder)
+
+
+def test_files_need_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (VAE.mlp((4,), 2).save, VAE.load):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install .vae_fast\[train\]."):
+            call(tmp_path / "m.safetensors")
+
+
+def test_sizes_may_be_numpys():
+    assert VAE.mlp(np.int64(4), np.int32(2), (np.int64(8),)).latent_shape == (2,)
 
 
 # ---------------------------------------------------------------- bad input

@@ -1,8 +1,9 @@
 """Builds and finds the C++ (CPU) kernels.
 
 The one place that knows their sources, flags, compiler, build key and cache folder. The library is
-written against PyTorch's stable ABI, so one binary serves every torch from 2.10 on and compiles in
-a few seconds. It comes from one of three places, in this order:
+written against PyTorch's stable ABI, so one binary serves every torch from 2.10 on. Most of a build
+is the optimizer's work on every kernel for every instruction set, a minute or two on two cores. It
+comes from one of three places, in this order:
 
 1. *prebuilt*: ``setup.py`` compiled it into ``vae_fast/_lib`` (if torch was importable then);
 2. *cached*: an earlier process compiled it into the cache folder, ``$VAE_FAST_CACHE`` or a default;

@@ -10,8 +10,10 @@ import inspect
 import itertools
 import json
 import math
+import numbers
 import os
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -469,27 +471,31 @@ class VAE(nn.Module):
 
         The configuration is JSON in the file's header, so nothing is pickled and the two cannot be
         separated. The file appears complete or not at all. Of a callable prior it has the weights,
-        if it is a module, but not the code.
+        if it is a module, but not the code; nor has it that of networks that :meth:`mlp` and
+        :meth:`conv` did not make.
 
         Args:
             path: the file to write, usually ``something.safetensors``.
-        """
-        import safetensors.torch
 
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        safetensors = _safetensors()
+        # A copy each, because the format has no notion of tensors that share memory. A module that
+        # torch.compile wraps is the module.
+        weights = {
+            name.replace("_orig_mod.", ""): value.detach().to("cpu", copy=True).contiguous()
+            for name, value in self.state_dict().items()
+        }
         config = {
             "format": _FORMATS[-1],
-            "architecture": self._architecture,
+            "architecture": self._architecture if self._can_be_rebuilt(weights) else None,
             "latent_shape": list(self.latent_shape),
             "options": {
                 name: float(value.detach()) if isinstance(value, Tensor) else value
                 for name, value in self.elbo.options().items()
             },
             "prior": self._prior_config(),
-        }
-        # A copy each, because the format has no notion of tensors that share memory.
-        weights = {
-            name: value.detach().to("cpu", copy=True).contiguous()
-            for name, value in self.state_dict().items()
         }
         # One entry: the format writes several in any order, and equal models should be equal files.
         header = {_METADATA_KEY: json.dumps(config)}
@@ -521,11 +527,11 @@ class VAE(nn.Module):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not such a file, or needs ``encoder`` and ``decoder``, or
-                ``prior``.
+            ValueError: if the file is not such a file, needs ``encoder`` and ``decoder``, or
+                ``prior``, or holds other weights than those that are given have.
+            ModuleNotFoundError: safetensors is not installed.
         """
-        import safetensors
-
+        safetensors = _safetensors()
         weights = {}
         try:
             with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
@@ -536,12 +542,25 @@ class VAE(nn.Module):
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if _METADATA_KEY not in metadata:
             raise ValueError(f"{path} was not written by VAE.save: its header has no configuration")
-        config = json.loads(metadata[_METADATA_KEY])
-        if config["format"] not in _FORMATS:
+        try:
+            config = json.loads(metadata[_METADATA_KEY])
+            if config["format"] not in _FORMATS:
+                raise ValueError(
+                    f"{path} has format {config['format']}, this version reads formats up to "
+                    f"{_FORMATS[-1]}"
+                )
+            vae = cls._rebuilt(path, config, weights, encoder, decoder, prior)
+        except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path} has format {config['format']}, this version reads formats up to "
-                f"{_FORMATS[-1]}"
-            )
+                f"{path} is damaged, or its weights are not those of these networks: {error!r}"
+            ) from error
+        return vae.to(device)
+
+    # ---------------------------------------------------------------- private
+
+    @classmethod
+    def _rebuilt(cls, path, config, weights, encoder, decoder, prior) -> VAE:
+        """The model of a file, with what :meth:`load` was given."""
         options = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in config["options"].items()
@@ -559,13 +578,24 @@ class VAE(nn.Module):
             vae = cls(encoder, decoder, config["latent_shape"], **options)
             vae.load_state_dict(weights)
         else:
-            architecture = dict(architecture)
-            build = {"mlp": cls.mlp, "conv": cls.conv}[architecture.pop("kind")]
-            vae = build(**architecture, **options)
+            vae = cls._of(architecture, options)
             vae.load_state_dict(weights, assign=True)  # also takes the saved dtypes
-        return vae.to(device)
+        return vae
 
-    # ---------------------------------------------------------------- private
+    @classmethod
+    def _of(cls, architecture: dict[str, Any], options: dict[str, Any]) -> VAE:
+        architecture = dict(architecture)
+        build = {"mlp": cls.mlp, "conv": cls.conv}[architecture.pop("kind")]
+        return build(**architecture, **options)
+
+    def _can_be_rebuilt(self, weights: dict[str, Tensor]) -> bool:
+        """Whether the networks are still those that :meth:`mlp` or :meth:`conv` made."""
+        if self._architecture is None:
+            return False
+        with torch.device("meta"):
+            made = self._of(self._architecture, self.elbo.options()).state_dict()
+        ours = {name: t.shape for name, t in weights.items() if not name.startswith("elbo.")}
+        return ours == {name: t.shape for name, t in made.items()}
 
     def _encode(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mu, scale = _pair(self.encoder(self._encoder_input(x, mask)), "encoder")
@@ -666,6 +696,17 @@ class VAE(nn.Module):
     def extra_repr(self) -> str:
         """The part of ``repr`` that the submodules do not show."""
         return f"latent_shape={self.latent_shape}"
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'VAE.save and VAE.load need safetensors: pip install "vae_fast[train]"'
+        ) from error
+    return safetensors
 
 
 class _SharedScale(nn.Module):
@@ -866,7 +907,7 @@ def _key(key: Tensor | None, device: torch.device, generator: torch.Generator | 
 
 def _later(key: Tensor, counters: int) -> Tensor:
     """The key whose stream starts so many counters further on."""
-    step = torch.tensor([0, counters], dtype=torch.int64, device=key.device)
+    step = torch.arange(2, dtype=torch.int64, device=key.device) * counters  # no wait for a device
     return (key.view(torch.int64) + step).view(torch.uint64)
 
 
@@ -875,7 +916,7 @@ def _normal(key: Tensor, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def _shape(shape: int | Sequence[int], name: str) -> tuple[int, ...]:
-    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    dims = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
     if not dims:
         raise ValueError(f"{name} must have at least one dimension")
     return tuple(_positive(d, name) for d in dims)

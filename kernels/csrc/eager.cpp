@@ -3,9 +3,8 @@
 //
 // Compiled against one torch and one Python, unlike everything else here: autograd has no stable ABI.
 // It holds no kernel, only this shortcut to the passes of the stable library, and every result is the
-// one that vae_fast/eager.py would give without it. Each function takes the arguments of the function
-// of that name there and returns None, having done nothing, where the case is not plain; the caller
-// then goes the long way, which knows every case.
+// one that vae_fast/eager.py would give without it. Each function returns None, having done nothing,
+// where the case is not plain; the caller then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>

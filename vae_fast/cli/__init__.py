@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from vae_fast import schedules
+from vae_fast import __version__, schedules
 from vae_fast.cli.errors import CommandError, Terminated
 from vae_fast.elbo import ESTIMATORS, KL_ESTIMATORS, LIKELIHOODS, OBJECTIVES, OPTIMAL
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a variational autoencoder with fused loss kernels, sample from it, "
         "profile it, and see what runs on this machine.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -302,7 +304,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
 def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(map(_positive_int, text.split("x")))
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"must be sizes with x between them, like 3x32x32 or 784; got {text}"
         ) from None
@@ -313,9 +315,9 @@ def _likelihood_scale(text: str) -> float | str:
         return text
     try:
         return _positive_float(text)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
-            f"must be a number or one of {', '.join(OPTIMAL)}, got {text}"
+            f"must be a number above 0 or one of {', '.join(OPTIMAL)}, got {text}"
         ) from None
 
 
@@ -334,21 +336,29 @@ def _interval(text: str) -> tuple[float, str]:
         if number == text:
             return _positive_int(text), "steps"
         return _positive_float(number), "seconds"
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"must be a number of steps, like 100, or of seconds, like 60s; got {text}"
         ) from None
 
 
+def _number(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text}") from None
+
+
 def _positive_int(text: str) -> int:
-    value = int(text)
+    value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = _number(int, text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be between 0 and 2^63 - 1, got {value}")
     return value
@@ -362,7 +372,7 @@ def _positive_float(text: str) -> float:
 
 
 def _non_negative_float(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not (value >= 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
     return value

@@ -145,6 +145,11 @@ def _folder(path: Path, image_size: int | None) -> Data:
         try:
             with Image.open(file) as opened:
                 image = ImageOps.exif_transpose(opened)
+                if image.mode.startswith(("I", "F")):  # which converting would clip
+                    raise CommandError(
+                        f"{file} has more than 8 bits a channel (mode {image.mode}): convert it, "
+                        "or save the values as x in an .npz file"
+                    )
                 image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise CommandError(f"{file} cannot be read as an image: {error}") from error

@@ -29,7 +29,7 @@ def sample(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
 
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)  # of the CPU: the same key everywhere
     try:
         x = vae.sample(args.n, generator=generator, noise=args.noise).float().cpu()
     except ValueError as error:

@@ -63,9 +63,12 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    for name, code in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):
-        if name not in os.environ:
-            mallopt(code, 1 << 30)
+    trim, mmap = -1, -3
+    # Once either is set glibc adapts neither, so trim is left alone where mmap is refused: of some
+    # versions the documented 32 MiB are the most.
+    kept = "MALLOC_MMAP_THRESHOLD_" in os.environ or any(mallopt(mmap, 1 << n) for n in (30, 25))
+    if kept and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        mallopt(trim, 1 << 30)
 
 
 def train(args: argparse.Namespace) -> None:
