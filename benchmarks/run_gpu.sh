@@ -39,7 +39,7 @@ part doctor 70 "$python" -m vae_fast.cli doctor # which compiles the C++ kernels
 part tests 120 "$python" -m pytest -m gpu -p no:cacheprovider
 # On a GPU these run the compiled kernels, not the interpreter's; compiling takes most of their time.
 part accuracy 100 "$python" -m pytest -q -n "$(nproc)" -k triton -p no:cacheprovider \
-  tests/test_noise.py tests/test_passes.py tests/test_likelihoods.py tests/test_elbo.py
+  tests/test_noise.py tests/test_passes.py tests/test_likelihoods.py tests/test_elbo.py tests/test_eager.py
 part bench 200 "$python" -m pytest benchmarks --benchmark-only -q --quick --device cuda \
   --benchmark-json="$folder/bench.json"
 part report 20 "$python" -m benchmarks.report "$folder/bench.json" --out "$folder/report"

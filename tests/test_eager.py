@@ -1,4 +1,4 @@
-"""The C++ shortcut for eager CPU calls does what the Python path does, and leaves it the rest."""
+"""The C++ shortcut for eager calls does what the Python path does, and leaves it the rest."""
 
 import pytest
 import torch
@@ -9,6 +9,12 @@ import vae_fast
 from vae_fast import _build, backends, eager
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def served(*dtypes):
+    """Parameters: the C++ kernels with each of these dtypes, and the slow interpreter with one."""
+    pairs = [*(("cpp", dtype) for dtype in dtypes), ("triton", dtypes[0])]
+    return pytest.mark.parametrize(("fused", "dtype"), pairs, ids=str, indirect=["fused"])
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +59,13 @@ def same_bits_without_it(fast, again):
 
 def step(
     dtype, key, inplace=False, packed=False, num_samples=1, reduction="mean", kl="monte_carlo",
-    levels=False, objective="elbo", **graph,
+    levels=False, objective="elbo", device=None, **graph,
 ):  # fmt: skip
     torch.manual_seed(0)
-    x, mu, logvar = (torch.randn(6, n, dtype=dtype) for n in (9, 5, 5))
+    x, mu, logvar = (torch.randn(6, n, dtype=dtype).to(device) for n in (9, 5, 5))
     if levels:
-        x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
-    decoder = torch.nn.Linear(5, 18).to(dtype)
+        x = torch.randint(0, 256, x.shape, dtype=torch.uint8, device=device)
+    decoder = torch.nn.Linear(5, 18).to(device, dtype)
     leaves = [mu.requires_grad_(), logvar.requires_grad_(), *decoder.parameters()]
     elbo = vae_fast.FusedELBO(
         0.5, num_samples, kl=kl, reduction=reduction, inplace=inplace, objective=objective
@@ -71,49 +77,48 @@ def step(
     return [*out[:5], *grads]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@served(*DTYPES)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kl", ["monte_carlo", "analytic"])
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_same_bits_as_without_it(dtype, inplace, packed, reduction, kl, num_samples, key):
-    calls = Calls()
-    options = {"reduction": reduction, "kl": kl, "num_samples": num_samples}
+def test_same_bits_as_without_it(dtype, inplace, packed, reduction, kl, num_samples, fused, key):
+    calls, key = Calls(), key.to(fused)
+    options = {"reduction": reduction, "kl": kl, "num_samples": num_samples, "device": fused}
     fast = step(dtype, key, inplace, packed, **options)
     assert calls.taken == ["latent", "elbo"]
     same_bits_without_it(fast, lambda: step(dtype, key, inplace, packed, **options))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@served(torch.float32, torch.float64, torch.bfloat16)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_same_bits_on_levels(dtype, inplace, packed, key):
-    calls = Calls()
-    fast = step(dtype, key, inplace, packed, levels=True)
+def test_same_bits_on_levels(dtype, inplace, packed, fused, key):
+    calls, key = Calls(), key.to(fused)
+    options = {"levels": True, "device": fused}
+    fast = step(dtype, key, inplace, packed, **options)
     assert "elbo" in calls.taken
-    same_bits_without_it(fast, lambda: step(dtype, key, inplace, packed, levels=True))
+    same_bits_without_it(fast, lambda: step(dtype, key, inplace, packed, **options))
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(F32, BF16, BF16), (F32, F16, F16), (BF16, F32, F16), (F32, BF16, F32)], ids=str
-)
+@served((F32, BF16, BF16), (F32, F16, F16), (BF16, F32, F16), (F32, BF16, F32))
 @pytest.mark.parametrize("scale", ["full", "packed", "scalar", "rows", "event"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_same_bits_of_several_dtypes(dtypes, scale, inplace, key):
+def test_same_bits_of_several_dtypes(dtype, scale, inplace, fused, key):
     """fp32 data beside a network under autocast, say."""
-    calls = Calls()
+    calls, key = Calls(), key.to(fused)
     torch.manual_seed(0)
-    x, mean, mu = (torch.randn(6, n).to(t) for n, t in zip((9, 9, 5), dtypes, strict=True))
-    spread = torch.randn(6, 5).to(dtypes[1])
+    x, mean, mu = (torch.randn(6, n).to(fused, t) for n, t in zip((9, 9, 5), dtype, strict=True))
+    spread = torch.randn(6, 5).to(fused, dtype[1])
     if scale == "packed":
-        mean, s = torch.randn(6, 18).to(dtypes[1]), None
+        mean, s = torch.randn(6, 18).to(fused, dtype[1]), None
     else:
         shape = {"full": (6, 9), "scalar": (), "rows": (6, 1), "event": (1, 9)}[scale]
-        s = torch.randn(shape).to(dtypes[2])
+        s = torch.randn(shape).to(fused, dtype[2])
     leaves = [t.requires_grad_() for t in (mean, mu, spread, s) if t is not None]
 
     def results():
@@ -127,15 +132,16 @@ def test_same_bits_of_several_dtypes(dtypes, scale, inplace, key):
     same_bits_without_it(fast, results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@served(*DTYPES)
 @pytest.mark.parametrize("scale", ["learned", "fixed", "packed"])
 @pytest.mark.parametrize("levels", [False, True])
-def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels):
+def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels, fused):
     calls = Calls()
     torch.manual_seed(0)
-    x, w = torch.randn(6, 9, dtype=dtype), torch.randn(6)
-    data = torch.randint(0, 256, x.shape, dtype=torch.uint8) if levels else x
-    mean = torch.randn(6, 18 if scale == "packed" else 9, dtype=dtype, requires_grad=True)
+    x, w = torch.randn(6, 9, dtype=dtype, device=fused), torch.randn(6, device=fused)
+    data = torch.randint(0, 256, x.shape, dtype=torch.uint8, device=fused) if levels else x
+    columns = 18 if scale == "packed" else 9
+    mean = torch.randn(6, columns, dtype=dtype, device=fused, requires_grad=True)
     s = None if scale == "packed" else torch.randn_like(x, requires_grad=scale == "learned")
     leaves = [t for t in (mean, s) if t is not None and t.requires_grad]
 
@@ -156,11 +162,11 @@ def test_the_likelihood_alone_has_the_same_bits(dtype, scale, levels):
     same_bits_without_it(fast, results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@served(*DTYPES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_likelihood_of_samples_has_the_same_bits(dtype, packed, key):
-    calls = Calls()
-    options = {"packed": packed, "num_samples": 3, "objective": "iwae"}
+def test_the_likelihood_of_samples_has_the_same_bits(dtype, packed, fused, key):
+    calls, key = Calls(), key.to(fused)
+    options = {"packed": packed, "num_samples": 3, "objective": "iwae", "device": fused}
     fast = step(dtype, key, **options)
     assert calls.taken == ["latent", "nll"]
     same_bits_without_it(fast, lambda: step(dtype, key, **options))
@@ -187,7 +193,7 @@ DENSITIES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@served(torch.float32, torch.float64, torch.bfloat16)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     "density",
@@ -195,18 +201,19 @@ DENSITIES = [
     # Without what is random in them, so that two processes agree on the tests' names.
     ids=lambda d: str({k: v.shape if isinstance(v, torch.Tensor) else v for k, v in d.items()}),
 )
-def test_every_density_has_the_same_bits(density, inplace, dtype):
+def test_every_density_has_the_same_bits(density, inplace, dtype, fused):
     calls = Calls()
     torch.manual_seed(0)
-    options = dict(density)
+    options = {k: v.to(fused) if isinstance(v, torch.Tensor) else v for k, v in density.items()}
     logistic = options.get("likelihood") == "logistic"
-    x = torch.rand(6, 9).to(dtype)
-    x = torch.randint(0, 256, x.shape, dtype=torch.uint8) if logistic else x
+    x = torch.rand(6, 9).to(fused, dtype)
+    x = torch.randint(0, 256, x.shape, dtype=torch.uint8, device=fused) if logistic else x
     without = options.get("likelihood") == "bernoulli"
-    given = None if without else (torch.rand(6, 9) + 0.1).requires_grad_()
+    given = None if without else (torch.rand(6, 9) + 0.1).to(fused).requires_grad_()
     scale = options.pop("scale", given)
     columns = 9 if without or scale is not None else 18
-    mean, w, log_q = torch.randn(6, columns).to(dtype), torch.randn(6), torch.randn(6)
+    mean = torch.randn(6, columns).to(fused, dtype)
+    w, log_q = torch.randn(6, device=fused), torch.randn(6, device=fused)
     log_q = log_q.to(dtype) if dtype == torch.float64 else log_q
     learned = isinstance(scale, torch.Tensor) and scale.requires_grad
     if isinstance(scale, torch.Tensor):  # one for all may stay in the rows' dtype
@@ -221,7 +228,7 @@ def test_every_density_has_the_same_bits(density, inplace, dtype):
             return own[0], own[1] if learned else scale
 
         nll = vae_fast.likelihood_nll(x, *tensors(), **options)
-        each = torch.eye(6, dtype=nll.dtype)
+        each = torch.eye(6, dtype=nll.dtype, device=fused)
         batched = torch.autograd.grad(nll, leaves, each, is_grads_batched=True, retain_graph=True)
         grads = *batched, *torch.autograd.grad((nll * w.to(nll.dtype)).sum(), leaves)
         elbo = vae_fast.fused_elbo(x, *tensors(), log_q, None, 0.5, inplace=inplace, **options)
@@ -270,24 +277,25 @@ def test_the_likelihood_alone_leaves_the_rest_to_the_long_way():
         assert torch.equal(each[row], alone)
 
 
-def test_a_seed_draws_the_same_noise():
-    z = []
+def test_a_seed_draws_the_same_noise(fused):
+    z, zeros = [], torch.zeros(4, 3, device=fused)
     for module in (eager.shortcut(), None):
         eager.use_shortcut(module)
         torch.manual_seed(3)
-        z.append([vae_fast.reparameterize(torch.zeros(4, 3), torch.zeros(4, 3))[0] for _ in "ab"])
+        z.append([vae_fast.reparameterize(zeros, zeros)[0] for _ in "ab"])
     assert torch.equal(z[0][0], z[1][0])
     assert torch.equal(z[0][1], z[1][1])
     assert not torch.equal(z[0][0], z[0][1])
 
 
 @pytest.mark.parametrize("upstream", [(0,), (1,), (2,), (0, 1, 2)])
-def test_each_upstream_gradient(upstream, key):
-    grads = []
+def test_each_upstream_gradient(upstream, fused, key):
+    grads, key = [], key.to(fused)
     for module in (eager.shortcut(), None):
         eager.use_shortcut(module)
         torch.manual_seed(1)
-        mu, s = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        mu, s = (torch.randn(5, 7, dtype=torch.float64).to(fused) for _ in range(2))
+        mu.requires_grad_(), s.requires_grad_()
         results = vae_fast.reparameterize(mu, s, key=key, num_samples=3)
         grads.append(torch.autograd.grad(sum(results[i].square().sum() for i in upstream), (mu, s)))
     assert torch.equal(grads[0][0], grads[1][0])

@@ -597,24 +597,31 @@ def build_eager() -> Path | None:
 
 
 def load_eager(path: Path, empty_like: Callable, smallest: int) -> ModuleType | None:
-    """The library that :func:`build_eager` found as a module; after :func:`load`.
+    """The library that :func:`build_eager` found as a module.
 
     ``empty_like`` makes the gradients of ``smallest`` bytes or more (:mod:`vae_fast.buffers`).
     """
-    import ctypes
-
     name = "vae_fast._eager"
     try:
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
-        passes = ctypes.CDLL(str(load().path)).vae_fast_passes
-        passes.restype = ctypes.c_void_p
-        module.connect(passes(), empty_like, smallest)
+        module.connect(empty_like, smallest)
     except (ImportError, OSError) as error:
         logger.warning("cannot load %s (%s); eager calls stay in Python", path, error)
         return None
     return module
+
+
+def passes_address() -> int:
+    """Where the loaded library keeps its passes (``passes.h``); 0 if it is not loaded."""
+    import ctypes
+
+    if _loaded is None:
+        return 0
+    passes = ctypes.CDLL(str(_loaded.path)).vae_fast_passes
+    passes.restype = ctypes.c_void_p
+    return passes()
 
 
 _loaded: BuildInfo | None = None

@@ -25,6 +25,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -49,8 +50,8 @@ _resolved: dict[tuple[str | None, str], str] = {}
 # Why the default backend of a device type could not be loaded, where it could not.
 _failures: dict[str, str] = {}
 
-# eager.cpp, once the C++ kernels are loaded, if it can be had.
-_cpu_shortcut: ModuleType | None = None
+# eager.cpp, once a fused backend is loaded, if it can be had.
+_shortcut: ModuleType | None = None
 
 # The Triton launchers' registrations by dispatch key; dropping one restores what was there before.
 _triton_library: dict[str, torch.library.Library] = {}
@@ -108,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    _serve_cpu()
+    _serve()
 
 
 def why_not(name: str, device_type: str) -> str | None:
@@ -166,25 +167,35 @@ def _load_default(device_type: str) -> str:
 
 
 def _load(name: str, device_type: str) -> None:
-    global _cpu_shortcut
     if name == "cpp":
         with ThreadPoolExecutor(1) as pool:
             path = pool.submit(_build.build_eager)  # beside the kernels, if both must be built
             _build.load()
-        if _cpu_shortcut is None and path.result() is not None:
-            _cpu_shortcut = _build.load_eager(path.result(), buffers.empty_like, buffers.SMALLEST)
-        _serve_cpu()
+        _load_shortcut(path.result())
     elif name == "triton":
         _register_triton(device_type.upper())
+        _load_shortcut(_build.build_eager())
 
 
-def _serve_cpu() -> None:
-    """Make the CPU's ops and its shortcut those of the backend that is forced, if any."""
-    if _forced == "triton" and why_not("triton", "cpu") is None:
+def _load_shortcut(path: Path | None) -> None:
+    global _shortcut
+    if _shortcut is None and path is not None:
+        _shortcut = _build.load_eager(path, buffers.empty_like, buffers.SMALLEST)
+    _serve()
+
+
+def _serve() -> None:
+    """Let the CPU's ops, and the shortcut to fused kernels, follow what is forced, if anything."""
+    interpreted = _forced == "triton" and why_not("triton", "cpu") is None
+    if interpreted:
         _register_triton("CPU")
     elif library := _triton_library.pop("CPU", None):
         library._destroy()
-    eager.use_shortcut(_cpu_shortcut if _forced in (None, "cpp") else None)
+    if _shortcut is not None:
+        cpp, cuda = _forced in (None, "cpp"), _forced in (None, "triton")
+        cuda = cuda and "CUDA" in _triton_library
+        _shortcut.serve(_build.passes_address(), cpp, interpreted, cuda)
+    eager.use_shortcut(None if _forced == "reference" else _shortcut)
 
 
 def _register_triton(dispatch_key: str) -> None:
@@ -265,10 +276,10 @@ def _extension() -> dict:
         info = _build.load()
     except _build.BuildError as error:
         return {"status": "not available", "reason": str(error)}
-    if _forced not in (None, "cpp"):
-        eager_calls = f"none, {_forced} is forced"
+    if _forced == "reference":
+        eager_calls = "none, reference is forced"
     else:
-        eager_calls = "in Python" if _cpu_shortcut is None else "in C++"
+        eager_calls = "in Python" if _shortcut is None else "in C++"
     return {
         "status": "loaded",
         "path": str(info.path),

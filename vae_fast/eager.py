@@ -6,7 +6,7 @@ cost more than a small batch's arithmetic: the same set-up and backward as
 ``torch.autograd.Function``. The ops run below autograd, but saved tensors are read above it, where
 checkpointing may have to compute them anew; a second differentiation is refused.
 
-On the CPU even that is too much: there ``eager.cpp`` does the same in C++, for the plain cases,
+Even that is too much for small batches: ``eager.cpp`` does the same in C++, for the plain cases,
 where it can be built.
 """
 
@@ -22,20 +22,20 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from vae_fast import buffers, ops
 
-_shortcut: ModuleType | None = None  # eager.cpp, while the C++ kernels serve the CPU
+_shortcut: ModuleType | None = None  # eager.cpp, while fused kernels serve
 
 _PLAIN = Tensor, torch.nn.Parameter
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def use_shortcut(module: ModuleType | None) -> None:
-    """Let plain CPU calls go to ``module`` (``eager.cpp``); ``None`` stops that."""
+    """Let plain calls go to ``module`` (``eager.cpp``); ``None`` stops that."""
     global _shortcut
     _shortcut = module
 
 
 def shortcut() -> ModuleType | None:
-    """``eager.cpp``, for plain CPU calls outside of torch.compile."""
+    """``eager.cpp``, for plain calls outside of torch.compile."""
     return None if torch.compiler.is_dynamo_compiling() else _shortcut
 
 

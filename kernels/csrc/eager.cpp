@@ -1,10 +1,11 @@
-// Eager calls on the CPU: checks, autograd and outputs in C++, since in Python they cost more than a
-// small batch's arithmetic.
+// Eager calls: checks, autograd and outputs in C++, since in Python they cost more than a small batch's
+// arithmetic.
 //
 // Compiled against one torch and one Python, unlike everything else here: autograd has no stable ABI.
-// It holds no kernel, only this shortcut to the passes of the stable library, and every result is the
-// one that vae_fast/eager.py would give without it. Each function returns None, having done nothing,
-// where the case is not plain; the caller then goes the long way, which knows every case.
+// It holds no kernel, only this shortcut: to the passes of the stable library where they serve the
+// CPU, else to the ops of vae_fast/ops.py. Every result is the one that vae_fast/eager.py would give
+// without it. Each function returns None, having done nothing, where the case is not plain; the caller
+// then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -45,7 +46,8 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-const Passes* passes = nullptr;
+const Passes* passes = nullptr;         // of the stable library, for good once it is loaded
+bool passes_serve_cpu = false, ops_serve_cpu = false, ops_serve_cuda = false;
 PyObject* reused_empty_like = nullptr;  // vae_fast.buffers.empty_like
 size_t smallest_reused = 0;             // bytes
 
@@ -77,10 +79,16 @@ bool unwatched() {
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// A CPU tensor whose memory holds its values, or an undefined one.
+// Whether fused kernels serve a device.
+bool is_served(const Tensor& t) {
+  return t.device().is_cpu() ? passes_serve_cpu || ops_serve_cpu : t.is_cuda() && ops_serve_cuda;
+}
+bool passes_serve(const Tensor& t) { return passes_serve_cpu && t.device().is_cpu(); }
+
+// A tensor on a device that is served whose memory holds its values, or an undefined one.
 bool owns_values(const Tensor& t) {
   return !t.defined() ||
-         (t.device().is_cpu() && t.layout() == at::kStrided && t.has_storage() && !t.is_neg() &&
+         (is_served(t) && t.layout() == at::kStrided && t.has_storage() && !t.is_neg() &&
           !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch());
 }
 
@@ -98,8 +106,11 @@ bool is_number(const Tensor& t) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 bool is_data(const Tensor& t) { return is_number(t) && t.dim() > 0; }
+bool is_beside(const Tensor& t, const Tensor& u) { return !t.defined() || t.device() == u.device(); }
 // Whether a pass takes t beside tensors like u: of any dtype but fp64, which mixes with no other.
-bool mixes(const Tensor& t, const Tensor& u) { return is_number(t) && row_type(t) == row_type(u); }
+bool mixes(const Tensor& t, const Tensor& u) {
+  return is_number(t) && row_type(t) == row_type(u) && is_beside(t, u);
+}
 
 // A likelihood's tensors. There may be no scale, and no mask.
 struct Data {
@@ -120,6 +131,7 @@ bool fit(const Data& data, bool scaled) {
   const auto& [x, mean, scale, mask] = data;
   if (!x.defined() || x.dim() == 0 || !is_data(mean) || mean.dim() != x.dim()) return false;
   if (mask.defined() && (mask.scalar_type() != at::kBool || mask.sizes() != x.sizes())) return false;
+  if (!is_beside(mask, mean) || !is_beside(x, mean)) return false;
   if (x.scalar_type() != at::kByte && !mixes(x, mean)) return false;
   if (scaled && !scale.defined()) {  // packed along dimension 1
     return x.dim() >= 2 && mean.size(1) == 2 * x.size(1) &&
@@ -134,7 +146,8 @@ bool fit(const Data& data, bool scaled) {
 // Terms of mean's rows, (B,) or (K, B).
 bool is_row_term(const Tensor& t, const Tensor& x, const Tensor& mean) {
   return t.defined() && (t.dim() == 1 || (t.dim() == 2 && t.size(0) > 0)) &&
-         t.size(-1) == x.size(0) && t.numel() == mean.size(0) && t.scalar_type() == row_type(mean);
+         t.size(-1) == x.size(0) && t.numel() == mean.size(0) &&
+         t.scalar_type() == row_type(mean) && is_beside(t, mean);
 }
 
 // ---- autograd ------------------------------------------------------------------------------------
@@ -147,9 +160,15 @@ void refuse_graph() {
       "differentiate the reference instead (vae_fast.use_backend(\"reference\"))");
 }
 
-// Whether a backward pass may go straight to the passes: not with batched gradients, say.
-bool is_plain(const variable_list& gradients) {
-  return unwatched() && std::all_of(gradients.begin(), gradients.end(), owns_values);
+// Whether a backward pass may write to memory of its own choice: not with batched gradients, say.
+bool is_plain(const variable_list& tensors) {
+  return unwatched() && std::all_of(tensors.begin(), tensors.end(), owns_values);
+}
+// Whether it may go straight to the passes.
+bool is_for_passes(const variable_list& tensors) {
+  return is_plain(tensors) && std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+           return !t.defined() || passes_serve(t);
+         });
 }
 
 // Calls an op of vae_fast/ops.py below autograd.
@@ -157,6 +176,12 @@ torch::jit::Stack call(const char* op, torch::jit::Stack stack) {
   const at::AutoDispatchBelowAutograd below;
   c10::Dispatcher::singleton().findSchemaOrThrow(op, "").callBoxed(stack);
   return stack;
+}
+
+variable_list tensors(const torch::jit::Stack& stack) {
+  variable_list tensors;
+  for (const at::IValue& value : stack) tensors.push_back(value.toTensor());
+  return tensors;
 }
 
 at::IValue optional(const Tensor& t) { return t.defined() ? at::IValue(t) : at::IValue(); }
@@ -283,6 +308,11 @@ struct Latent {
 
   static variable_list run(const Tensor& mu, const Tensor& scale, const Tensor& key,
                            const LatentOptions& options) {
+    if (!passes_serve(mu)) {
+      return tensors(call("vae_fast::latent_forward",
+                          {mu, scale, key, options.num_samples, options.first_row, options.param,
+                           options.lo, options.hi, options.soft != 0, options.path != 0}));
+    }
     at::DimVector shape(mu.sizes()), rows{mu.size(0)};
     if (options.num_samples > 0) {
       shape.insert(shape.begin(), options.num_samples);
@@ -301,7 +331,7 @@ struct Latent {
     refuse_graph();
     const Tensor &mu = saved[0], &scale = saved[1], &key = saved[2];
     const bool sampled = o.num_samples > 0;
-    if (!is_plain(g) || !is_plain(saved) || !passes->is_straight(view(mu), 1) ||
+    if (!is_for_passes(g) || !is_for_passes(saved) || !passes->is_straight(view(mu), 1) ||
         !passes->is_straight(view(scale), 1) ||
         (g[0].defined() && !passes->is_straight(view(g[0]), sampled ? 2 : 1))) {
       const torch::jit::Stack results =
@@ -323,6 +353,7 @@ struct Latent {
 // Memory for a gradient of t.
 Tensor gradient_like(const Tensor& t) {
   if (!t.defined()) return {};
+  if (!t.device().is_cpu()) return at::empty_like(t.detach());
   if (t.nbytes() < smallest_reused) {
     return t.is_non_overlapping_and_dense()
                ? Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
@@ -397,6 +428,20 @@ Tensor loss_like(const LikelihoodState& state, const Tensor& nll) {
                                             : empty({}, nll.scalar_type());
 }
 
+// The rows that an op made, (N,).
+Tensor in_rows(const LikelihoodState& state, const Tensor& rows) {
+  const at::AutoDispatchBelowADInplaceOrView below;  // a result, no view of one
+  return state.samples > 0 ? rows.view({state.samples, state.batch}) : rows;
+}
+// What the likelihood's forward ops take.
+torch::jit::Stack stack_of(const Data& data, const Terms& terms, const LikelihoodState& state) {
+  const Density& model = state.model;
+  return {data.x, data.mean, optional(data.scale), optional(data.mask), optional(terms.log_q),
+          optional(terms.log_p), state.beta, static_cast<int64_t>(state.reduction), model.likelihood,
+          model.param, model.lo, model.hi, model.soft != 0, model.df, model.x_mul, model.x_add,
+          at::IValue(), int64_t(0)};
+}
+
 // The likelihood, and the loss if there are terms, with its gradients in the backward pass. Nobody
 // wants one for x.
 struct Likelihood {
@@ -416,6 +461,11 @@ struct Likelihood {
   // nll, and the loss or nothing.
   static variable_list run(const Data& data, const Terms& terms, const State& state) {
     const auto& [x, mean, scale, mask] = data;
+    if (!passes_serve(mean)) {
+      const variable_list results =
+          tensors(call("vae_fast::likelihood_forward", stack_of(data, terms, state)));
+      return {in_rows(state, results[0]), results[1]};
+    }
     const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
     passes->likelihood_forward(view(x), view(mean), view(scale), view(mask), view(terms.log_q),
                                view(terms.log_p), options_of(state), view(nll), view(loss));
@@ -427,7 +477,7 @@ struct Likelihood {
     refuse_graph();
     const Tensor &x = saved[0], &mean = saved[1], &scale = saved[2], &mask = saved[3];
     const Density& model = state.model;
-    if (!is_plain(g) || !is_plain(saved)) {
+    if (!is_for_passes(g) || !is_for_passes(saved)) {
       torch::jit::Stack results =
           call("vae_fast::likelihood_backward",
                {optional(flat(g[0])), optional(g[1]), x, mean, optional(scale), optional(mask),
@@ -460,10 +510,10 @@ struct Likelihood {
   }
 };
 
-// Where the forward pass writes the gradients: of one scale for all, the rows' shares.
+// Where the forward pass writes the gradients; of one scale for all it makes the rows' shares.
 struct Targets {
-  Tensor g_mean, g_scale, g_shared;
-  bool inplace = false;
+  Tensor g_mean, g_scale;
+  bool shared = false, inplace = false;
 };
 // The loss with its gradients, which the forward pass writes into `targets`.
 struct Elbo {
@@ -479,12 +529,24 @@ struct Elbo {
     // of the old.
     if (targets.inplace) mean.unsafeGetTensorImpl()->bump_version();
     if (targets.inplace && targets.g_scale.defined()) scale.unsafeGetTensorImpl()->bump_version();
-    const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
-    passes->likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(terms.log_q),
-                                    view(terms.log_p), options_of(state), view(targets.g_mean),
-                                    view(targets.g_scale), view(nll), view(loss),
-                                    view(targets.g_shared));
-    node->keep(state, {targets.g_mean, targets.g_scale, targets.g_shared});
+    Tensor nll, loss, g_shared;
+    if (passes_serve(mean)) {
+      nll = rows_like(state, mean), loss = loss_like(state, nll);
+      if (targets.shared) g_shared = empty({mean.size(0)}, row_type(mean));
+      passes->likelihood_forward_grad(view(x), view(mean), view(scale), view(mask),
+                                      view(terms.log_q), view(terms.log_p), options_of(state),
+                                      view(targets.g_mean), view(targets.g_scale), view(nll),
+                                      view(loss), view(g_shared));
+    } else {
+      torch::jit::Stack stack = stack_of(data, terms, state);
+      stack.emplace_back(targets.g_mean);
+      stack.push_back(optional(targets.g_scale));
+      const variable_list results =
+          tensors(call("vae_fast::likelihood_forward_grad_", std::move(stack)));
+      nll = in_rows(state, results[0]), loss = results[1];
+      if (targets.shared) g_shared = results[2];
+    }
+    node->keep(state, {targets.g_mean, targets.g_scale, g_shared});
     variable_list results{nll, loss};
     torch::autograd::set_history(results, node);
     return results;
@@ -509,6 +571,15 @@ struct Elbo {
       // Which may be walked again: leave what it saved as it is.
       g_mean = g_mean.clone();
       if (g_scale.defined()) g_scale = g_scale.clone();
+    }
+    if (!passes_serve(g_mean)) {
+      const variable_list rows =
+          tensors(call("vae_fast::likelihood_rescale_",
+                       {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])),
+                        optional(g[1]), state.beta, static_cast<int64_t>(state.reduction), samples,
+                        batch}));
+      return Likelihood::gradients(state, g_mean, g_shared.defined() ? rows[2] : g_scale, rows[0],
+                                   rows[1]);
     }
     const Tensor g_log_q = rows_like(state, g_mean), g_log_p = rows_like(state, g_mean);
     const Tensor g_scalar = g_shared.defined() ? empty({}, g_shared.scalar_type()) : Tensor();
@@ -538,10 +609,14 @@ bool owns_memory(const Tensor& t, std::initializer_list<const Tensor*> others) {
          });
 }
 
-// The very draw of vae_fast/noise.py, by what torch.randint is made of.
-Tensor fresh_key() {
-  const Tensor key = empty({2}, at::kUInt64);
+// The very draw of vae_fast/noise.py; on the CPU by what torch.randint is made of.
+Tensor fresh_key(at::Device device) {
   const int64_t from = std::numeric_limits<int64_t>::min(), to = std::numeric_limits<int64_t>::max();
+  if (!device.is_cpu()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return at::randint(from, to, {2}, at::device(device).dtype(at::kLong)).view(at::kUInt64);
+  }
+  const Tensor key = empty({2}, at::kUInt64);
   at::uniform_int_from_to_distribution<int64_t> draw(static_cast<uint64_t>(to) -
                                                          static_cast<uint64_t>(from),
                                                      from);
@@ -562,8 +637,10 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   if (!mu || !scale || !given || !unwatched() || !is_data(*mu) || !mixes(*scale, *mu) ||
       scale->sizes() != mu->sizes() ||
       (given->defined() &&
-       (given->scalar_type() != at::kUInt64 || given->dim() != 1 || given->size(0) != 2)) ||
-      !passes->is_straight(view(*mu), 1) || !passes->is_straight(view(*scale), 1)) {
+       (given->scalar_type() != at::kUInt64 || given->dim() != 1 || given->size(0) != 2 ||
+        !is_beside(*given, *mu))) ||
+      (passes_serve(*mu) &&
+       (!passes->is_straight(view(*mu), 1) || !passes->is_straight(view(*scale), 1)))) {
     Py_RETURN_NONE;
   }
   const LatentOptions options{PyLong_AsLongLong(objects[3]), PyLong_AsLongLong(objects[4]),
@@ -576,7 +653,7 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
-    if (!key.defined()) key = fresh_key();
+    if (!key.defined()) key = fresh_key(m.device());
     const bool graph = at::GradMode::is_enabled() && (differentiable(m) || differentiable(s));
     results = graph ? Latent::recorded(m, s, key, options) : Latent::run(m, s, key, options);
   }
@@ -594,7 +671,8 @@ std::optional<Data> data_of(PyObject* const* objects) {
   if (!x || !mean || !scale || !mask || !unwatched()) return std::nullopt;
   Data data{*x, *mean, *scale, *mask};
   if (number && data.mean.defined()) {
-    data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]), row_type(data.mean));
+    data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]),
+                                   data.mean.options().dtype(row_type(data.mean)));
   }
   return fit(data, scaled) ? std::optional(data) : std::nullopt;
 }
@@ -664,7 +742,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Targets targets;
   if (now) {
     const bool full = state.learned && !one;
-    if (state.learned && one) targets.g_shared = empty({mean.size(0)}, row_type(mean));
+    targets.shared = state.learned && one;
     if (inplace) {
       const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
                          (!full || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
@@ -696,21 +774,31 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// connect(address, empty_like, smallest): what vae_fast_passes() of the stable library returned, and
-// what makes gradients of `smallest` bytes or more.
+// connect(empty_like, smallest): what makes gradients of `smallest` bytes or more on the CPU.
 PyObject* connect(PyObject*, PyObject* arguments) {
-  PyObject* address = nullptr;
   Py_ssize_t smallest = 0;
-  if (!PyArg_ParseTuple(arguments, "OOn", &address, &reused_empty_like, &smallest)) return nullptr;
-  passes = static_cast<const Passes*>(PyLong_AsVoidPtr(address));
-  if (passes == nullptr) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "On", &reused_empty_like, &smallest)) return nullptr;
   Py_INCREF(reused_empty_like);
   smallest_reused = static_cast<size_t>(smallest);
   Py_RETURN_NONE;
 }
 
+// serve(address, passes, cpu, cuda): what vae_fast_passes() of the stable library returned, or 0 where
+// it is not loaded; whether the passes serve the CPU, the ops do, and the ops serve CUDA devices.
+PyObject* serve(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0;
+  int by_passes = 0, cpu = 0, cuda = 0;
+  if (!PyArg_ParseTuple(arguments, "Kppp", &address, &by_passes, &cpu, &cuda)) return nullptr;
+  if (address != 0) passes = reinterpret_cast<const Passes*>(static_cast<uintptr_t>(address));
+  passes_serve_cpu = by_passes != 0 && passes != nullptr;
+  ops_serve_cpu = cpu != 0;
+  ops_serve_cuda = cuda != 0;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, nullptr},
+    {"serve", serve, METH_VARARGS, nullptr},
     {"latent", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(latent)), METH_FASTCALL,
      nullptr},
     {"nll", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(nll)), METH_FASTCALL, nullptr},
