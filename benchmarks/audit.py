@@ -22,6 +22,7 @@ for: the divisor is the elements that exist.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -220,7 +221,10 @@ def record(case: Case, backend: str) -> Launch:
         kl: ("kl_forward_kernel", "kl_backward_kernel"),
         importance: ("importance_kernel",),
     }
-    plays = {"place": lambda t: Place(backend, -1, *MACHINES[backend])}
+    plays = {
+        "place": lambda t: Place(backend, -1, *MACHINES[backend]),
+        "on_device": lambda where, name: contextlib.nullcontext(),
+    }
     saved = [
         (m, n, getattr(m, n))
         for m, names in kernels.items()

@@ -69,10 +69,12 @@ class Cell:
 
 
 CELLS = {
+    "torch-2.14.1": Cell("2.14.1", "3.8.0"),
     "torch-2.13.0": Cell("2.13.0", "3.7.1"),
     "torch-2.12.1": Cell("2.12.1", "3.7.1"),
     # Triton 3.6's interpreter converts arrays of one element, which NumPy 2.4 refuses.
     "torch-2.11.0": Cell("2.11.0", "3.6.0", packages=("numpy<2.4",)),
+    "torch-2.10.0": Cell("2.10.0", "3.6.0", packages=("numpy<2.4",)),
     "no-triton": Cell("2.13.0", None),
     "no-compiler": Cell(
         *("2.13.0", "3.7.1", WITHOUT_COMPILER, {"CXX": "no-such-compiler"}, "reference"),

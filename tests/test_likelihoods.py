@@ -200,6 +200,25 @@ def test_shared_scales_of_strided_data(fused):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_data_get_a_gradient_beside_packed_samples(layout, fused):
+    x = torch.randn(4, 3, 2, 2, device=fused)
+    mean = torch.randn(12, 6, 2, 2, device=fused)
+    if layout == "channels_last":
+        mean = mean.contiguous(memory_format=torch.channels_last)
+    log_q = torch.randn(3, 4, device=fused)
+
+    def gradients():
+        leaves = [x.clone().requires_grad_(), mean.clone().requires_grad_()]
+        loss, _ = vae_fast.fused_elbo(*leaves, None, log_q)
+        return torch.autograd.grad(loss, leaves)
+
+    ours = gradients()
+    with vae_fast.use_backend("reference"):
+        theirs = gradients()
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_shared_gradient_does_not_depend_on_the_threads(fused):
     if is_interpreted(fused):
         pytest.skip("the interpreter has one thread")

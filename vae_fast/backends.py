@@ -42,7 +42,7 @@ _forced: str | None = os.environ.get("VAE_FAST_BACKEND") or None
 
 # The contexts of use_backend() that are open: what each forces, and what held before the first.
 _open: list[list[str | None]] = []
-_lock = threading.Lock()
+_lock = threading.Lock()  # of what is forced, and of what serves
 
 # Backend by (forced, device type), once it has been found to run.
 _resolved: dict[tuple[str | None, str], str] = {}
@@ -173,15 +173,17 @@ def _load(name: str, device_type: str) -> None:
             _build.load()
         _load_shortcut(path.result())
     elif name == "triton":
-        _register_triton(device_type.upper())
+        with _lock:
+            _register_triton(device_type.upper())
         _load_shortcut(_build.build_eager())
 
 
 def _load_shortcut(path: Path | None) -> None:
     global _shortcut
-    if _shortcut is None and path is not None:
-        _shortcut = _build.load_eager(path, buffers.empty_like, buffers.SMALLEST)
-    _serve()
+    with _lock:
+        if _shortcut is None and path is not None:
+            _shortcut = _build.load_eager(path, buffers.empty_like, buffers.SMALLEST)
+        _serve()
 
 
 def _serve() -> None:

@@ -126,19 +126,20 @@ bool is_shared(const Tensor& scale, const Tensor& mean) {
           std::all_of(event.begin(), event.end(), [](int64_t n) { return n == 1; }));
 }
 // Whether a likelihood's tensors are of dtypes and shapes that the passes know: but for the number of
-// mean's rows.
-bool fit(const Data& data, bool scaled) {
+// mean's rows. The scale may be a number.
+bool fit(const Data& data, bool scaled, bool number) {
   const auto& [x, mean, scale, mask] = data;
   if (!x.defined() || x.dim() == 0 || !is_data(mean) || mean.dim() != x.dim()) return false;
   if (mask.defined() && (mask.scalar_type() != at::kBool || mask.sizes() != x.sizes())) return false;
   if (!is_beside(mask, mean) || !is_beside(x, mean)) return false;
   if (x.scalar_type() != at::kByte && !mixes(x, mean)) return false;
-  if (scaled && !scale.defined()) {  // packed along dimension 1
+  if (scaled && !scale.defined() && !number) {  // packed along dimension 1
     return x.dim() >= 2 && mean.size(1) == 2 * x.size(1) &&
            mean.sizes().slice(2) == x.sizes().slice(2);
   }
-  if (scaled != scale.defined() || mean.sizes().slice(1) != x.sizes().slice(1)) return false;
-  if (!scaled) return true;
+  if (scaled != (scale.defined() || number)) return false;
+  if (mean.sizes().slice(1) != x.sizes().slice(1)) return false;
+  if (!scaled || number) return true;
   return mixes(scale, mean) &&
          (scale.dim() == 0 || scale.sizes() == mean.sizes() || is_shared(scale, mean));
 }
@@ -363,7 +364,11 @@ Tensor gradient_like(const Tensor& t) {
   PyObject* const argument = THPVariable_Wrap(t);
   PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
   Py_XDECREF(argument);
-  if (made == nullptr) throw python_error();
+  if (made == nullptr) {
+    python_error error;
+    error.persist();
+    throw error;
+  }
   const Tensor gradient = THPVariable_Unpack(made);
   Py_DECREF(made);
   return gradient;
@@ -661,20 +666,21 @@ PyObject* latent(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// What x, mean, scale, whether there is one, and mask hold: tensors, but for the scale a number or None,
-// and for the mask None, too.
+// What x, mean, scale, whether there is one, and mask hold: tensors, but for the scale a number or
+// None, and for the mask None, too. A number is made a tensor by complete(), without the GIL.
 constexpr Py_ssize_t kData = 5;
 std::optional<Data> data_of(PyObject* const* objects) {
   const Tensor *x = plain(objects[0]), *mean = plain(objects[1]), *mask = plain(objects[4]);
   const bool number = PyFloat_CheckExact(objects[2]), scaled = objects[3] == Py_True;
   const Tensor* scale = plain(number ? Py_None : objects[2]);
   if (!x || !mean || !scale || !mask || !unwatched()) return std::nullopt;
-  Data data{*x, *mean, *scale, *mask};
-  if (number && data.mean.defined()) {
-    data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(objects[2]),
-                                   data.mean.options().dtype(row_type(data.mean)));
-  }
-  return fit(data, scaled) ? std::optional(data) : std::nullopt;
+  const Data data{*x, *mean, *scale, *mask};
+  return fit(data, scaled, number) ? std::optional(data) : std::nullopt;
+}
+void complete(Data& data, PyObject* scale) {
+  if (!PyFloat_CheckExact(scale)) return;
+  data.scale = at::scalar_tensor(PyFloat_AS_DOUBLE(scale),
+                                 data.mean.options().dtype(row_type(data.mean)));
 }
 
 // (x, mean, scale, scaled, mask or None, rows or None, density...) -> nll or None
@@ -683,7 +689,7 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr Py_ssize_t kArguments = kData + 1 + kDensity;
   TORCH_CHECK_TYPE(count == kArguments, "nll takes ", kArguments, " arguments, got ", count);
-  const std::optional<Data> data = data_of(objects);
+  std::optional<Data> data = data_of(objects);
   const Tensor* const rows = plain(objects[kData]);
   if (!data || !rows) Py_RETURN_NONE;
   const auto& [x, mean, scale, mask] = *data;
@@ -697,6 +703,7 @@ PyObject* nll(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   variable_list results;
   {
     py::gil_scoped_release no_gil;
+    complete(*data, objects[2]);
     results = graph ? Likelihood::recorded(*data, {}, state) : Likelihood::run(*data, {}, state);
   }
   return THPVariable_Wrap(results[0]);
@@ -711,7 +718,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr Py_ssize_t kArguments = kData + 5 + kDensity;
   TORCH_CHECK_TYPE(count == kArguments, "elbo takes ", kArguments, " arguments, got ", count);
-  const std::optional<Data> data = data_of(objects);
+  std::optional<Data> data = data_of(objects);
   PyObject* const* const rest = objects + kData;
   const Tensor *log_q_ = plain(rest[0]), *log_p_ = plain(rest[1]);
   if (!data || !log_q_ || !log_p_) Py_RETURN_NONE;
@@ -739,9 +746,9 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   const bool now = graph && !is_half(mean) && !is_half(scale) &&
                    (!scale.defined() || one || scale.sizes() == mean.sizes()) &&
                    (reduction != Reduction::none || inplace);
+  const bool full = state.learned && !one;
   Targets targets;
   if (now) {
-    const bool full = state.learned && !one;
     targets.shared = state.learned && one;
     if (inplace) {
       const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
@@ -758,14 +765,16 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
       targets.g_mean = mean.tensor_data();
       if (full) targets.g_scale = scale.tensor_data();
       targets.inplace = true;
-    } else {
-      targets.g_mean = gradient_like(mean);
-      if (full) targets.g_scale = gradient_like(scale);
     }
   }
   variable_list results;
   {
-    py::gil_scoped_release no_gil;
+    py::gil_scoped_release no_gil;  // a GPU's memory may have to wait
+    complete(*data, objects[2]);
+    if (now && !inplace) {
+      targets.g_mean = gradient_like(mean);
+      if (full) targets.g_scale = gradient_like(scale);
+    }
     results = now     ? Elbo::recorded(*data, terms, state, targets)
               : graph ? Likelihood::recorded(*data, terms, state)
                       : Likelihood::run(*data, terms, state);

@@ -122,7 +122,9 @@ class Launch:
     A kernel takes tensors, then ``sizes``, then values, then ``constants``. Triton compiles it for
     the dtypes of the tensors, which of them there are and whether they begin at a multiple of 16
     bytes, and for the integers; all but the third is of the plan. So the first compiled kernel for
-    aligned tensors is that of all later ones, which it then takes without another search.
+    aligned tensors is that of all later ones, which it then takes without another search. (For AMD
+    also whether a storage has more than 2 GiB, which only decides how addresses are written: no
+    tensor of the plan reaches further than the first one's storage.)
 
     Args:
         where: who runs it.

@@ -637,7 +637,7 @@ def _launch(
         )  # fmt: skip
     if any(plan.spares):
         spare_x, spare_mean, spare_scale = plan.spares
-        event = [mean.shape[d] for d in plan.order[1:]]
+        event = [x.shape[d] for d in plan.order[1:]]
         if spare_mean:
             g_mean.permute(plan.order).copy_(out_mean)
         if spare_scale and kind == ROW.value:
