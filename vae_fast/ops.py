@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 PARAMS = ("logvar", "logstd", "std", "var", "softplus")
 REDUCTIONS = ("mean", "sum", "none")
@@ -364,7 +365,8 @@ def _register_autograd(name: str, setup: Callable, differentiate: Callable) -> N
     """``torch.library.register_autograd``, for the transforms of ``torch.func`` as well.
 
     They call an op's autograd kernel once for each level, as they do a built-in op's. The public
-    registration makes the same kernel out of a Function that refuses to be called within them.
+    registration makes the same kernel out of a Function that refuses to be called within them; here
+    it is what the transforms themselves make of a Function, of a single level.
     """
     op = getattr(_OPS, name).default
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
@@ -381,8 +383,7 @@ def _register_autograd(name: str, setup: Callable, differentiate: Callable) -> N
         return *differentiate(ctx, *grads), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"vae_fast_{name}", (torch.autograd.Function,), members)
-    apply = super(torch.autograd.Function, function).apply
+    apply = type(f"vae_fast_{name}", (_SingleLevelFunction,), members).apply
 
     def autograd(keyset, *args):
         if forward_ad._current_level >= 0:
