@@ -21,7 +21,7 @@ help:
 	@echo "make sanitize the C++ kernels under AddressSanitizer and UBSan, for each instruction set;"
 	@echo "              some 30 minutes. ARGS=avx2: one of base, avx2 and avx512"
 	@echo "make matrix   the tests with other versions of torch and Triton, without Triton, without a"
-	@echo "              compiler; some 40 minutes, and 15 GB in .matrix/. ARGS=torch-2.12.1: one of them"
+	@echo "              compiler; an hour and a half, and 25 GB in .matrix/. ARGS=torch-2.12.1: one of them"
 	@echo "make bench    time the kernels against plain PyTorch on this machine"
 	@echo "make lint     check style and formatting"
 	@echo "make format   fix style and formatting"
