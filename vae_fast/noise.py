@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vae_fast import eager
+
 __all__ = ["make_key", "normal", "uniform"]
 
 # Philox4x32-10: round multipliers and Weyl key increments (Salmon et al. 2011, "Parallel random
@@ -48,8 +50,7 @@ def make_key(
         -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
     )
     # The same bits, without a launch; but vmap takes no view as another dtype before torch 2.13.
-    plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    return bits.view(torch.uint64) if plain else bits.to(torch.uint64)
+    return bits.view(torch.uint64) if eager.suffices() else bits.to(torch.uint64)
 
 
 def check_key(key: object) -> None:
