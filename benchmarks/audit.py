@@ -375,8 +375,8 @@ def _traits(steps: int, passes: int, split: int, even: bool, align: int) -> str:
 
 def _heuristic(case: Case, target: str) -> tuple[Any, ...]:
     """What chooses a configuration: a function, the size of an element, and what it takes after."""
+    from vae_fast._triton import likelihood as passes
     from vae_fast._triton.config import latent_config, likelihood_config
-    from vae_fast._triton.likelihood import heaviness
     from vae_fast._triton.scale import clamp_code
 
     itemsize, machine = getattr(torch, case.dtype).itemsize, MACHINES[TARGETS[target][0][0]]
@@ -385,8 +385,12 @@ def _heuristic(case: Case, target: str) -> tuple[Any, ...]:
     if case.op == "likelihood_rescale_":
         return likelihood_config, itemsize, *machine, 0, False
     clamp = clamp_code(*case.clamp, case.soft)
-    heavy = heaviness(case.likelihood, case.param, clamp)
-    return likelihood_config, itemsize, *machine, heavy, case.scale == "event"
+    heavy = passes.heaviness(case.likelihood, case.param, clamp)
+    forward, kinds = case.op != "likelihood_backward", {"none": "ABSENT", "packed": "FULL"}
+    kind = getattr(passes, kinds.get(case.scale, case.scale.upper()))
+    how = passes.sums_and_most(forward, kind.value, case.reduction)
+    grad = case.op != "likelihood_forward"
+    return likelihood_config, itemsize, *machine, heavy, case.scale == "event", *how, grad
 
 
 def _chosen(heuristic: tuple[Any, ...], rows: int, size: int) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -11,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -76,9 +77,12 @@ class Clock:
         if not self.cuda:
             return None
         try:
+            self.reset()
+            step()  # which may compile
+            self.wait()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), no_waiting():
                 for _ in range(3):
                     self.reset()
                     step()
@@ -94,17 +98,35 @@ class Clock:
                 graph.replay()
             end.record()
             self.wait()
-        except RuntimeError:  # a step that has a graph of its own, say
+        except Exception:  # whoever cannot run is told so where it is checked
             self.wait()
+            # A generator does not forget a capture that failed.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
             return None
         return start.elapsed_time(end) / 1e3 / times
 
 
-class Copy:
-    """A copy between tensors larger than caches: what a step's bytes are compared with."""
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise where the host waits for the GPU: who does that cannot be captured."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
-    def __init__(self, device: str) -> None:
-        self.source = torch.ones((1 << 27) if device.startswith("cuda") else 1 << 25, device=device)
+
+class Copy:
+    """A copy between tensors larger than caches: what a step's bytes are compared with.
+
+    Args:
+        nbytes: of each of the two; by default 512 MiB on a GPU, and 128 MiB on a CPU.
+    """
+
+    def __init__(self, device: str, nbytes: int | None = None) -> None:
+        nbytes = nbytes or (1 << 29 if device.startswith("cuda") else 1 << 27)
+        self.source = torch.ones(nbytes // 4, device=device)
         self.target = torch.zeros_like(self.source)
 
     def __call__(self) -> None:

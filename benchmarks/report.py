@@ -15,6 +15,7 @@ from benchmarks.saved import COMPILED, INPLACE, OURS, Group, is_ours, load, shri
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
+    "pass": "Each pass alone, against a copy of as many bytes",
     "latent": "Latent pass: z, log q(z|x), log p(z)",
     "likelihood": "Likelihood pass: the mean of −log p(x|z)",
     "option": "Likelihood pass: other densities, and a clamped scale",
@@ -86,7 +87,7 @@ def details(groups: list[Group]) -> str:
                     f"{group.ratio(name):.2f}",
                     "" if share is None else f"{share:.0%}",
                     size(facts["bytes"]) if facts.get("bytes") else "",
-                    size(facts["saved"]),
+                    "" if facts["saved"] is None else size(facts["saved"]),
                     "" if facts["peak"] is None else size(facts["peak"]),
                 )
 
@@ -202,7 +203,7 @@ def main() -> None:
         shown = [
             g
             for g in groups
-            if g.of != "option" and (picture != "bandwidth" or g.of != "train_step")
+            if g.of not in ("pass", "option") and (picture != "bandwidth" or g.of != "train_step")
         ]
         _lines(shown, value, label, out / f"{picture}.png")
     (out / "README.md").write_text(report(machine, groups))

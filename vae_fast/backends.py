@@ -176,6 +176,10 @@ def _load(name: str, device_type: str) -> None:
         with _lock:
             _register_triton(device_type.upper())
         _load_shortcut(_build.build_eager())
+        if device_type == "cuda" and _shortcut is not None:
+            repeat = importlib.import_module("vae_fast._triton.repeat")
+            if addresses := repeat.driver():
+                _shortcut.repeat(repeat.learn, *addresses)
 
 
 def _load_shortcut(path: Path | None) -> None:

@@ -3,7 +3,7 @@
 //
 // Compiled against one torch and one Python, unlike everything else here: autograd has no stable ABI.
 // It holds no kernel, only this shortcut: to the passes of the stable library where they serve the
-// CPU, else to the ops of vae_fast/ops.py. Every result is the one that vae_fast/eager.py would give
+// CPU, else to the ops of vae_fast/ops.py, whose launches on a GPU it repeats. Every result is the one that vae_fast/eager.py would give
 // without it. Each function returns None, having done nothing, where the case is not plain; the caller
 // then goes the long way, which knows every case.
 
@@ -20,6 +20,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/profiler/stubs/base.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -27,10 +28,12 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -172,11 +175,232 @@ bool is_for_passes(const variable_list& tensors) {
          });
 }
 
-// Calls an op of vae_fast/ops.py below autograd.
-torch::jit::Stack call(const char* op, torch::jit::Stack stack) {
+// ---- ops -----------------------------------------------------------------------------------------
+
+// An op of vae_fast/ops.py.
+struct Op {
+  const char* name;
+  c10::OperatorHandle handle;
+  bool has_launcher;
+  int64_t beta = -1;  // the number of its argument of that name
+
+  explicit Op(const char* op)
+      : name(op),
+        handle(c10::Dispatcher::singleton().findSchemaOrThrow(
+            (std::string("vae_fast::") + op).c_str(), "")),
+        has_launcher(
+            !handle.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+    const auto& arguments = handle.schema().arguments();
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].name() == "beta") beta = static_cast<int64_t>(i);
+    }
+  }
+};
+
+// What kernels/triton/repeat.py learned of a launch.
+struct Launch {
+  enum Kind : int64_t { input, output, kept, beta, number };
+  struct Output {
+    at::DimVector sizes, strides;
+    at::ScalarType type;
+  };
+  void* kernel = nullptr;  // none: only Python knows how to launch this one
+  unsigned grid = 0, threads = 0, shared = 0;
+  std::string range;  // empty: none
+  std::vector<std::pair<Kind, int64_t>> parameters;
+  variable_list kept_tensors;
+  std::vector<Output> outputs;
+};
+
+// All that a launch follows from: of tensors all but addresses and values, of other arguments
+// everything but β.
+using Key = std::vector<int64_t>;
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 0;
+    for (int64_t word : key) hash = (hash ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15u + 1;
+    return hash ^ hash >> 32;
+  }
+};
+
+constexpr size_t kMostLaunches = 4096;  // then it starts anew
+constexpr int kNoContext = 201;         // CUDA_ERROR_INVALID_CONTEXT
+PyObject* learn = nullptr;              // kernels/triton/repeat.py; null: no launch is repeated
+int (*launch_kernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                     void*, void**, void**) = nullptr;  // cuLaunchKernel
+int (*current_stream)(int32_t, void**) = nullptr;
+std::mutex launches_mutex;
+// Never freed: at exit, tensors would outlive the GPU's allocator.
+auto& launches = *new std::unordered_map<Key, std::shared_ptr<const Launch>, Hash>;
+
+Key key_of(const Op& op, const torch::jit::Stack& stack, int64_t device) {
+  Key key{reinterpret_cast<int64_t>(&op), device};
+  key.reserve(128);
+  for (size_t i = 0; i < stack.size(); ++i) {
+    const at::IValue& value = stack[i];
+    if (value.isTensor()) {
+      const Tensor& t = value.toTensor();
+      key.insert(key.end(), {static_cast<int64_t>(t.scalar_type()), t.dim(),
+                             reinterpret_cast<intptr_t>(t.const_data_ptr()) % 16});
+      key.insert(key.end(), t.sizes().begin(), t.sizes().end());
+      key.insert(key.end(), t.strides().begin(), t.strides().end());
+    } else if (value.isDouble()) {
+      int64_t bits = 0;
+      const double number = static_cast<int64_t>(i) == op.beta ? 0.0 : value.toDouble();
+      std::memcpy(&bits, &number, sizeof bits);
+      key.push_back(bits);
+    } else {
+      key.push_back(value.isNone() ? -1 : value.isBool() ? value.toBool() : value.toInt());
+    }
+  }
+  return key;
+}
+
+py::object python(const at::IValue& value) {
+  if (value.isTensor()) return py::reinterpret_steal<py::object>(THPVariable_Wrap(value.toTensor()));
+  if (value.isDouble()) return py::float_(value.toDouble());
+  if (value.isBool()) return py::bool_(value.toBool());
+  if (value.isInt()) return py::int_(value.toInt());
+  return py::none();
+}
+
+// Runs the op's launcher, and keeps what it launched.
+torch::jit::Stack learned(const Op& op, const torch::jit::Stack& stack, Key&& key) {
+  const py::gil_scoped_acquire gil;
+  py::tuple arguments(stack.size() + 1);
+  arguments[0] = op.name;
+  for (size_t i = 0; i < stack.size(); ++i) arguments[i + 1] = python(stack[i]);
+  const auto answer = py::reinterpret_borrow<py::object>(learn)(*arguments).cast<py::tuple>();
+  torch::jit::Stack results;
+  for (const py::handle result : answer[0].cast<py::tuple>()) {
+    results.emplace_back(THPVariable_Unpack(result.ptr()));
+  }
+  auto launch = std::make_shared<Launch>();
+  if (!answer[1].is_none()) {
+    const auto facts = answer[1].cast<py::tuple>();
+    launch->kernel = reinterpret_cast<void*>(facts[0].cast<uintptr_t>());
+    launch->grid = facts[1].cast<unsigned>();
+    launch->threads = facts[2].cast<unsigned>();
+    launch->shared = facts[3].cast<unsigned>();
+    launch->range = facts[4].cast<std::string>();
+    for (const py::handle parameter : facts[5]) {
+      const auto [kind, number] = parameter.cast<std::pair<int64_t, int64_t>>();
+      launch->parameters.emplace_back(static_cast<Launch::Kind>(kind), number);
+    }
+    for (const py::handle t : facts[6]) launch->kept_tensors.push_back(THPVariable_Unpack(t.ptr()));
+    for (const at::IValue& result : results) {
+      const Tensor& t = result.toTensor();
+      launch->outputs.push_back(
+          {at::DimVector(t.sizes()), at::DimVector(t.strides()), t.scalar_type()});
+    }
+  }
+  const std::lock_guard<std::mutex> lock(launches_mutex);
+  if (launches.size() >= kMostLaunches) launches.clear();
+  launches.insert_or_assign(std::move(key), std::move(launch));
+  return results;
+}
+
+// The op's results; false where this thread has no context yet, which only torch and Triton make.
+bool repeat(const Launch& launch, const Op& op, const torch::jit::Stack& stack, at::Device device,
+            torch::jit::Stack& results) {
+  c10::Allocator* const allocator = c10::GetAllocator(device.type());
+  const c10::DispatchKeySet keys(device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
+  for (const Launch::Output& o : launch.outputs) {
+    results.emplace_back(at::Tensor(
+        at::detail::empty_strided_generic(o.sizes, o.strides, allocator, keys, o.type)));
+  }
+  // What follows a kernel's own parameters are Triton's, of which these kernels use none.
+  constexpr size_t kMost = 64, kTritons = 4;
+  std::array<int64_t, kMost> values{};
+  std::array<void*, kMost> parameters;
+  const size_t count = launch.parameters.size();
+  TORCH_INTERNAL_ASSERT(count + kTritons <= kMost);
+  for (size_t i = 0; i < count; ++i) {
+    const auto& [kind, number] = launch.parameters[i];
+    const auto address = [](const Tensor& t) { return reinterpret_cast<intptr_t>(t.data_ptr()); };
+    switch (kind) {
+      case Launch::input: values[i] = address(stack[number].toTensor()); break;
+      case Launch::output: values[i] = address(results[number].toTensor()); break;
+      case Launch::kept: values[i] = address(launch.kept_tensors[number]); break;
+      case Launch::number: values[i] = number; break;
+      case Launch::beta:
+        const double beta = stack[op.beta].toDouble();
+        std::memcpy(&values[i], &beta, sizeof beta);
+    }
+  }
+  for (size_t i = 0; i < count + kTritons; ++i) parameters[i] = &values[i];
+  const auto* const nvtx =
+      launch.range.empty() ? nullptr : torch::profiler::impl::cudaStubs();
+  if (nvtx != nullptr) nvtx->rangePush(launch.range.c_str());
+  const int error = launch_kernel(launch.kernel, launch.grid, 1, 1, launch.threads, 1, 1,
+                                  launch.shared, /*stream=*/nullptr, parameters.data(), nullptr);
+  if (nvtx != nullptr) nvtx->rangePop();
+  if (error == kNoContext) return false;
+  TORCH_CHECK(error == 0, "vae_fast: ", op.name, ": cuLaunchKernel failed with CUDA error ", error);
+  return true;
+}
+
+// Calls an op below autograd. Where a launcher serves it, and nobody watches, and on the default
+// stream, whose scratch memory launches share, what it launched before is launched again.
+torch::jit::Stack call(const Op& op, torch::jit::Stack stack) {
   const at::AutoDispatchBelowAutograd below;
-  c10::Dispatcher::singleton().findSchemaOrThrow(op, "").callBoxed(stack);
+  const Tensor* first = nullptr;
+  bool plain = learn != nullptr && op.has_launcher && unwatched();
+  for (const at::IValue& value : stack) {
+    if (!plain || !value.isTensor()) continue;
+    const Tensor& t = value.toTensor();
+    first = first == nullptr ? &t : first;
+    plain = owns_values(t) && !passes_serve(t) && t.device() == first->device();
+  }
+  if (plain && first != nullptr) {
+    const at::Device device = first->device();
+    const int32_t index = device.has_index() ? device.index() : 0;
+    void* stream = nullptr;
+    if (current_stream(index, &stream) == 0 && stream == nullptr) {
+      const c10::DeviceGuard guard(device);
+      Key key = key_of(op, stack, index);
+      std::shared_ptr<const Launch> known;
+      {
+        const std::lock_guard<std::mutex> lock(launches_mutex);
+        const auto found = launches.find(key);
+        if (found != launches.end()) known = found->second;
+      }
+      if (known == nullptr) return learned(op, stack, std::move(key));
+      torch::jit::Stack results;
+      if (known->kernel != nullptr && repeat(*known, op, stack, device, results)) return results;
+    }
+  }
+  op.handle.callBoxed(stack);
   return stack;
+}
+
+const Op& latent_backward_op() {
+  static const Op op("latent_backward");
+  return op;
+}
+const Op& latent_forward_op() {
+  static const Op op("latent_forward");
+  return op;
+}
+const Op& likelihood_backward_op() {
+  static const Op op("likelihood_backward");
+  return op;
+}
+const Op& likelihood_forward_op() {
+  static const Op op("likelihood_forward");
+  return op;
+}
+const Op& likelihood_forward_grad__op() {
+  static const Op op("likelihood_forward_grad_");
+  return op;
+}
+const Op& likelihood_rescale_op() {
+  static const Op op("likelihood_rescale");
+  return op;
+}
+const Op& likelihood_rescale__op() {
+  static const Op op("likelihood_rescale_");
+  return op;
 }
 
 variable_list tensors(const torch::jit::Stack& stack) {
@@ -310,7 +534,7 @@ struct Latent {
   static variable_list run(const Tensor& mu, const Tensor& scale, const Tensor& key,
                            const LatentOptions& options) {
     if (!passes_serve(mu)) {
-      return tensors(call("vae_fast::latent_forward",
+      return tensors(call(latent_forward_op(),
                           {mu, scale, key, options.num_samples, options.first_row, options.param,
                            options.lo, options.hi, options.soft != 0, options.path != 0}));
     }
@@ -336,7 +560,7 @@ struct Latent {
         !passes->is_straight(view(scale), 1) ||
         (g[0].defined() && !passes->is_straight(view(g[0]), sampled ? 2 : 1))) {
       const torch::jit::Stack results =
-          call("vae_fast::latent_backward",
+          call(latent_backward_op(),
                {optional(g[0]), optional(g[1]), optional(g[2]), mu, scale, key, o.num_samples,
                 o.first_row, o.param, o.lo, o.hi, o.soft != 0, o.path != 0});
       return {results[0].toTensor(), results[1].toTensor()};
@@ -468,7 +692,7 @@ struct Likelihood {
     const auto& [x, mean, scale, mask] = data;
     if (!passes_serve(mean)) {
       const variable_list results =
-          tensors(call("vae_fast::likelihood_forward", stack_of(data, terms, state)));
+          tensors(call(likelihood_forward_op(), stack_of(data, terms, state)));
       return {in_rows(state, results[0]), results[1]};
     }
     const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
@@ -484,7 +708,7 @@ struct Likelihood {
     const Density& model = state.model;
     if (!is_for_passes(g) || !is_for_passes(saved)) {
       torch::jit::Stack results =
-          call("vae_fast::likelihood_backward",
+          call(likelihood_backward_op(),
                {optional(flat(g[0])), optional(g[1]), x, mean, optional(scale), optional(mask),
                 state.beta, static_cast<int64_t>(state.reduction), model.likelihood, model.param,
                 model.lo, model.hi, model.soft != 0, model.df, model.x_mul, model.x_add,
@@ -547,7 +771,7 @@ struct Elbo {
       stack.emplace_back(targets.g_mean);
       stack.push_back(optional(targets.g_scale));
       const variable_list results =
-          tensors(call("vae_fast::likelihood_forward_grad_", std::move(stack)));
+          tensors(call(likelihood_forward_grad__op(), std::move(stack)));
       nll = in_rows(state, results[0]), loss = results[1];
       if (targets.shared) g_shared = results[2];
     }
@@ -565,7 +789,7 @@ struct Elbo {
     const int64_t batch = state.batch, samples = g_mean.size(0) / std::max<int64_t>(batch, 1);
     if (!is_plain(g) || !is_plain(saved)) {
       const torch::jit::Stack results =
-          call("vae_fast::likelihood_rescale",
+          call(likelihood_rescale_op(),
                {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])), optional(g[1]),
                 state.beta, static_cast<int64_t>(state.reduction), samples, batch});
       const at::IValue& scale = results[g_shared.defined() ? 4 : 1];
@@ -579,7 +803,7 @@ struct Elbo {
     }
     if (!passes_serve(g_mean)) {
       const variable_list rows =
-          tensors(call("vae_fast::likelihood_rescale_",
+          tensors(call(likelihood_rescale__op(),
                        {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])),
                         optional(g[1]), state.beta, static_cast<int64_t>(state.reduction), samples,
                         batch}));
@@ -805,8 +1029,24 @@ PyObject* serve(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+// repeat(learn, launch, stream): kernels/triton/repeat.py's learn, and the addresses of its driver().
+// repeat(None, 0, 0): no launch is repeated.
+PyObject* repeat_launches(PyObject*, PyObject* arguments) {
+  PyObject* function = nullptr;
+  unsigned long long launch = 0, stream = 0;
+  if (!PyArg_ParseTuple(arguments, "OKK", &function, &launch, &stream)) return nullptr;
+  const std::lock_guard<std::mutex> lock(launches_mutex);
+  launches.clear();
+  launch_kernel = reinterpret_cast<decltype(launch_kernel)>(static_cast<uintptr_t>(launch));
+  current_stream = reinterpret_cast<decltype(current_stream)>(static_cast<uintptr_t>(stream));
+  Py_INCREF(function);
+  learn = function == Py_None ? nullptr : function;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, nullptr},
+    {"repeat", repeat_launches, METH_VARARGS, nullptr},
     {"serve", serve, METH_VARARGS, nullptr},
     {"latent", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(latent)), METH_FASTCALL,
      nullptr},

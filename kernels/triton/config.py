@@ -53,9 +53,14 @@ def latent_config(
         sms, warp: multiprocessors of the GPU, and threads in a warp.
     """
     vec, each = _vector(itemsize, align), 4 if itemsize == 8 else 16
+    if itemsize == 2 and align >= vec and warp * each < size <= 2 * warp * each:
+        each *= 2
     # One warp to a program while a thread's ``each`` elements let it span the row: sums then need
     # neither shared memory nor a barrier.
     num_warps = min(_pow2(-(-size // (warp * each))), _WARPS)
+    if itemsize < 8 and num_warps == _WARPS and not 0.75 < size / (_WARPS * warp * each) <= 1:
+        # A loop over the row wants few registers, and no lanes without an element.
+        num_warps, each = _WARPS // 2, each // 2
     threads = num_warps * warp
     # A thread's elements lie in one row as far as may be, so that they share their addresses and
     # are summed before anything crosses threads; but a tile's row is at least a 128-byte line, or
@@ -121,6 +126,9 @@ def likelihood_config(
     warp: int,
     heavy: int = 0,
     columns: bool = False,
+    sums: bool = True,
+    most: int | None = 32,
+    grad: bool = False,
 ) -> LikelihoodConfig:
     """Tile for ``rows`` rows of ``size`` elements whose narrowest tensor has ``itemsize`` bytes.
 
@@ -129,6 +137,10 @@ def likelihood_config(
         sms, warp: multiprocessors of the GPU, and threads in a warp.
         heavy: how often a thread's elements must be halved, for the registers of the arithmetic.
         columns: a program owns one step of its rows, to sum each column over them.
+        sums: each row is summed.
+        most: programs for each multiprocessor, of which more would only lengthen a sum over their
+            parts, or look in vain whether there is anything to do.
+        grad: gradients are written.
     """
     vec = _vector(itemsize, align)
     light = heavy == 0
@@ -137,17 +149,19 @@ def likelihood_config(
     each = max((4 if itemsize == 8 else 16) >> heavy, min(vec, 4))
     vec = min(vec, each)
     tiles = each // vec
-    # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else the
-    # program's four warps share one.
-    warps_per_row = 1 if rows >= 8 * sms else _WARPS
-    cols = min(max(_pow2(size), vec), warps_per_row * warp * vec)
+    # With plenty of rows each warp takes one to itself and sums it by shuffles alone; else, and
+    # where there is nothing to sum, the program's warps share one.
+    plenty = (sums or columns) and rows >= 8 * sms
+    # Eight warps leave half the parts; but in bf16, gradients wait for them (measured on an H200).
+    wide = plenty and light and rows >= 64 * sms and not columns
+    wide = wide and itemsize in ((4,) if grad else (2, 4))
+    warps = 2 * _WARPS if wide else _WARPS
+    cols = min(max(_pow2(size), vec), (1 if plenty else warps) * warp * vec)
     tiles = min(tiles, _pow2(-(-size // cols)))
-    tile_rows = min(_WARPS * warp * vec // cols, _pow2(rows))
+    tile_rows = min(warps * warp * vec // cols, _pow2(rows))
     while tile_rows > 1 and rows < 2 * sms * tile_rows:
         tile_rows //= 2
-    # Enough programs for every multiprocessor to hold several; more than ``most`` only lengthen the
-    # final sum over their parts.
-    enough, most = 4 * sms, 32 * sms
+    enough = 4 * sms  # programs for every multiprocessor to hold several
     row_tiles = -(-rows // tile_rows)
     steps = -(-size // (cols * tiles))
     if columns:
@@ -160,7 +174,7 @@ def likelihood_config(
             split *= 2
         steps = -(-steps // split)
         # A heavy likelihood has no registers for this loop, and hides a longer sum.
-        passes = -(-row_tiles // most) if split == 1 and light else 1
+        passes = -(-row_tiles // (most * sms)) if most and split == 1 and light else 1
     return LikelihoodConfig(
         rows=tile_rows,
         cols=cols,
@@ -170,6 +184,6 @@ def likelihood_config(
         passes=passes,
         split=split,
         even=size == split * steps * tiles * cols,
-        num_warps=max(1, min(_WARPS, tile_rows * cols // (vec * warp))),
+        num_warps=max(1, min(warps, tile_rows * cols // (vec * warp))),
         programs=-(-row_tiles // passes) * split,
     )

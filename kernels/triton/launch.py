@@ -5,10 +5,12 @@ at every argument, take the host many times that. So what follows from layouts a
 worked out once: each launcher has a function of these, pure and cached, that returns a `Plan`.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from triton.compiler import CompiledKernel
 PLANS = 1024
 
 # Scratch that launches share: the ticket counter, and room for this many partial results.
-MAX_PARTIALS = 8192
+MAX_PARTIALS = 1 << 15
 
 _scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -78,6 +80,7 @@ class on_device:
         self.elsewhere = torch.cuda.device(where.device) if elsewhere else None
 
     def __enter__(self) -> None:
+        _look.range = self.name or ""
         if self.elsewhere is not None:
             self.elsewhere.__enter__()
         if self.name is not None:
@@ -144,7 +147,7 @@ class Launch:
         self.options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
         if where.backend == "cuda" and registers is not None:
             self.options["maxnreg"] = registers
-        self._run = None
+        self._run = self._compiled = None
 
     def __call__(self, kernel: Any, tensors: Sequence[Tensor | None], *values: float) -> None:
         """Launch ``kernel`` on the current device and stream."""
@@ -155,12 +158,43 @@ class Launch:
         # What stands for a kernel, as the interpreter does, sees every launch.
         known = addresses % 16 == 0 and type(kernel) is triton.JITFunction
         if known and self._run is not None:
+            compiled = self._compiled
             self._run(*tensors, *self.sizes, *values, *self.constants.values())
-            return
-        arguments = *tensors, *self.sizes, *values
-        compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
-        if known and isinstance(compiled, CompiledKernel):
-            self._run = compiled[self.grid]
+        else:
+            arguments = *tensors, *self.sizes, *values
+            compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
+            if known and isinstance(compiled, CompiledKernel):
+                self._compiled, self._run = compiled, compiled[self.grid]
+        if _look.launches is not None:
+            _look.launches.append(Seen(self, _look.range, compiled, tensors, values))
+
+
+class Seen(NamedTuple):
+    """A launch that was looked at: its range's name, its kernel and what that was given."""
+
+    launch: Launch
+    range: str
+    compiled: CompiledKernel | None
+    tensors: Sequence[Tensor | None]
+    values: Sequence[float]
+
+
+class _Look(threading.local):
+    launches: list[Seen] | None = None
+    range: str = ""
+
+
+_look = _Look()
+
+
+@contextlib.contextmanager
+def seen() -> Iterator[list[Seen]]:
+    """Look at the launches of this thread."""
+    _look.launches = launches = []
+    try:
+        yield launches
+    finally:
+        _look.launches = None
 
 
 def is_wide(n: int) -> bool:
@@ -235,6 +269,11 @@ def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tenso
     if shared:
         _scratch[t.device.index, dtype] = pair
     return pair
+
+
+def is_shared(t: Tensor) -> bool:
+    """Whether ``t`` is scratch memory that all launches on the default stream share."""
+    return any(t is s for pair in _scratch.values() for s in pair)
 
 
 # ---- strides -------------------------------------------------------------------------------------

@@ -471,6 +471,13 @@ class _LikelihoodPlan(Plan):
         return [g if spare is None else g.new_empty(spare[0], dtype=spare[1]) for g, spare in pairs]
 
 
+def sums_and_most(forward: bool, kind: int, reduction: int) -> tuple[bool, int | None]:
+    """``sums`` and ``most`` of ``likelihood_config``: of a pass, a scale and a reduction."""
+    scalar = kind == SCALAR.value
+    parts = reduction in (MEAN, SUM) if forward else scalar
+    return forward or scalar or kind == ROW.value, 128 if parts else None
+
+
 @functools.lru_cache(PLANS)
 def _plan(
     where: Place, x: Layout, mean: Layout, scale: Layout | None, mask: Layout | None,
@@ -521,7 +528,11 @@ def _plan(
     if dequantize and itemsize == 8:
         itemsize, heavy = 4, heavy + 1
     align = alignment(16 // itemsize, size, *rows)
-    config = likelihood_config(n, size, itemsize, align, where.sms, where.warp, heavy, summed)
+    sum_loss = forward and reduction in (MEAN, SUM)
+    config = likelihood_config(
+        n, size, itemsize, align, where.sms, where.warp, heavy, summed,
+        *sums_and_most(forward, kind, reduction), grad,
+    )  # fmt: skip
     split = config.split
 
     spare_x = spare_mean = spare_scale = None
@@ -547,7 +558,6 @@ def _plan(
 
     # With several samples and no reduction, the mean over k is taken from the finished rows.
     row_loss = forward and reduction == NONE and samples == 1
-    sum_loss = forward and reduction in (MEAN, SUM)
     partials = None
     if sum_loss or (grad and scalar and not forward) or (forward and split > 1):
         partials = max(config.programs, 2 * n * split if split > 1 else 0)

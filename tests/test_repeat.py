@@ -1,0 +1,328 @@
+"""What eager.cpp repeats of Triton launches is what the launchers would launch.
+
+There is no GPU: a stand-in for CUDA's cuLaunchKernel runs the kernels in Triton's interpreter, on
+the very addresses and numbers that it is given.
+"""
+
+import ctypes
+import functools
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import vae_fast
+from vae_fast import backends, eager
+
+pytest.importorskip("triton")
+
+LAUNCH = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p),
+    *(ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)), ctypes.c_void_p),
+)
+STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+
+
+class Compiled:
+    """Stands in for a compiled kernel: knows its signature, as Triton writes it."""
+
+    def __init__(self, handle, kernel, launch, tensors, values):
+        self.kernel, self.launch, self.function = kernel, launch, handle
+        self.layouts = [
+            None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+            for t in tensors
+        ]
+        given = *tensors, *launch.sizes, *values
+        self.names = kernel.arg_names[: len(given)]
+        signature = dict(zip(self.names, map(self._kind, self.names, given), strict=True))
+        signature |= dict.fromkeys(kernel.arg_names[len(given) :], "constexpr")
+        self.src = SimpleNamespace(signature=signature)
+        target = SimpleNamespace(backend="cuda", warp_size=32)
+        self.metadata = SimpleNamespace(target=target, num_ctas=1, num_warps=4, shared=0)
+        self.fixed = dict(zip(self.names, given, strict=True))
+
+    def _kind(self, name, value):
+        if isinstance(value, Tensor):
+            return "*"
+        if isinstance(value, float):
+            return "fp64"
+        if value is None or (value == 1 and name not in ("B", "N", "first_row")):
+            return "constexpr"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    def run(self, slots):
+        """The kernel on what the slots hold."""
+        kinds, slots, arguments = self.src.signature, iter(slots), []
+        for i, name in enumerate(self.names):
+            if kinds[name] == "constexpr":
+                arguments.append(self.fixed[name])
+            elif kinds[name] == "*":
+                arguments.append(at(next(slots)[0], self.layouts[i]))
+            else:
+                kind = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp64": ctypes.c_double}
+                pointer = ctypes.cast(next(slots), ctypes.POINTER(kind[kinds[name]]))
+                arguments.append(pointer[0])
+        self.kernel[self.launch.grid](*arguments, **self.launch.constants)
+
+
+def at(address, like):
+    """The tensor at an address that is laid out like another."""
+    if like.numel() == 0:
+        return like
+    extent = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_byte * (extent * like.element_size())).from_address(address)
+    flat = torch.from_numpy(np.ctypeslib.as_array(memory)).view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+class GPU:
+    """Counts what was learned and what was repeated."""
+
+    def __init__(self, monkeypatch):
+        from vae_fast._triton import launch, repeat
+
+        self.compiled, self.learned, self.described, self.repeated = {}, [], [], []
+        self.stream, self.error = None, 0
+        kernels = {}
+        plain = launch.Launch.__call__
+
+        def remember(this, kernel, tensors, *values):
+            kernels[id(this)] = kernel
+            plain(this, kernel, tensors, *values)
+
+        def described(launches, arguments, results):
+            made = []
+            for one in launches:
+                handle = len(self.compiled) + 1
+                kernel = kernels[id(one.launch)]
+                compiled = Compiled(handle, kernel, one.launch, one.tensors, one.values)
+                self.compiled[handle] = compiled
+                made.append(one._replace(compiled=compiled))
+            facts = describe(made, arguments, results)
+            self.described.append(facts)
+            return facts
+
+        def learn(op, *arguments):
+            self.learned.append(op)
+            return repeat.learn(op, *arguments)
+
+        def run(handle, grid, y, z, threads, *rest):
+            slots = rest[-2]
+            if self.error:
+                return self.error
+            compiled = self.compiled[handle]
+            assert (grid, y, z, threads) == (compiled.launch.grid[0], 1, 1, 128)
+            self.repeated.append(compiled.kernel.__name__)
+            compiled.run(slots[i] for i in range(64))
+            return 0
+
+        def stream(device, result):
+            result[0] = self.stream
+            return 0
+
+        describe = repeat._described
+        monkeypatch.setattr(launch.Launch, "__call__", remember)
+        monkeypatch.setattr(repeat, "CompiledKernel", Compiled)
+        monkeypatch.setattr(repeat, "_described", described)
+        pair = functools.cache(
+            lambda dtype: (torch.zeros((), dtype=torch.int32), torch.empty(8192, dtype=dtype))
+        )
+        monkeypatch.setattr(launch, "scratch", lambda t, dtype, partials: pair(dtype))
+        held = [t for dtype in (torch.float32, torch.float64) for t in pair(dtype)]
+        monkeypatch.setattr(repeat, "is_shared", lambda t: any(t is s for s in held))
+        self.functions = LAUNCH(run), STREAM(stream)  # alive as long as this
+        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in self.functions)
+        backends._shortcut.repeat(learn, *addresses)
+
+
+@pytest.fixture
+def gpu(fused_triton, monkeypatch):
+    if fused_triton.type != "cpu":
+        pytest.skip("for machines without a GPU")
+    vae_fast.reparameterize(torch.zeros(1, 1), torch.zeros(1, 1))
+    if eager.shortcut() is None:
+        pytest.skip("no C++ compiler, or no Python headers")
+    yield GPU(monkeypatch)
+    backends._shortcut.repeat(None, 0, 0)
+
+
+@pytest.fixture
+def key():
+    return torch.tensor([7, 11], dtype=torch.uint64)
+
+
+def step(seed, key, dtype=torch.float32, batch=6, beta=0.5, scale="full", levels=False, **options):
+    """A loss and its gradients; ``seed`` decides all values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype).to(key.device)
+
+    x, mu, logvar, mean = randn(batch, 9), randn(batch, 5), randn(batch, 5), randn(batch, 9)
+    shape = {"full": (batch, 9), "scalar": (), "row": (batch, 1), "event": (1, 9)}[scale]
+    leaves = [mu, logvar, mean, randn(*shape)]
+    if levels:
+        x = (40 * x.abs()).to(torch.uint8)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    made = [1 * leaf for leaf in leaves[2:]]  # what inplace may overwrite
+    out = vae_fast.FusedELBO(beta, **options)(x, mu, logvar, lambda z: tuple(made), key=key)
+    factor = 1 + seed % 3
+    gradients = torch.autograd.grad(factor * out.loss.sum(), leaves)
+    return [*out[:5], *gradients]
+
+
+OPTIONS = [
+    {},
+    {"inplace": True},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"dtype": torch.float64},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float16},
+    {"scale": "scalar"},
+    {"scale": "row"},
+    {"scale": "event"},
+    {"levels": True},
+    {"levels": True, "dequantize": True},
+    {"likelihood": "laplace"},
+    {"likelihood_clamp": (-1.0, 1.0)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_repeated_launch_gives_the_same_bits(options, gpu, key):
+    for seed in range(3):
+        results = step(seed, key, **options)
+        if seed == 0:
+            learned = gpu.learned.copy()
+    assert gpu.learned == learned  # the first time only
+    launched = sum(facts is not None for facts in gpu.described)
+    assert len(gpu.repeated) == 2 * launched >= 4
+    backends._shortcut.repeat(None, 0, 0)
+    for a, b in zip(results, step(seed, key, **options), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_on_a_gpu(options, key, monkeypatch):
+    from vae_fast._triton import launch, repeat
+
+    by_python, plain = [], launch.Launch.__call__
+
+    def count(this, *args):
+        by_python.append(this)
+        return plain(this, *args)
+
+    monkeypatch.setattr(launch.Launch, "__call__", count)
+    counts = [0]
+    for seed in range(3):
+        results = step(seed, key.cuda(), **options)
+        counts.append(len(by_python))
+    first, second, third = (b - a for a, b in itertools.pairwise(counts))
+    assert second == third <= first - 2
+    assert third == 0 or options
+    backends._shortcut.repeat(None, 0, 0)
+    try:
+        for a, b in zip(results, step(seed, key.cuda(), **options), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        backends._shortcut.repeat(repeat.learn, *repeat.driver())
+
+
+def test_whatever_a_launch_follows_from_makes_it_another(gpu, key):
+    others = [
+        *({"batch": 7}, {"dtype": torch.float64}, {"reduction": "sum"}, {"scale": "scalar"}),
+        *(
+            {"likelihood": "laplace"},
+            {"likelihood_clamp": (-1.0, 1.0)},
+            {"posterior_param": "softplus"},
+        ),
+    ]
+    step(0, key)
+    for options in others:
+        before = len(gpu.learned)
+        results = step(1, key, **options)
+        assert len(gpu.learned) > before, options
+        gpu_results = step(1, key, **options)
+        for a, b in zip(results, gpu_results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_beta_may_change(gpu, key):
+    step(0, key)
+    learned = len(gpu.learned)
+    results = [step(1, key, beta=beta) for beta in (0.25, 4.0)]
+    assert len(gpu.learned) == learned
+    backends._shortcut.repeat(None, 0, 0)
+    for beta, got in zip((0.25, 4.0), results, strict=True):
+        for a, b in zip(got, step(1, key, beta=beta), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_addresses_of_another_alignment_are_another_launch(gpu, key):
+    def sample(start):
+        mu, logvar = ((torch.arange(24.0) / 10)[start : start + 20].view(5, 4) for _ in range(2))
+        return vae_fast.reparameterize(mu, logvar, key=key)
+
+    sample(0)
+    sample(0)
+    assert (len(gpu.learned), len(gpu.repeated)) == (1, 1)
+    sample(1)
+    assert (len(gpu.learned), len(gpu.repeated)) == (2, 1)
+
+
+def test_one_tensor_in_two_places_is_not_learned(gpu, key):
+    """It may be two tensors next time, of the very same layout."""
+    same, one, two = (torch.randn(5, 4) for _ in range(3))
+    vae_fast.reparameterize(same, same, key=key)
+    assert gpu.described == [None]
+    z = vae_fast.reparameterize(one, two, key=key)
+    assert not gpu.repeated
+    backends._shortcut.repeat(None, 0, 0)
+    assert torch.equal(z[0], vae_fast.reparameterize(one, two, key=key)[0])
+
+
+def test_on_another_stream_python_launches(gpu, key):
+    """Whose scratch memory is not shared; and what is not learned there may be learned later."""
+    gpu.stream = 1
+    step(0, key)
+    step(0, key)
+    assert not gpu.learned
+    gpu.stream = None
+    step(0, key)
+    step(0, key)
+    assert gpu.learned
+    assert gpu.repeated
+
+
+def test_a_thread_without_a_context_gets_one_from_python(gpu, key):
+    want = step(0, key)
+    gpu.error = 201  # CUDA_ERROR_INVALID_CONTEXT
+    for a, b in zip(step(0, key), want, strict=True):
+        assert torch.equal(a, b)
+    assert not gpu.repeated
+
+
+def test_a_launch_that_fails_raises(gpu, key):
+    step(0, key)
+    gpu.error = 719
+    with pytest.raises(
+        RuntimeError, match="latent_forward: cuLaunchKernel failed with CUDA error 719"
+    ):
+        step(0, key)
+
+
+def test_who_watches_sees_the_ops(gpu, key):
+    step(0, key)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(0, key)
+    names = {event.key for event in profile.key_averages()}
+    assert {"vae_fast::latent_forward", "vae_fast::latent_backward"} <= names
+    assert not gpu.repeated
