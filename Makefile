@@ -33,7 +33,7 @@ train: $(STAMP)
 	$(BIN)/vae-fast train --out runs/digits $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 fuzz: $(STAMP)
 	VAE_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)

@@ -383,7 +383,7 @@ def _heuristic(case: Case, target: str) -> tuple[Any, ...]:
     if not case.op.startswith("likelihood"):
         return latent_config, itemsize, *machine
     if case.op == "likelihood_rescale_":
-        return likelihood_config, itemsize, *machine, 0, False
+        return likelihood_config, itemsize, *machine, 0, False, True, 32, True
     clamp = clamp_code(*case.clamp, case.soft)
     heavy = passes.heaviness(case.likelihood, case.param, clamp)
     forward, kinds = case.op != "likelihood_backward", {"none": "ABSENT", "packed": "FULL"}

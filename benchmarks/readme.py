@@ -2,6 +2,7 @@
 
 python -m benchmarks.readme --run benchmarks/results/MACHINE/run.json
 python -m benchmarks.readme --kept benchmarks/results/MACHINE-kept/run.json
+python -m benchmarks.readme --gpu benchmarks/results/GPU/run.json [another run.json]
 vae-fast train --out runs/digits && vae-fast train --variance unit --out runs/unit
 python -m benchmarks.readme --trained runs/digits runs/unit
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from benchmarks.report import duration, name, table, times
 from benchmarks.saved import COMPILED, INPLACE, OURS, Group, load
 
+COMPILE = "torch.compile"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -68,6 +70,59 @@ def benchmark_table(path: Path) -> str:
     )
 
 
+def gpu_table(path: Path, again: Path | None) -> str:
+    """Losses, steps and passes of a run, and the losses of another."""
+    machine, groups = load(path)
+    folder = path.resolve().parent.relative_to(ROOT)
+    parts = [_gpu_losses(groups), _gpu_passes(groups), _gpu_steps(groups)]
+    text = (
+        f"Medians on {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, "
+        f"driver {machine['driver']}; every row in [{folder}]({folder}/README.md)."
+    )
+    if again:
+        there = again.resolve().parent.relative_to(ROOT)
+        text += (
+            f" While its first rows were timed, other processes had a part of the CPU, which small "
+            f"steps wait for. The first row again, without them ([{there}]({there}/README.md)):"
+        )
+        parts.append(_gpu_losses(load(again)[1]))
+    return "\n\n".join([*parts[:3], text, *parts[3:]])
+
+
+def _gpu_losses(groups: list[Group]) -> str:
+    def line(group: Group) -> list[str]:
+        rows = group.rows
+        times_ = {n: rows[n]["median"] for n in ("eager", COMPILE, OURS)}
+        cells = [f"{group.dtype} {group.size}", *map(duration, times_.values())]
+        cells += [times(times_[n] / times_[OURS]) for n in ("eager", COMPILE)]
+        captured = [rows[n]["replayed"] for n in (COMPILE, OURS)]
+        return cells + [duration(t) if t else "" for t in captured]
+
+    header = ("forward+backward", "eager", COMPILE, OURS, "over eager", f"over {COMPILE}")
+    header += tuple(f"captured: {n}" for n in (COMPILE, OURS))
+    return table(header, map(line, whole_losses(groups)))
+
+
+def _gpu_passes(groups: list[Group]) -> str:
+    shares: dict[str, dict[str, str]] = {}
+    for group in (g for g in groups if g.of == "pass"):
+        shares.setdefault(group.phase, {})[group.dtype] = f"{group.rows[OURS]['share']:.0%}"
+    size = next(g.size for g in groups if g.of == "pass")
+    header = (f"share of a copy's bandwidth, {size}", "fp32", "bf16")
+    return table(header, ((phase, s["fp32"], s["bf16"]) for phase, s in shares.items()))
+
+
+def _gpu_steps(groups: list[Group]) -> str:
+    names = ("eager", COMPILE, f"{COMPILE} CUDA graphs", OURS, COMPILED)
+
+    def line(group: Group) -> list[str]:
+        medians = (group.rows[n]["median"] for n in names)
+        return [f"{group.dtype} {group.size}", *map(duration, medians)]
+
+    header = ("training step", *names)
+    return table(header, map(line, (g for g in groups if g.of == "train_step")))
+
+
 def training_table(runs: dict[str, Path]) -> str:
     def line(item: tuple[str, Path]) -> list[str]:
         with (item[1] / "metrics.csv").open() as file:
@@ -89,12 +144,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="run.json of a report")
     parser.add_argument("--kept", type=Path, help="the same, of a run with freed memory kept")
+    parser.add_argument("--gpu", type=Path, nargs="+", help="run.json of one on a GPU, and another")
     parser.add_argument("--trained", type=Path, nargs=2, metavar=("LEARNED", "UNIT"))
     args = parser.parse_args()
     if args.run:
         insert("benchmark", benchmark_table(args.run))
     if args.kept:
         insert("kept", kept_table(args.kept))
+    if args.gpu:
+        insert("gpu", gpu_table(args.gpu[0], *(args.gpu[1:] or [None])))
     if args.trained:
         learned, unit = args.trained
         insert("training", training_table({"learned per pixel": learned, "one": unit}))

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import bench_loss
+import bench_passes
 import cases
 import measure
 import peers
 import pytest
 import torch
 
-from benchmarks import compare, report, saved
+import vae_fast
+from benchmarks import compare, readme, report, saved
 
 SIZE = cases.Size(64, 16, 784)
 NAMES = [
@@ -73,6 +75,38 @@ def test_whoever_is_wrong_is_found_out(group, function, phase):
     case = cases.CASES[group](SIZE, "fp32", "cpu")
     with pytest.raises(cases.Wrong):
         case.check(case.step(function, phase), phase)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("phase", bench_passes.PASSES)
+def test_each_pass_passes_its_check(phase, dtype):
+    case, step, check, moved = bench_passes.PASSES[phase](SIZE, dtype, "cpu")
+    for _ in range(2):
+        case.reset()
+        check()
+        case.reset()
+        step()
+    elements = SIZE.batch * (SIZE.latent if "latent" in phase else SIZE.data)
+    tensors = 3 if phase.endswith(" forward") else 5
+    assert moved == tensors * elements * case.dtype.itemsize
+
+
+def _one_percent_more(function):
+    def wrong(*args, **kwargs):
+        first, *rest = results = function(*args, **kwargs)
+        return 1.01 * results if isinstance(results, torch.Tensor) else (1.01 * first, *rest)
+
+    return wrong
+
+
+@pytest.mark.parametrize("phase", bench_passes.PASSES)
+def test_a_wrong_pass_is_found_out(phase, monkeypatch):
+    for name in ("reparameterize", "gaussian_nll", "fused_elbo"):
+        monkeypatch.setattr(vae_fast, name, _one_percent_more(getattr(vae_fast, name)))
+    case, _, check, _ = bench_passes.PASSES[phase](SIZE, "fp32", "cpu")
+    case.reset()
+    with pytest.raises(cases.Wrong):
+        check()
 
 
 def test_a_wrong_result_is_not_timed():
@@ -177,6 +211,19 @@ def test_comparing_forgives_a_slower_machine_and_noise(tmp_path, monkeypatch, ca
     for after in (changed(1.5), changed(1.04, "vae_fast")):
         code, printed = compared(tmp_path, TIMES, after, monkeypatch, capsys)
         assert (code, printed) == (0, "4 rows, 0 slower\n")
+
+
+def test_the_readme_shows_the_stored_runs():
+    """All that benchmarks/readme.py makes of them."""
+    text = (readme.ROOT / "README.md").read_text()
+    runs = {
+        name: report.RESULTS / name / "run.json" for name in ("nvidia-h200", "nvidia-h200-again")
+    }
+    made = {"gpu": readme.gpu_table(*runs.values())}
+    made["benchmark"] = readme.benchmark_table(report.RESULTS / "amd-epyc-2-threads" / "run.json")
+    made["kept"] = readme.kept_table(report.RESULTS / "amd-epyc-2-threads-kept" / "run.json")
+    for marker, want in made.items():
+        assert f"<!-- {marker} -->\n{want}\n<!-- /{marker} -->" in text
 
 
 # ---- what needs a GPU --------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class _Decoder(torch.autograd.Function):
 
 
 @pytest.fixture
-def launched(fused_triton, monkeypatch):
+def launched(fused_triton, launched_by_python, monkeypatch):
     """A training step; gives how often it launched each kernel, and each of PyTorch's operations.
 
     Waiting for the device is an error while it runs.

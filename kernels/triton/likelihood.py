@@ -733,7 +733,7 @@ def _rescale_plan(
     g_loss_in, g_loss_row = row_stride(g_loss) if by_row else (g_loss, 0)
     itemsize = g_mean.element_size()
     align = alignment(16 // itemsize, size, g_mean_row, g_scale_row)
-    config = likelihood_config(n, size, itemsize, align, where.sms, where.warp)
+    config = likelihood_config(n, size, itemsize, align, where.sms, where.warp, grad=True)
     launch = Launch(
         where,
         config.programs,
