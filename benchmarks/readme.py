@@ -82,8 +82,8 @@ def gpu_table(path: Path, again: Path | None) -> str:
     if again:
         there = again.resolve().parent.relative_to(ROOT)
         text += (
-            f" While its first rows were timed, other processes had a part of the CPU, which small "
-            f"steps wait for. The first row again, without them ([{there}]({there}/README.md)):"
+            " Small steps wait for the host, which was slower in this run than in another: the "
+            f"first row there ([{there}]({there}/README.md)):"
         )
         parts.append(_gpu_losses(load(again)[1]))
     return "\n\n".join([*parts[:3], text, *parts[3:]])

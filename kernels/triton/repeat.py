@@ -30,6 +30,7 @@ INPUT, OUTPUT, KEPT, BETA, NUMBER = range(5)
 _FORMATS = {"i32": "<i4x", "i64": "<q", "fp32": "<f4x", "fp64": "<d"}  # in 8 bytes
 _UNUSUAL = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
 _MODULES = latent, likelihood, kl, importance
+_kernels: dict[int, CompiledKernel] = {}  # by handle, which must not outlive its kernel
 
 
 def learn(op: str, *arguments: object) -> tuple[tuple[Tensor, ...], tuple[Any, ...] | None]:
@@ -91,6 +92,7 @@ def _described(
         return None
     threads = metadata.num_warps * metadata.target.warp_size
     handle, shared = compiled.function, metadata.shared
+    _kernels[handle] = compiled
     return handle, launch.grid[0], threads, shared, name, parameters, tuple(kept)
 
 
