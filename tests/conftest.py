@@ -75,13 +75,13 @@ def launched_by_python():
     if backends._shortcut is None:
         yield
         return
-    backends._shortcut.repeat(None, 0, 0)
+    backends._shortcut.repeat_with(None, 0, 0)
     yield
     if torch.cuda.is_available():
         from vae_fast._triton import repeat
 
         if addresses := repeat.driver():
-            backends._shortcut.repeat(repeat.learn, *addresses)
+            backends._shortcut.repeat_with(repeat.learn, *addresses)
 
 
 @pytest.fixture

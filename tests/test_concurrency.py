@@ -68,7 +68,7 @@ def in_threads(work, count=THREADS):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(240)  # some of them build the kernels
         assert not thread.is_alive(), "a thread hangs"
     if errors:
         raise errors[0]
@@ -140,7 +140,7 @@ def python(script, **environment):
         | environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()

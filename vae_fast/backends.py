@@ -16,6 +16,7 @@ The default for a device is the fastest that runs there. ``VAE_FAST_BACKEND`` in
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -177,9 +178,15 @@ def _load(name: str, device_type: str) -> None:
             _register_triton(device_type.upper())
         _load_shortcut(_build.build_eager())
         if device_type == "cuda" and _shortcut is not None:
-            repeat = importlib.import_module("vae_fast._triton.repeat")
-            if addresses := repeat.driver():
-                _shortcut.repeat(repeat.learn, *addresses)
+            _repeat_launches()
+
+
+@functools.cache
+def _repeat_launches() -> None:
+    """Let the shortcut launch again on a GPU what was launched before."""
+    repeat = importlib.import_module("vae_fast._triton.repeat")
+    if addresses := repeat.driver():
+        _shortcut.repeat_with(repeat.learn, *addresses)
 
 
 def _load_shortcut(path: Path | None) -> None:

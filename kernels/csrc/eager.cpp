@@ -3,15 +3,16 @@
 //
 // Compiled against one torch and one Python, unlike everything else here: autograd has no stable ABI.
 // It holds no kernel, only this shortcut: to the passes of the stable library where they serve the
-// CPU, else to the ops of vae_fast/ops.py, whose launches on a GPU it repeats. Every result is the one that vae_fast/eager.py would give
-// without it. Each function returns None, having done nothing, where the case is not plain; the caller
-// then goes the long way, which knows every case.
+// CPU, else to the ops of vae_fast/ops.py, whose launches on a GPU it repeats. Every result is the one
+// that vae_fast/eager.py would give without it. Each function returns None, having done nothing, where
+// the case is not plain; the caller then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/DistributionsHelper.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -25,6 +26,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
@@ -181,8 +183,8 @@ bool is_for_passes(const variable_list& tensors) {
 struct Op {
   const char* name;
   c10::OperatorHandle handle;
-  bool has_launcher;
-  int64_t beta = -1;  // the number of its argument of that name
+  bool has_launcher;  // a composite op may meet plain tensors, too: those of a gradient made so
+  int64_t beta = -1, first_row = -1;  // the numbers of its arguments of these names
 
   explicit Op(const char* op)
       : name(op),
@@ -193,13 +195,14 @@ struct Op {
     const auto& arguments = handle.schema().arguments();
     for (size_t i = 0; i < arguments.size(); ++i) {
       if (arguments[i].name() == "beta") beta = static_cast<int64_t>(i);
+      if (arguments[i].name() == "first_row") first_row = static_cast<int64_t>(i);
     }
   }
 };
 
 // What kernels/triton/repeat.py learned of a launch.
 struct Launch {
-  enum Kind : int64_t { input, output, kept, beta, number };
+  enum Kind : int64_t { input, output, kept, real, integer, number };  // in the order of repeat.py
   struct Output {
     at::DimVector sizes, strides;
     at::ScalarType type;
@@ -212,8 +215,13 @@ struct Launch {
   std::vector<Output> outputs;
 };
 
-// All that a launch follows from: of tensors all but addresses and values, of other arguments
-// everything but β.
+// What follows a kernel's own parameters are Triton's, of which these kernels use none.
+constexpr size_t kMostParameters = 64, kTritons = 4;
+constexpr size_t kMostLaunches = 4096;  // then it starts anew
+constexpr int kNoContext = 201;         // CUDA_ERROR_INVALID_CONTEXT
+
+// All that a launch follows from: of tensors all but values, and of an address whether it is a multiple
+// of 16; every other argument but β; of first_row whether it needs 64 bits.
 using Key = std::vector<int64_t>;
 struct Hash {
   size_t operator()(const Key& key) const {
@@ -222,31 +230,40 @@ struct Hash {
     return hash ^ hash >> 32;
   }
 };
+using Launches = std::unordered_map<Key, std::shared_ptr<const Launch>, Hash>;
 
-constexpr size_t kMostLaunches = 4096;  // then it starts anew
-constexpr int kNoContext = 201;         // CUDA_ERROR_INVALID_CONTEXT
-PyObject* learn = nullptr;              // kernels/triton/repeat.py; null: no launch is repeated
-int (*launch_kernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                     void*, void**, void**) = nullptr;  // cuLaunchKernel
-int (*current_stream)(int32_t, void**) = nullptr;
-std::mutex launches_mutex;
-// Never freed: at exit, tensors would outlive the GPU's allocator.
-auto& launches = *new std::unordered_map<Key, std::shared_ptr<const Launch>, Hash>;
+// Who launches, and what it launched. Never freed: a thread may still use it, and at exit tensors would
+// outlive the GPU's allocator.
+struct Driver {
+  PyObject* learn;  // of kernels/triton/repeat.py
+  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
+                void**, void**);  // cuLaunchKernel
+  int (*stream)(int32_t, void**);  // gives the current one
+  std::mutex mutex;
+  Launches launches;
+};
+std::atomic<Driver*> driver{nullptr};  // null: no launch is repeated
 
-Key key_of(const Op& op, const torch::jit::Stack& stack, int64_t device) {
-  Key key{reinterpret_cast<int64_t>(&op), device};
+Key key_of(const Op& op, const torch::jit::Stack& stack, at::Device device) {
+  Key key;
   key.reserve(128);
-  for (size_t i = 0; i < stack.size(); ++i) {
+  key.insert(key.end(), {reinterpret_cast<intptr_t>(&op), static_cast<int64_t>(device.type()),
+                         device.index()});
+  for (int64_t i = 0; i < static_cast<int64_t>(stack.size()); ++i) {
     const at::IValue& value = stack[i];
     if (value.isTensor()) {
       const Tensor& t = value.toTensor();
       key.insert(key.end(), {static_cast<int64_t>(t.scalar_type()), t.dim(),
-                             reinterpret_cast<intptr_t>(t.const_data_ptr()) % 16});
+                             reinterpret_cast<intptr_t>(t.data_ptr()) % 16 == 0});
       key.insert(key.end(), t.sizes().begin(), t.sizes().end());
       key.insert(key.end(), t.strides().begin(), t.strides().end());
+    } else if (i == op.beta) {
+      continue;
+    } else if (i == op.first_row) {
+      key.push_back(value.toInt() != static_cast<int32_t>(value.toInt()));
     } else if (value.isDouble()) {
       int64_t bits = 0;
-      const double number = static_cast<int64_t>(i) == op.beta ? 0.0 : value.toDouble();
+      const double number = value.toDouble();
       std::memcpy(&bits, &number, sizeof bits);
       key.push_back(bits);
     } else {
@@ -264,79 +281,90 @@ py::object python(const at::IValue& value) {
   return py::none();
 }
 
+// A launch as repeat.py describes it, whose results these were.
+Launch described(const py::tuple& facts, const torch::jit::Stack& results) {
+  Launch launch;
+  launch.grid = facts[1].cast<unsigned>();
+  launch.threads = facts[2].cast<unsigned>();
+  launch.shared = facts[3].cast<unsigned>();
+  launch.range = facts[4].cast<std::string>();
+  for (const py::handle parameter : facts[5]) {
+    const auto [kind, number] = parameter.cast<std::pair<int64_t, int64_t>>();
+    launch.parameters.emplace_back(static_cast<Launch::Kind>(kind), number);
+  }
+  if (launch.parameters.size() + kTritons > kMostParameters) return {};
+  for (const py::handle t : facts[6]) launch.kept_tensors.push_back(THPVariable_Unpack(t.ptr()));
+  for (const at::IValue& result : results) {
+    const Tensor& t = result.toTensor();
+    launch.outputs.push_back(
+        {at::DimVector(t.sizes()), at::DimVector(t.strides()), t.scalar_type()});
+  }
+  launch.kernel = reinterpret_cast<void*>(facts[0].cast<uintptr_t>());
+  return launch;
+}
+
 // Runs the op's launcher, and keeps what it launched.
-torch::jit::Stack learned(const Op& op, const torch::jit::Stack& stack, Key&& key) {
+torch::jit::Stack learn_launch(Driver& driver, const Op& op, const torch::jit::Stack& stack,
+                               Key&& key) {
   const py::gil_scoped_acquire gil;
   py::tuple arguments(stack.size() + 1);
   arguments[0] = op.name;
   for (size_t i = 0; i < stack.size(); ++i) arguments[i + 1] = python(stack[i]);
-  const auto answer = py::reinterpret_borrow<py::object>(learn)(*arguments).cast<py::tuple>();
+  const auto answer =
+      py::reinterpret_borrow<py::object>(driver.learn)(*arguments).cast<py::tuple>();
   torch::jit::Stack results;
   for (const py::handle result : answer[0].cast<py::tuple>()) {
     results.emplace_back(THPVariable_Unpack(result.ptr()));
   }
-  auto launch = std::make_shared<Launch>();
-  if (!answer[1].is_none()) {
-    const auto facts = answer[1].cast<py::tuple>();
-    launch->kernel = reinterpret_cast<void*>(facts[0].cast<uintptr_t>());
-    launch->grid = facts[1].cast<unsigned>();
-    launch->threads = facts[2].cast<unsigned>();
-    launch->shared = facts[3].cast<unsigned>();
-    launch->range = facts[4].cast<std::string>();
-    for (const py::handle parameter : facts[5]) {
-      const auto [kind, number] = parameter.cast<std::pair<int64_t, int64_t>>();
-      launch->parameters.emplace_back(static_cast<Launch::Kind>(kind), number);
-    }
-    for (const py::handle t : facts[6]) launch->kept_tensors.push_back(THPVariable_Unpack(t.ptr()));
-    for (const at::IValue& result : results) {
-      const Tensor& t = result.toTensor();
-      launch->outputs.push_back(
-          {at::DimVector(t.sizes()), at::DimVector(t.strides()), t.scalar_type()});
-    }
-  }
-  const std::lock_guard<std::mutex> lock(launches_mutex);
-  if (launches.size() >= kMostLaunches) launches.clear();
-  launches.insert_or_assign(std::move(key), std::move(launch));
+  const bool now = answer[1].ptr() != Py_False;
+  if (!now) return results;
+  auto launch = std::make_shared<const Launch>(
+      answer[1].is_none() ? Launch() : described(answer[1].cast<py::tuple>(), results));
+  Launches old;  // freed after the lock
+  const std::lock_guard<std::mutex> lock(driver.mutex);
+  if (driver.launches.size() >= kMostLaunches) old.swap(driver.launches);
+  driver.launches.emplace(std::move(key), std::move(launch));
   return results;
 }
 
-// The op's results; false where this thread has no context yet, which only torch and Triton make.
-bool repeat(const Launch& launch, const Op& op, const torch::jit::Stack& stack, at::Device device,
-            torch::jit::Stack& results) {
-  c10::Allocator* const allocator = c10::GetAllocator(device.type());
+// The op's results; false where the thread has no context of the GPU yet. Triton gives it one.
+bool repeat(const Driver& driver, const Launch& launch, const Op& op,
+            const torch::jit::Stack& stack, at::Device device, torch::jit::Stack& results) {
+  // A GPU's allocator may be the user's.
+  c10::Allocator* const allocator = device.is_cpu()
+                                        ? c10::GetAllocator(at::kCPU)
+                                        : at::detail::getCUDAHooks().getCUDADeviceAllocator();
   const c10::DispatchKeySet keys(device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
   for (const Launch::Output& o : launch.outputs) {
     results.emplace_back(at::Tensor(
         at::detail::empty_strided_generic(o.sizes, o.strides, allocator, keys, o.type)));
   }
-  // What follows a kernel's own parameters are Triton's, of which these kernels use none.
-  constexpr size_t kMost = 64, kTritons = 4;
-  std::array<int64_t, kMost> values{};
-  std::array<void*, kMost> parameters;
+  std::array<int64_t, kMostParameters> values{};
+  std::array<void*, kMostParameters> parameters;
   const size_t count = launch.parameters.size();
-  TORCH_INTERNAL_ASSERT(count + kTritons <= kMost);
+  const auto address = [](const Tensor& t) { return reinterpret_cast<intptr_t>(t.data_ptr()); };
   for (size_t i = 0; i < count; ++i) {
     const auto& [kind, number] = launch.parameters[i];
-    const auto address = [](const Tensor& t) { return reinterpret_cast<intptr_t>(t.data_ptr()); };
     switch (kind) {
       case Launch::input: values[i] = address(stack[number].toTensor()); break;
       case Launch::output: values[i] = address(results[number].toTensor()); break;
       case Launch::kept: values[i] = address(launch.kept_tensors[number]); break;
+      case Launch::integer: values[i] = stack[number].toInt(); break;
       case Launch::number: values[i] = number; break;
-      case Launch::beta:
-        const double beta = stack[op.beta].toDouble();
-        std::memcpy(&values[i], &beta, sizeof beta);
+      case Launch::real:
+        const double value = stack[number].toDouble();
+        std::memcpy(&values[i], &value, sizeof value);
     }
   }
   for (size_t i = 0; i < count + kTritons; ++i) parameters[i] = &values[i];
-  const auto* const nvtx =
-      launch.range.empty() ? nullptr : torch::profiler::impl::cudaStubs();
+  const auto* const nvtx = launch.range.empty() ? nullptr : torch::profiler::impl::cudaStubs();
   if (nvtx != nullptr) nvtx->rangePush(launch.range.c_str());
-  const int error = launch_kernel(launch.kernel, launch.grid, 1, 1, launch.threads, 1, 1,
+  const int error = driver.launch(launch.kernel, launch.grid, 1, 1, launch.threads, 1, 1,
                                   launch.shared, /*stream=*/nullptr, parameters.data(), nullptr);
   if (nvtx != nullptr) nvtx->rangePop();
   if (error == kNoContext) return false;
-  TORCH_CHECK(error == 0, "vae_fast: ", op.name, ": cuLaunchKernel failed with CUDA error ", error);
+  TORCH_CHECK(error == 0, "vae_fast: ", op.name, ": cuLaunchKernel failed with CUDA error ", error,
+              ", perhaps of an earlier kernel");
   return true;
 }
 
@@ -344,8 +372,9 @@ bool repeat(const Launch& launch, const Op& op, const torch::jit::Stack& stack, 
 // stream, whose scratch memory launches share, what it launched before is launched again.
 torch::jit::Stack call(const Op& op, torch::jit::Stack stack) {
   const at::AutoDispatchBelowAutograd below;
+  Driver* const now = op.has_launcher && unwatched() ? driver.load() : nullptr;
   const Tensor* first = nullptr;
-  bool plain = learn != nullptr && op.has_launcher && unwatched();
+  bool plain = now != nullptr;
   for (const at::IValue& value : stack) {
     if (!plain || !value.isTensor()) continue;
     const Tensor& t = value.toTensor();
@@ -354,20 +383,21 @@ torch::jit::Stack call(const Op& op, torch::jit::Stack stack) {
   }
   if (plain && first != nullptr) {
     const at::Device device = first->device();
-    const int32_t index = device.has_index() ? device.index() : 0;
     void* stream = nullptr;
-    if (current_stream(index, &stream) == 0 && stream == nullptr) {
+    if (now->stream(device.has_index() ? device.index() : 0, &stream) == 0 && stream == nullptr) {
       const c10::DeviceGuard guard(device);
-      Key key = key_of(op, stack, index);
+      Key key = key_of(op, stack, device);
       std::shared_ptr<const Launch> known;
       {
-        const std::lock_guard<std::mutex> lock(launches_mutex);
-        const auto found = launches.find(key);
-        if (found != launches.end()) known = found->second;
+        const std::lock_guard<std::mutex> lock(now->mutex);
+        const auto found = now->launches.find(key);
+        if (found != now->launches.end()) known = found->second;
       }
-      if (known == nullptr) return learned(op, stack, std::move(key));
+      if (known == nullptr) return learn_launch(*now, op, stack, std::move(key));
       torch::jit::Stack results;
-      if (known->kernel != nullptr && repeat(*known, op, stack, device, results)) return results;
+      if (known->kernel != nullptr && repeat(*now, *known, op, stack, device, results)) {
+        return results;
+      }
     }
   }
   op.handle.callBoxed(stack);
@@ -1029,24 +1059,28 @@ PyObject* serve(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// repeat(learn, launch, stream): kernels/triton/repeat.py's learn, and the addresses of its driver().
-// repeat(None, 0, 0): no launch is repeated.
-PyObject* repeat_launches(PyObject*, PyObject* arguments) {
-  PyObject* function = nullptr;
+// repeat_with(learn, launch, stream): kernels/triton/repeat.py's learn, and the addresses of its
+// driver(). repeat_with(None, 0, 0): no launch is repeated.
+PyObject* repeat_with(PyObject*, PyObject* arguments) {
+  PyObject* learn = nullptr;
   unsigned long long launch = 0, stream = 0;
-  if (!PyArg_ParseTuple(arguments, "OKK", &function, &launch, &stream)) return nullptr;
-  const std::lock_guard<std::mutex> lock(launches_mutex);
-  launches.clear();
-  launch_kernel = reinterpret_cast<decltype(launch_kernel)>(static_cast<uintptr_t>(launch));
-  current_stream = reinterpret_cast<decltype(current_stream)>(static_cast<uintptr_t>(stream));
-  Py_INCREF(function);
-  learn = function == Py_None ? nullptr : function;
+  if (!PyArg_ParseTuple(arguments, "OKK", &learn, &launch, &stream)) return nullptr;
+  if (learn == Py_None) {
+    driver = nullptr;
+    Py_RETURN_NONE;
+  }
+  Py_INCREF(learn);
+  auto* const made = new Driver;
+  made->learn = learn;
+  made->launch = reinterpret_cast<decltype(made->launch)>(static_cast<uintptr_t>(launch));
+  made->stream = reinterpret_cast<decltype(made->stream)>(static_cast<uintptr_t>(stream));
+  driver = made;
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, nullptr},
-    {"repeat", repeat_launches, METH_VARARGS, nullptr},
+    {"repeat_with", repeat_with, METH_VARARGS, nullptr},
     {"serve", serve, METH_VARARGS, nullptr},
     {"latent", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(latent)), METH_FASTCALL,
      nullptr},

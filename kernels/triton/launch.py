@@ -271,9 +271,9 @@ def scratch(t: Tensor, dtype: torch.dtype, partials: int) -> tuple[Tensor, Tenso
     return pair
 
 
-def is_shared(t: Tensor) -> bool:
+def is_shared_scratch(t: Tensor) -> bool:
     """Whether ``t`` is scratch memory that all launches on the default stream share."""
-    return any(t is s for pair in _scratch.values() for s in pair)
+    return any(t is s for pair in tuple(_scratch.values()) for s in pair)
 
 
 # ---- strides -------------------------------------------------------------------------------------
