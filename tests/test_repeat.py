@@ -249,6 +249,9 @@ def test_a_repeated_launch_gives_the_same_bits(options, gpu, key):
 def test_on_a_gpu(options, key, monkeypatch):
     from vae_fast._triton import launch, repeat
 
+    vae_fast.reparameterize(*torch.zeros(2, 1, 1, device="cuda"))
+    if backends._shortcut is None or repeat.driver() is None:
+        pytest.skip("launches come from Python")
     by_python, plain = [], launch.Launch.__call__
 
     def count(this, *args):
@@ -256,15 +259,13 @@ def test_on_a_gpu(options, key, monkeypatch):
         return plain(this, *args)
 
     monkeypatch.setattr(launch.Launch, "__call__", count)
+    backends._shortcut.repeat_with(repeat.learn, *repeat.driver())  # which knows no launch yet
     counts = [0]
     for seed in range(3):
         results = step(seed, key.cuda(), **options)
         counts.append(len(by_python))
-    if backends._shortcut is None or repeat.driver() is None:
-        pytest.skip("launches come from Python")
     first, second, third = (b - a for a, b in itertools.pairwise(counts))
-    assert second == third <= first - 2
-    assert third == 0 or options
+    assert first - second == first - third == FEWER.get(str(options), 4)
     backends._shortcut.repeat_with(None, 0, 0)
     try:
         for a, b in zip(results, step(seed, key.cuda(), **options), strict=True):
