@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,9 +123,9 @@ class Launch:
     """A kernel's grid, and all its arguments but for tensors and ``values`` that change.
 
     A kernel takes tensors, then ``sizes``, then values, then ``constants``. Triton compiles it for
-    the dtypes of the tensors, which of them there are and whether they begin at a multiple of 16
-    bytes, and for the integers; all but the third is of the plan. So the first compiled kernel for
-    aligned tensors is that of all later ones, which it then takes without another search. (For AMD
+    the dtypes of the tensors, which of them there are and which begin at a multiple of 16 bytes,
+    and for the integers; all but the third is of the plan. So the first compiled kernel for some
+    alignment is that of all later ones, which are then launched without another search. (For AMD
     also whether a storage has more than 2 GiB, which only decides how addresses are written: no
     tensor of the plan reaches further than the first one's storage.)
 
@@ -147,7 +147,8 @@ class Launch:
         self.options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
         if where.backend == "cuda" and registers is not None:
             self.options["maxnreg"] = registers
-        self._run = self._compiled = None
+        # Kernels by the alignment of their tensors, and what launches them.
+        self._known: dict[int, tuple[CompiledKernel, Callable[..., object]]] = {}
 
     def __call__(self, kernel: Any, tensors: Sequence[Tensor | None], *values: float) -> None:
         """Launch ``kernel`` on the current device and stream."""
@@ -155,16 +156,18 @@ class Launch:
         for t in tensors:
             if t is not None:
                 addresses |= t.data_ptr()
+        odd = 0  # a bit for each tensor that begins elsewhere
+        if addresses % 16 != 0:
+            odd = sum(1 << i for i, t in enumerate(tensors) if t is not None and t.data_ptr() % 16)
+        compiled, run = self._known.get(odd, (None, None))
         # What stands for a kernel, as the interpreter does, sees every launch.
-        known = addresses % 16 == 0 and type(kernel) is triton.JITFunction
-        if known and self._run is not None:
-            compiled = self._compiled
-            self._run(*tensors, *self.sizes, *values, *self.constants.values())
+        if run is not None and type(kernel) is triton.JITFunction:
+            run(*tensors, *self.sizes, *values, *self.constants.values())
         else:
             arguments = *tensors, *self.sizes, *values
             compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
-            if known and isinstance(compiled, CompiledKernel):
-                self._compiled, self._run = compiled, compiled[self.grid]
+            if isinstance(compiled, CompiledKernel):
+                self._known[odd] = compiled, compiled[self.grid]
         if _look.launches is not None:
             _look.launches.append(Seen(self, _look.range, compiled, tensors, values))
 
