@@ -8,10 +8,10 @@ A pass that waits for nothing but memory takes as long as the copy does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+from bench_loss import Row
 from cases import BOTH, FORWARD, Latent, Likelihood, Size, close
 from measure import Clock, Copy, peak_bytes, race
 from saved import OURS
@@ -23,25 +23,10 @@ SIZES = (Size(131072, 1024, 1024), Size(65536, 3072, 3072))  # tensors from 256 
 QUICK_SIZES = SIZES[:1]
 
 
-@dataclass(frozen=True)
-class Row:
-    phase: str
-    dtype: str
-    size: Size
-    implementation: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.implementation}"
-
-    @property
-    def name(self) -> str:
-        return f"passes {self.phase} {self.dtype} {self.size}"
-
-
 def latent_forward(size: Size, dtype: str, device: str):
     case = Latent(size, dtype, device)
     step = case.step(vae_fast.reparameterize, FORWARD)
-    return case, step, partial(case.check, step, FORWARD), 3 * case.mu.nbytes
+    return case, step, partial(case.check, step, FORWARD), case.bytes_moved(FORWARD)
 
 
 def latent_backward(size: Size, dtype: str, device: str):
@@ -53,7 +38,8 @@ def latent_backward(size: Size, dtype: str, device: str):
     def step():
         return *results, torch.autograd.grad(results, inputs, upstream, retain_graph=True)
 
-    return case, step, partial(case.check, step, BOTH), 5 * case.mu.nbytes
+    moved = case.bytes_moved(BOTH) - case.bytes_moved(FORWARD)
+    return case, step, partial(case.check, step, BOTH), moved
 
 
 def likelihood_forward(size: Size, dtype: str, device: str):
@@ -111,7 +97,7 @@ def rows(quick: bool, device: str) -> list[Row]:
     if device == "cpu":
         return []
     return [
-        Row(phase, dtype, size, implementation)
+        Row("passes", phase, dtype, size, implementation)
         for phase in PASSES
         for size in (QUICK_SIZES if quick else SIZES)
         for dtype in ("fp32", "bf16")

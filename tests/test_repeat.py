@@ -259,7 +259,7 @@ def test_on_a_gpu(options, key, monkeypatch):
         return plain(this, *args)
 
     monkeypatch.setattr(launch.Launch, "__call__", count)
-    backends._shortcut.repeat_with(repeat.learn, *repeat.driver())  # which knows no launch yet
+    backends._repeat_launches.__wrapped__()  # no launch is known yet
     counts = [0]
     for seed in range(3):
         results = step(seed, key.cuda(), **options)
@@ -271,7 +271,7 @@ def test_on_a_gpu(options, key, monkeypatch):
         for a, b in zip(results, step(seed, key.cuda(), **options), strict=True):
             assert torch.equal(a, b)
     finally:
-        backends._shortcut.repeat_with(repeat.learn, *repeat.driver())
+        backends._repeat_launches.__wrapped__()
 
 
 def test_whatever_a_launch_follows_from_makes_it_another(gpu, key):
@@ -330,7 +330,7 @@ def test_a_step_is_launched_without_python(options, gpu, key, monkeypatch):
     assert len(gpu.repeated) == 4
 
 
-@pytest.mark.parametrize("what", ["before", "after", "argument"])
+@pytest.mark.parametrize("what", ["argument", "in place", "another result"])
 def test_what_pytorch_does_beside_the_launch_is_not_skipped(what, gpu, key, monkeypatch):
     from vae_fast._triton import repeat
 
@@ -342,9 +342,9 @@ def test_what_pytorch_does_beside_the_launch_is_not_skipped(what, gpu, key, monk
         if what == "argument":
             mu.add_(1)
         z, *rows = plain(mu, scale, *options)
-        if what == "after":
+        if what == "in place":
             z.mul_(2)
-        if what == "before":
+        if what == "another result":
             z = z + 0
         return z, *rows
 

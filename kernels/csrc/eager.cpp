@@ -404,33 +404,19 @@ torch::jit::Stack call(const Op& op, torch::jit::Stack stack) {
   return stack;
 }
 
-const Op& latent_backward_op() {
-  static const Op op("latent_backward");
-  return op;
-}
-const Op& latent_forward_op() {
-  static const Op op("latent_forward");
-  return op;
-}
-const Op& likelihood_backward_op() {
-  static const Op op("likelihood_backward");
-  return op;
-}
-const Op& likelihood_forward_op() {
-  static const Op op("likelihood_forward");
-  return op;
-}
-const Op& likelihood_forward_grad__op() {
-  static const Op op("likelihood_forward_grad_");
-  return op;
-}
-const Op& likelihood_rescale_op() {
-  static const Op op("likelihood_rescale");
-  return op;
-}
-const Op& likelihood_rescale__op() {
-  static const Op op("likelihood_rescale_");
-  return op;
+// Found at the first call: they are registered by then.
+struct Ops {
+  Op latent_forward{"latent_forward"};
+  Op latent_backward{"latent_backward"};
+  Op likelihood_forward{"likelihood_forward"};
+  Op likelihood_backward{"likelihood_backward"};
+  Op likelihood_forward_grad_{"likelihood_forward_grad_"};
+  Op likelihood_rescale_{"likelihood_rescale_"};
+  Op likelihood_rescale{"likelihood_rescale"};
+};
+const Ops& ops() {
+  static const Ops ops;
+  return ops;
 }
 
 variable_list tensors(const torch::jit::Stack& stack) {
@@ -564,7 +550,7 @@ struct Latent {
   static variable_list run(const Tensor& mu, const Tensor& scale, const Tensor& key,
                            const LatentOptions& options) {
     if (!passes_serve(mu)) {
-      return tensors(call(latent_forward_op(),
+      return tensors(call(ops().latent_forward,
                           {mu, scale, key, options.num_samples, options.first_row, options.param,
                            options.lo, options.hi, options.soft != 0, options.path != 0}));
     }
@@ -590,7 +576,7 @@ struct Latent {
         !passes->is_straight(view(scale), 1) ||
         (g[0].defined() && !passes->is_straight(view(g[0]), sampled ? 2 : 1))) {
       const torch::jit::Stack results =
-          call(latent_backward_op(),
+          call(ops().latent_backward,
                {optional(g[0]), optional(g[1]), optional(g[2]), mu, scale, key, o.num_samples,
                 o.first_row, o.param, o.lo, o.hi, o.soft != 0, o.path != 0});
       return {results[0].toTensor(), results[1].toTensor()};
@@ -722,7 +708,7 @@ struct Likelihood {
     const auto& [x, mean, scale, mask] = data;
     if (!passes_serve(mean)) {
       const variable_list results =
-          tensors(call(likelihood_forward_op(), stack_of(data, terms, state)));
+          tensors(call(ops().likelihood_forward, stack_of(data, terms, state)));
       return {in_rows(state, results[0]), results[1]};
     }
     const Tensor nll = rows_like(state, mean), loss = loss_like(state, nll);
@@ -738,7 +724,7 @@ struct Likelihood {
     const Density& model = state.model;
     if (!is_for_passes(g) || !is_for_passes(saved)) {
       torch::jit::Stack results =
-          call(likelihood_backward_op(),
+          call(ops().likelihood_backward,
                {optional(flat(g[0])), optional(g[1]), x, mean, optional(scale), optional(mask),
                 state.beta, static_cast<int64_t>(state.reduction), model.likelihood, model.param,
                 model.lo, model.hi, model.soft != 0, model.df, model.x_mul, model.x_add,
@@ -801,7 +787,7 @@ struct Elbo {
       stack.emplace_back(targets.g_mean);
       stack.push_back(optional(targets.g_scale));
       const variable_list results =
-          tensors(call(likelihood_forward_grad__op(), std::move(stack)));
+          tensors(call(ops().likelihood_forward_grad_, std::move(stack)));
       nll = in_rows(state, results[0]), loss = results[1];
       if (targets.shared) g_shared = results[2];
     }
@@ -819,7 +805,7 @@ struct Elbo {
     const int64_t batch = state.batch, samples = g_mean.size(0) / std::max<int64_t>(batch, 1);
     if (!is_plain(g) || !is_plain(saved)) {
       const torch::jit::Stack results =
-          call(likelihood_rescale_op(),
+          call(ops().likelihood_rescale,
                {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])), optional(g[1]),
                 state.beta, static_cast<int64_t>(state.reduction), samples, batch});
       const at::IValue& scale = results[g_shared.defined() ? 4 : 1];
@@ -833,7 +819,7 @@ struct Elbo {
     }
     if (!passes_serve(g_mean)) {
       const variable_list rows =
-          tensors(call(likelihood_rescale__op(),
+          tensors(call(ops().likelihood_rescale_,
                        {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])),
                         optional(g[1]), state.beta, static_cast<int64_t>(state.reduction), samples,
                         batch}));

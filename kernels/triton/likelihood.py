@@ -474,6 +474,7 @@ class _LikelihoodPlan(Plan):
 def sums_and_most(forward: bool, kind: int, reduction: int) -> tuple[bool, int | None]:
     """``sums`` and ``most`` of ``likelihood_config``: of a pass, a scale and a reduction."""
     scalar = kind == SCALAR.value
+    # A loop over rows costs some 3 % on an H200; tens of thousands of parts to sum cost more.
     parts = reduction in (MEAN, SUM) if forward else scalar
     return forward or scalar or kind == ROW.value, 128 if parts else None
 
