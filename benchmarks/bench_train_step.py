@@ -19,7 +19,7 @@ import torch
 from cases import close
 from measure import Clock, has_graph, peak_bytes, race, saved_bytes
 from peers import MODES, eager_latent, eager_likelihood
-from saved import COMPILED, INPLACE, OURS
+from saved import COMPILED, GRAPHS, INPLACE, OURS
 
 from vae_fast import VAE
 from vae_fast.cli.profile import PRODUCTS
@@ -76,17 +76,19 @@ def ours(vae: VAE) -> Callable:
     return lambda x: vae(x).loss
 
 
+def compiled(make: Callable, mode: str | None = None) -> Callable:
+    return lambda vae: torch.compile(make(vae), mode=mode, **WHOLE)
+
+
 def implementations() -> dict[str, tuple[dict, Callable]]:
     """Options of the VAE, and what makes the loss of it."""
     return {
         "eager": ({}, plain),
-        **{
-            name: ({}, lambda vae, mode=mode: torch.compile(plain(vae), mode=mode, **WHOLE))
-            for name, mode in MODES.items()
-        },
+        **{name: ({}, compiled(plain, mode)) for name, mode in MODES.items()},
         OURS: ({}, ours),
         INPLACE: ({"inplace": True}, ours),
-        COMPILED: ({}, lambda vae: torch.compile(ours(vae), **WHOLE)),
+        COMPILED: ({}, compiled(ours)),
+        **({GRAPHS: ({}, compiled(ours, "reduce-overhead"))} if torch.cuda.is_available() else {}),
     }
 
 

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks.report import duration, name, table, times
-from benchmarks.saved import COMPILED, INPLACE, OURS, Group, load
+from benchmarks.saved import COMPILED, GRAPHS, INPLACE, OURS, Group, load
 
 COMPILE = "torch.compile"
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,14 +113,16 @@ def _gpu_passes(groups: list[Group]) -> str:
 
 
 def _gpu_steps(groups: list[Group]) -> str:
-    names = ("eager", COMPILE, f"{COMPILE} CUDA graphs", OURS, COMPILED)
+    groups = [g for g in groups if g.of == "train_step"]
+    names = ("eager", COMPILE, f"{COMPILE} CUDA graphs", OURS, COMPILED, GRAPHS)
+    names = [n for n in names if all(n in g.rows for g in groups)]
 
     def line(group: Group) -> list[str]:
         medians = (group.rows[n]["median"] for n in names)
         return [f"{group.dtype} {group.size}", *map(duration, medians)]
 
     header = ("training step", *names)
-    return table(header, map(line, (g for g in groups if g.of == "train_step")))
+    return table(header, map(line, groups))
 
 
 def training_table(runs: dict[str, Path]) -> str:

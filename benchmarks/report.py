@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.saved import COMPILED, INPLACE, OURS, Group, is_ours, load, shrink
+from benchmarks.saved import COMPILED, GRAPHS, INPLACE, OURS, Group, is_ours, load, shrink
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
@@ -52,7 +52,8 @@ def summary(groups: list[Group]) -> str:
     """A line for each row: ours against the best peer."""
     step = groups[0].of == "train_step"
     last = "outside products" if step else "of copy"
-    variants = (OURS, INPLACE, COMPILED) if step else (OURS, INPLACE)
+    variants = (OURS, INPLACE, COMPILED, GRAPHS) if step else (OURS, INPLACE)
+    variants = [name for name in variants if any(name in g.rows for g in groups)]
 
     def line(group: Group) -> Iterable[str]:
         yield from ([] if step else [group.phase])

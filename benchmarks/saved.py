@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "vae_fast"
-INPLACE, COMPILED = f"{OURS} inplace", f"{OURS} compiled"
+INPLACE, COMPILED, GRAPHS = f"{OURS} inplace", f"{OURS} compiled", f"{OURS} CUDA graphs"
 
 
 def is_ours(implementation: str) -> bool:

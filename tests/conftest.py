@@ -75,7 +75,7 @@ def launched_by_python():
     if backends._shortcut is None:
         yield
         return
-    backends._shortcut.repeat_with(None, 0, 0)
+    backends._shortcut.repeat()
     yield
     if torch.cuda.is_available():
         backends._repeat_launches.__wrapped__()

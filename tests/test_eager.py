@@ -512,7 +512,7 @@ def test_without_it_everything_works(monkeypatch, tmp_path, key):
 def test_one_that_cannot_be_loaded_is_done_without(tmp_path, caplog):
     broken = tmp_path / "vae_fast_eager.so"
     broken.write_text("not a library")
-    assert _build.load_eager(broken, torch.empty_like, 1) is None
+    assert _build.load_eager(broken, torch.empty_like, 1, {}) is None
     assert "stay in Python" in caplog.text
 
 

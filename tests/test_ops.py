@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vae_fast
-from vae_fast import backends, eager, ops
+from vae_fast import backends, buffers, eager, ops
 
 UNCLAMPED = (-math.inf, math.inf)
 
@@ -194,6 +194,58 @@ def test_opcheck(index, fused):
     op, args = samples(fused)[index]
     # AOT dispatch traces with dynamic shapes and compares with eager, gradients included.
     torch.library.opcheck(op, args)
+
+
+@pytest.fixture
+def connect():
+    """Connects eager.cpp with other Autograd kernels of the ops than their own, or with none."""
+    backends.backend_for("cpu")
+    if backends._shortcut is None:
+        pytest.skip("no C++ compiler, or no Python headers")
+
+    def connected(autograd):
+        backends._shortcut.connect(buffers.empty_like, buffers.SMALLEST, autograd)
+        for name in ops.AUTOGRAD:  # modes remember which keys have kernels
+            getattr(torch.ops.vae_fast, name).default._dispatch_cache.clear()
+
+    yield connected
+    connected(ops.AUTOGRAD)
+
+
+@pytest.mark.parametrize("index", range(25))
+def test_opcheck_without_eager_cpp(index, connect):
+    connect({})
+    torch.library.opcheck(*samples("cpu")[index])
+
+
+def test_python_is_called_where_there_is_a_derivative_to_record(connect):
+    called = []
+
+    def spied(name, kernel):
+        def spy(*args):
+            called.append(name)
+            return kernel(*args)
+
+        return spy
+
+    connect({name: spied(name, kernel) for name, kernel in ops.AUTOGRAD.items()})
+    for op, args in samples("cpu"):
+        name = op.name().removeprefix("vae_fast::")
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        wanted = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        if name not in ops.AUTOGRAD:
+            continue
+        before = op(*args)
+        assert not called
+        wanted[0].requires_grad_()
+        with torch.no_grad():
+            op(*args)
+        assert not called
+        after = op(*args)
+        assert called == [name]
+        called.clear()
+        for a, b in zip(*([r] if isinstance(r, torch.Tensor) else r for r in (before, after))):
+            assert torch.equal(a, b)
 
 
 def test_every_op_is_opchecked():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_fast
 from vae_fast import backends, eager
@@ -105,9 +106,10 @@ class GPU:
             self.described.append(facts)
             return facts
 
-        def learn(op, *arguments):
-            results, facts = repeat.learn(op, *arguments)
-            self.learned.append(op)
+        def learn(op, wanted, *arguments):
+            results, facts = repeat.learn(op, wanted, *arguments)
+            if wanted:
+                self.learned.append(op)
             return results, facts
 
         def run(handle, grid, y, z, threads, *rest):
@@ -137,7 +139,14 @@ class GPU:
         self.functions = LAUNCH(run), STREAM(stream)  # alive as long as this
         self.addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in self.functions]
         self.learn = learn
-        backends._shortcut.repeat_with(learn, *self.addresses)
+        self.repeat()
+
+    def repeat(self):
+        """Nothing is known yet."""
+        from vae_fast import _triton
+
+        with backends._overriding():
+            backends._shortcut.repeat("CPU", _triton.__all__, self.learn, *self.addresses)
 
 
 @pytest.fixture
@@ -148,7 +157,7 @@ def gpu(fused_triton, monkeypatch):
     if eager.shortcut() is None:
         pytest.skip("no C++ compiler, or no Python headers")
     yield GPU(monkeypatch)
-    backends._shortcut.repeat_with(None, 0, 0)
+    backends._shortcut.repeat()
 
 
 @pytest.fixture
@@ -218,12 +227,12 @@ OPTIONS = [
 ]
 
 
-#: Of the four launches of a step, those that are repeated, where not all are.
-FEWER = {
-    "{'scale': 'event'}": 3,  # whose sums PyTorch ends
-    "{'levels': True, 'dequantize': True}": 2,  # eager.cpp leaves the likelihood to Python
+#: How many launches of a step are repeated, where it is not four: two passes, there and back.
+REPEATED = {
+    "{'scale': 'event'}": 3,  # PyTorch ends the sums of one
     "{'num_samples': 3, 'reduction': 'none'}": 3,  # the samples' mean is PyTorch's
-    "{'kl': 'analytic'}": 3,  # there is no gradient of log q
+    "{'num_samples': 3, 'objective': 'iwae'}": 5,  # and the bound; back, PyTorch does it
+    "{'kl': 'analytic'}": 5,  # and the KL; z has no gradient here
 }
 
 
@@ -236,8 +245,8 @@ def test_a_repeated_launch_gives_the_same_bits(options, gpu, key):
     assert gpu.learned == learned  # the first time only
     launched = sum(bool(facts) for facts in gpu.described)
     assert len(gpu.repeated) == 2 * launched
-    assert launched == FEWER.get(str(options), 4)
-    backends._shortcut.repeat_with(None, 0, 0)
+    assert launched == REPEATED.get(str(options), 4)
+    backends._shortcut.repeat()
     for a, b in zip(results, step(seed, key, **options), strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
@@ -265,13 +274,35 @@ def test_on_a_gpu(options, key, monkeypatch):
         results = step(seed, key.cuda(), **options)
         counts.append(len(by_python))
     first, second, third = (b - a for a, b in itertools.pairwise(counts))
-    assert first - second == first - third == FEWER.get(str(options), 4)
-    backends._shortcut.repeat_with(None, 0, 0)
+    assert first - second == first - third == REPEATED.get(str(options), 4)
+    backends._shortcut.repeat()
     try:
         for a, b in zip(results, step(seed, key.cuda(), **options), strict=True):
             assert torch.equal(a, b)
     finally:
         backends._repeat_launches.__wrapped__()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_compiled(key, monkeypatch):
+    from vae_fast._triton import launch, repeat
+
+    vae, x, key = vae_fast.VAE.mlp(9, 3, (8,)).cuda(), torch.rand(5, 9).cuda(), key.cuda()
+    run = torch.compile(vae, fullgraph=True)
+
+    def gradients(model):
+        vae.zero_grad()
+        model(x, key).loss.backward()
+        return [p.grad for p in vae.parameters()]
+
+    want = gradients(vae)
+    if backends._shortcut is None or repeat.driver() is None:
+        pytest.skip("launches come from Python")
+    gradients(run)
+    monkeypatch.setattr(launch.Launch, "__call__", None)
+    for a, b in zip(gradients(run), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_whatever_a_launch_follows_from_makes_it_another(gpu, key):
@@ -298,7 +329,7 @@ def test_beta_may_change(gpu, key):
     learned = len(gpu.learned)
     results = [step(1, key, beta=beta) for beta in (0.25, 4.0)]
     assert len(gpu.learned) == learned
-    backends._shortcut.repeat_with(None, 0, 0)
+    backends._shortcut.repeat()
     for beta, got in zip((0.25, 4.0), results, strict=True):
         for a, b in zip(got, step(1, key, beta=beta), strict=True):
             assert torch.equal(a, b)
@@ -314,7 +345,7 @@ def test_first_row_may_change(gpu, key):
     wide = (2**31, 2**40 + 1)
     results += [step(1, key, first_row=row) for row in wide]
     assert len(gpu.learned) == learned + 2  # latent forward and backward
-    backends._shortcut.repeat_with(None, 0, 0)
+    backends._shortcut.repeat()
     for row, got in zip((*rows, *wide), results, strict=True):
         for a, b in zip(got, step(1, key, first_row=row), strict=True):
             assert torch.equal(a, b)
@@ -351,10 +382,10 @@ def test_what_pytorch_does_beside_the_launch_is_not_skipped(what, gpu, key, monk
     monkeypatch.setattr(_triton, "latent_forward", more)
     zeros = torch.zeros(2, 3, dtype=torch.float32)
     options = 0, 0, 0, -float("inf"), float("inf"), False, False
-    _, facts = repeat.learn("latent_forward", zeros, zeros.clone(), key, *options)
+    _, facts = repeat.learn("latent_forward", True, zeros, zeros.clone(), key, *options)
     assert facts is None
     monkeypatch.setattr(_triton, "latent_forward", plain)
-    _, facts = repeat.learn("latent_forward", zeros, zeros.clone(), key, *options)
+    _, facts = repeat.learn("latent_forward", True, zeros, zeros.clone(), key, *options)
     assert facts
 
 
@@ -362,7 +393,7 @@ def test_an_unknown_triton_launches_from_python(gpu, key, monkeypatch):
     from vae_fast._triton import repeat
 
     want = step(0, key)
-    backends._shortcut.repeat_with(gpu.learn, *gpu.addresses)
+    gpu.repeat()
     monkeypatch.setattr(repeat, "_described", lambda *_: 1 / 0)
     for _ in range(2):
         for a, b in zip(step(0, key), want, strict=True):
@@ -390,7 +421,7 @@ def test_one_tensor_in_two_places_is_not_learned(gpu, key):
     z = vae_fast.reparameterize(one, two, key=key)
     assert gpu.described[1]
     assert not gpu.repeated
-    backends._shortcut.repeat_with(None, 0, 0)
+    backends._shortcut.repeat()
     assert torch.equal(z[0], vae_fast.reparameterize(one, two, key=key)[0])
 
 
@@ -424,10 +455,65 @@ def test_a_launch_that_fails_raises(gpu, key):
         step(0, key)
 
 
+def test_compiled_steps_are_launched_without_python(gpu, key, monkeypatch):
+    from vae_fast._triton import launch
+
+    vae = vae_fast.VAE.mlp(9, 3, hidden=(8,))
+    compiled, x = torch.compile(vae, fullgraph=True, backend="aot_eager"), torch.rand(5, 9)
+
+    def gradients(model):
+        vae.zero_grad()
+        model(x, key).loss.backward()
+        return [p.grad for p in vae.parameters()]
+
+    want = gradients(vae)
+    gradients(compiled)
+    monkeypatch.setattr(launch.Launch, "__call__", None)
+    gpu.repeated.clear()
+    for a, b in zip(gradients(compiled), want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(gpu.repeated) == 4
+
+
+def test_inference_is_launched_without_python(gpu, key, monkeypatch):
+    from vae_fast._triton import launch
+
+    vae, x = vae_fast.VAE.mlp(9, 3, hidden=(8,)), torch.rand(5, 9)
+    options = 0, 0, 0, -float("inf"), float("inf"), False, False
+
+    def results():
+        ones = torch.ones(5, 3)
+        z, *_ = torch.ops.vae_fast.latent_forward(ones, ones.clone(), key, *options)
+        return vae(x, key).loss, z
+
+    with torch.inference_mode():
+        want = results()
+        monkeypatch.setattr(launch.Launch, "__call__", None)
+        got = results()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert len(gpu.repeated) == 3
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def test_who_watches_sees_the_ops(gpu, key):
-    step(0, key)
+    names = {"vae_fast::latent_forward", "vae_fast::latent_backward"}
+    want = step(0, key)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(0, key)
-    names = {event.key for event in profile.key_averages()}
-    assert {"vae_fast::latent_forward", "vae_fast::latent_backward"} <= names
-    assert not gpu.repeated
+        profiled = step(0, key)
+    assert names <= {event.key for event in profile.key_averages()}
+    with Watch() as watch:
+        watched = step(0, key)
+    assert names <= watch.names
+    for results in (profiled, watched):
+        for a, b in zip(results, want, strict=True):
+            assert torch.equal(a, b)

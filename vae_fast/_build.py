@@ -596,17 +596,20 @@ def build_eager() -> Path | None:
         return None
 
 
-def load_eager(path: Path, empty_like: Callable, smallest: int) -> ModuleType | None:
+def load_eager(
+    path: Path, empty_like: Callable, smallest: int, autograd: dict[str, Callable]
+) -> ModuleType | None:
     """The library that :func:`build_eager` found as a module.
 
-    ``empty_like`` makes the gradients of ``smallest`` bytes or more (:mod:`vae_fast.buffers`).
+    ``empty_like`` makes the gradients of ``smallest`` bytes or more (:mod:`vae_fast.buffers`);
+    ``autograd`` are the ops' own Autograd kernels (:mod:`vae_fast.ops`).
     """
     name = "vae_fast._eager"
     try:
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
-        module.connect(empty_like, smallest)
+        module.connect(empty_like, smallest, autograd)
     except (ImportError, OSError) as error:
         logger.warning("cannot load %s (%s); eager calls stay in Python", path, error)
         return None

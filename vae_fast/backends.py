@@ -31,7 +31,7 @@ from types import ModuleType
 
 import torch
 
-from vae_fast import _build, buffers, eager
+from vae_fast import _build, buffers, eager, ops
 
 __all__ = ["BACKENDS", "report", "use_backend"]
 
@@ -183,17 +183,19 @@ def _load(name: str, device_type: str) -> None:
 
 @functools.cache
 def _repeat_launches() -> None:
-    """Let the shortcut launch again on a GPU what was launched before."""
+    """Let the ops launch again on a GPU, without Python, what was launched before."""
+    launchers = importlib.import_module("vae_fast._triton")
     repeat = importlib.import_module("vae_fast._triton.repeat")
     if addresses := repeat.driver():
-        _shortcut.repeat_with(repeat.learn, *addresses)
+        with _overriding():
+            _shortcut.repeat("CUDA", launchers.__all__, repeat.learn, *addresses)
 
 
 def _load_shortcut(path: Path | None) -> None:
     global _shortcut
     with _lock:
         if _shortcut is None and path is not None:
-            _shortcut = _build.load_eager(path, buffers.empty_like, buffers.SMALLEST)
+            _shortcut = _build.load_eager(path, buffers.empty_like, buffers.SMALLEST, ops.AUTOGRAD)
         _serve()
 
 
@@ -217,12 +219,18 @@ def _register_triton(dispatch_key: str) -> None:
         return
     launchers = importlib.import_module("vae_fast._triton")
     library = torch.library.Library("vae_fast", "IMPL")
-    with warnings.catch_warnings():
-        # On the CPU this overrides the C++ kernels, on purpose and until it is undone.
-        warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+    with _overriding():  # on the CPU the C++ kernels, until it is undone
         for name in launchers.__all__:
             library.impl(name, getattr(launchers, name), dispatch_key, allow_override=True)
     _triton_library[dispatch_key] = library
+
+
+@contextlib.contextmanager
+def _overriding() -> Iterator[None]:
+    """Without PyTorch's warning that an op gets another kernel: it is on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+        yield
 
 
 def _check_name(name: object, argument: str) -> None:

@@ -361,6 +361,12 @@ def _differentiate_importance(ctx, g_bound, _, saved=None):
     return g_nll, g_log_q, g_log_p if ctx.has_log_p else None, None
 
 
+#: The kernels below by op, for eager.cpp, which takes their place where there is nothing to record.
+#: A set of dispatch keys is a number there.
+AUTOGRAD: dict[str, Callable] = {}
+_KeySet = torch._C.DispatchKeySet
+
+
 def _register_autograd(name: str, setup: Callable, differentiate: Callable) -> None:
     """``torch.library.register_autograd``, for the transforms of ``torch.func`` as well.
 
@@ -395,6 +401,7 @@ def _register_autograd(name: str, setup: Callable, differentiate: Callable) -> N
             return op.redispatch(keyset & after, *args)
 
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    AUTOGRAD[name] = lambda keys, *args: autograd(_KeySet.from_raw_repr(keys), *args)
 
 
 def _refuse_tangents(name: str, args: tuple) -> None:

@@ -2,10 +2,11 @@
 // arithmetic.
 //
 // Compiled against one torch and one Python, unlike everything else here: autograd has no stable ABI.
-// It holds no kernel, only this shortcut: to the passes of the stable library where they serve the
-// CPU, else to the ops of vae_fast/ops.py, whose launches on a GPU it repeats. Every result is the one
-// that vae_fast/eager.py would give without it. Each function returns None, having done nothing, where
-// the case is not plain; the caller then goes the long way, which knows every case.
+// It computes nothing. To the ops of vae_fast/ops.py it gives kernels that go on without Python where
+// they can: to repeat what was launched on a GPU before, and past autograd. To eager calls it is a
+// shortcut: to the passes of the stable library where they serve the CPU, else to the ops. Every result
+// is the one that vae_fast/eager.py would give without it. Each function returns None, having done
+// nothing, where the case is not plain; the caller then goes the long way, which knows every case.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -23,12 +24,13 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/profiler/stubs/base.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -90,12 +92,13 @@ bool is_served(const Tensor& t) {
 }
 bool passes_serve(const Tensor& t) { return passes_serve_cpu && t.device().is_cpu(); }
 
-// A tensor on a device that is served whose memory holds its values, or an undefined one.
-bool owns_values(const Tensor& t) {
-  return !t.defined() ||
-         (is_served(t) && t.layout() == at::kStrided && t.has_storage() && !t.is_neg() &&
-          !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch());
+// A tensor whose memory holds its values.
+bool holds_values(const Tensor& t) {
+  return t.defined() && t.layout() == at::kStrided && t.has_storage() && !t.is_neg() &&
+         !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch();
 }
+// Such a tensor on a device that is served, or an undefined one.
+bool owns_values(const Tensor& t) { return !t.defined() || (is_served(t) && holds_values(t)); }
 
 // The tensor of a Python object, if it is such a one; undefined for None, null if neither.
 const Tensor* plain(PyObject* object) {
@@ -177,21 +180,17 @@ bool is_for_passes(const variable_list& tensors) {
          });
 }
 
-// ---- ops -----------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------------
 
 // An op of vae_fast/ops.py.
 struct Op {
-  const char* name;
+  std::string name;
   c10::OperatorHandle handle;
-  bool has_launcher;  // a composite op may meet plain tensors, too: those of a gradient made so
   int64_t beta = -1, first_row = -1;  // the numbers of its arguments of these names
 
-  explicit Op(const char* op)
-      : name(op),
-        handle(c10::Dispatcher::singleton().findSchemaOrThrow(
-            (std::string("vae_fast::") + op).c_str(), "")),
-        has_launcher(
-            !handle.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+  explicit Op(std::string op)
+      : name(std::move(op)),
+        handle(c10::Dispatcher::singleton().findSchemaOrThrow(("vae_fast::" + name).c_str(), "")) {
     const auto& arguments = handle.schema().arguments();
     for (size_t i = 0; i < arguments.size(); ++i) {
       if (arguments[i].name() == "beta") beta = static_cast<int64_t>(i);
@@ -199,6 +198,8 @@ struct Op {
     }
   }
 };
+
+using Arguments = at::ArrayRef<at::IValue>;
 
 // What kernels/triton/repeat.py learned of a launch.
 struct Launch {
@@ -220,7 +221,7 @@ constexpr size_t kMostParameters = 64, kTritons = 4;
 constexpr size_t kMostLaunches = 4096;  // then it starts anew
 constexpr int kNoContext = 201;         // CUDA_ERROR_INVALID_CONTEXT
 
-// All that a launch follows from: of tensors all but values, and of an address whether it is a multiple
+// All that a launch of an op follows from: of tensors all but values, and of an address whether it is a multiple
 // of 16; every other argument but β; of first_row whether it needs 64 bits.
 using Key = std::vector<int64_t>;
 struct Hash {
@@ -232,25 +233,20 @@ struct Hash {
 };
 using Launches = std::unordered_map<Key, std::shared_ptr<const Launch>, Hash>;
 
-// Who launches, and what it launched. Never freed: a thread may still use it, and at exit tensors would
-// outlive the GPU's allocator.
+// Who launches. Never freed: a thread may still use it.
 struct Driver {
   PyObject* learn;  // of kernels/triton/repeat.py
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
                 void**, void**);  // cuLaunchKernel
   int (*stream)(int32_t, void**);  // gives the current one
-  std::mutex mutex;
-  Launches launches;
 };
-std::atomic<Driver*> driver{nullptr};  // null: no launch is repeated
 
-Key key_of(const Op& op, const torch::jit::Stack& stack, at::Device device) {
+Key key_of(const Op& op, Arguments arguments, at::Device device) {
   Key key;
   key.reserve(128);
-  key.insert(key.end(), {reinterpret_cast<intptr_t>(&op), static_cast<int64_t>(device.type()),
-                         device.index()});
-  for (int64_t i = 0; i < static_cast<int64_t>(stack.size()); ++i) {
-    const at::IValue& value = stack[i];
+  key.push_back(device.index());
+  for (int64_t i = 0; i < static_cast<int64_t>(arguments.size()); ++i) {
+    const at::IValue& value = arguments[i];
     if (value.isTensor()) {
       const Tensor& t = value.toTensor();
       key.insert(key.end(), {static_cast<int64_t>(t.scalar_type()), t.dim(),
@@ -278,6 +274,7 @@ py::object python(const at::IValue& value) {
   if (value.isDouble()) return py::float_(value.toDouble());
   if (value.isBool()) return py::bool_(value.toBool());
   if (value.isInt()) return py::int_(value.toInt());
+  if (value.isSymInt()) return py::cast(value.toSymInt());
   return py::none();
 }
 
@@ -303,33 +300,10 @@ Launch described(const py::tuple& facts, const torch::jit::Stack& results) {
   return launch;
 }
 
-// Runs the op's launcher, and keeps what it launched.
-torch::jit::Stack learn_launch(Driver& driver, const Op& op, const torch::jit::Stack& stack,
-                               Key&& key) {
-  const py::gil_scoped_acquire gil;
-  py::tuple arguments(stack.size() + 1);
-  arguments[0] = op.name;
-  for (size_t i = 0; i < stack.size(); ++i) arguments[i + 1] = python(stack[i]);
-  const auto answer =
-      py::reinterpret_borrow<py::object>(driver.learn)(*arguments).cast<py::tuple>();
+// The op's results; none where the thread has no context of the GPU yet. Triton gives it one.
+torch::jit::Stack repeat(const Driver& driver, const Launch& launch, const Op& op,
+                         Arguments arguments, at::Device device) {
   torch::jit::Stack results;
-  for (const py::handle result : answer[0].cast<py::tuple>()) {
-    results.emplace_back(THPVariable_Unpack(result.ptr()));
-  }
-  const bool now = answer[1].ptr() != Py_False;
-  if (!now) return results;
-  auto launch = std::make_shared<const Launch>(
-      answer[1].is_none() ? Launch() : described(answer[1].cast<py::tuple>(), results));
-  Launches old;  // freed after the lock
-  const std::lock_guard<std::mutex> lock(driver.mutex);
-  if (driver.launches.size() >= kMostLaunches) old.swap(driver.launches);
-  driver.launches.emplace(std::move(key), std::move(launch));
-  return results;
-}
-
-// The op's results; false where the thread has no context of the GPU yet. Triton gives it one.
-bool repeat(const Driver& driver, const Launch& launch, const Op& op,
-            const torch::jit::Stack& stack, at::Device device, torch::jit::Stack& results) {
   // A GPU's allocator may be the user's.
   c10::Allocator* const allocator = device.is_cpu()
                                         ? c10::GetAllocator(at::kCPU)
@@ -346,13 +320,13 @@ bool repeat(const Driver& driver, const Launch& launch, const Op& op,
   for (size_t i = 0; i < count; ++i) {
     const auto& [kind, number] = launch.parameters[i];
     switch (kind) {
-      case Launch::input: values[i] = address(stack[number].toTensor()); break;
+      case Launch::input: values[i] = address(arguments[number].toTensor()); break;
       case Launch::output: values[i] = address(results[number].toTensor()); break;
       case Launch::kept: values[i] = address(launch.kept_tensors[number]); break;
-      case Launch::integer: values[i] = stack[number].toInt(); break;
+      case Launch::integer: values[i] = arguments[number].toInt(); break;
       case Launch::number: values[i] = number; break;
       case Launch::real:
-        const double value = stack[number].toDouble();
+        const double value = arguments[number].toDouble();
         std::memcpy(&values[i], &value, sizeof value);
     }
   }
@@ -362,57 +336,125 @@ bool repeat(const Driver& driver, const Launch& launch, const Op& op,
   const int error = driver.launch(launch.kernel, launch.grid, 1, 1, launch.threads, 1, 1,
                                   launch.shared, /*stream=*/nullptr, parameters.data(), nullptr);
   if (nvtx != nullptr) nvtx->rangePop();
-  if (error == kNoContext) return false;
+  if (error == kNoContext) return {};
   TORCH_CHECK(error == 0, "vae_fast: ", op.name, ": cuLaunchKernel failed with CUDA error ", error,
               ", perhaps of an earlier kernel");
-  return true;
+  return results;
 }
 
-// Calls an op below autograd. Where a launcher serves it, and nobody watches, and on the default
-// stream, whose scratch memory launches share, what it launched before is launched again.
-torch::jit::Stack call(const Op& op, torch::jit::Stack stack) {
-  const at::AutoDispatchBelowAutograd below;
-  Driver* const now = op.has_launcher && unwatched() ? driver.load() : nullptr;
-  const Tensor* first = nullptr;
-  bool plain = now != nullptr;
-  for (const at::IValue& value : stack) {
-    if (!plain || !value.isTensor()) continue;
-    const Tensor& t = value.toTensor();
-    first = first == nullptr ? &t : first;
-    plain = owns_values(t) && !passes_serve(t) && t.device() == first->device();
+// The kernel of an op whose launcher is Python's: what it launched before is launched again, on the
+// default stream, whose scratch memory launches share.
+class Launcher final : public c10::OperatorKernel {
+ public:
+  Launcher(Op op, const Driver* driver) : op_(std::move(op)), driver_(driver) {}
+
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    const size_t count = op_.handle.schema().arguments().size();
+    torch::jit::Stack results = launched(torch::jit::last(*stack, count));
+    torch::jit::drop(*stack, count);
+    std::move(results.begin(), results.end(), std::back_inserter(*stack));
   }
-  if (plain && first != nullptr) {
-    const at::Device device = first->device();
-    void* stream = nullptr;
-    if (now->stream(device.has_index() ? device.index() : 0, &stream) == 0 && stream == nullptr) {
-      const c10::DeviceGuard guard(device);
-      Key key = key_of(op, stack, device);
-      std::shared_ptr<const Launch> known;
-      {
-        const std::lock_guard<std::mutex> lock(now->mutex);
-        const auto found = now->launches.find(key);
-        if (found != now->launches.end()) known = found->second;
-      }
-      if (known == nullptr) return learn_launch(*now, op, stack, std::move(key));
-      torch::jit::Stack results;
-      if (known->kernel != nullptr && repeat(*now, *known, op, stack, device, results)) {
-        return results;
-      }
+
+ private:
+  torch::jit::Stack launched(Arguments arguments) {
+    const Tensor* first = nullptr;
+    bool plain = true;
+    for (const at::IValue& value : arguments) {
+      plain = plain && !value.isSymInt();
+      if (!value.isTensor()) continue;
+      const Tensor& t = value.toTensor();
+      first = first == nullptr ? &t : first;
+      plain = plain && holds_values(t) && t.device() == first->device();
     }
+    void* stream = nullptr;
+    if (!plain || first == nullptr || driver_->stream(first->get_device(), &stream) != 0 ||
+        stream != nullptr) {
+      return by_python(arguments, nullptr);
+    }
+    const at::Device device = first->device();
+    const c10::DeviceGuard guard(device);
+    Key key = key_of(op_, arguments, device);
+    std::shared_ptr<const Launch> known;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = launches_.find(key);
+      if (found != launches_.end()) known = found->second;
+    }
+    if (known == nullptr) return by_python(arguments, &key);
+    if (known->kernel == nullptr) return by_python(arguments, nullptr);
+    torch::jit::Stack results = repeat(*driver_, *known, op_, arguments, device);
+    return results.empty() ? by_python(arguments, nullptr) : results;
   }
-  op.handle.callBoxed(stack);
+
+  // Runs the launcher, and keeps what it launched under a key, if there is one.
+  torch::jit::Stack by_python(Arguments arguments, Key* key) {
+    const py::gil_scoped_acquire gil;
+    py::tuple tuple(arguments.size() + 2);
+    tuple[0] = op_.name;
+    tuple[1] = key != nullptr;
+    for (size_t i = 0; i < arguments.size(); ++i) tuple[i + 2] = python(arguments[i]);
+    const auto answer =
+        py::reinterpret_borrow<py::object>(driver_->learn)(*tuple).cast<py::tuple>();
+    torch::jit::Stack results;
+    for (const py::handle result : answer[0].cast<py::tuple>()) {
+      results.emplace_back(THPVariable_Unpack(result.ptr()));
+    }
+    if (key == nullptr || answer[1].ptr() == Py_False) return results;
+    auto launch = std::make_shared<const Launch>(
+        answer[1].is_none() ? Launch() : described(answer[1].cast<py::tuple>(), results));
+    Launches old;  // freed after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (launches_.size() >= kMostLaunches) old.swap(launches_);
+    launches_.emplace(std::move(*key), std::move(launch));
+    return results;
+  }
+
+  const Op op_;
+  const Driver* const driver_;
+  std::mutex mutex_;
+  Launches launches_;
+};
+
+// Kernels that this library gave the ops, until they are given others. Not freed at exit: tensors would
+// outlive the GPU's allocator, and others may still call.
+class Kernels {
+ public:
+  void none() { delete std::exchange(library_, nullptr); }
+  void give(const std::string& op, c10::DispatchKey key, torch::CppFunction&& kernel) {
+    if (library_ == nullptr) {
+      library_ = new torch::Library(torch::Library::IMPL, "vae_fast", std::nullopt, __FILE__,
+                                    __LINE__);
+    }
+    library_->impl(op.c_str(), torch::dispatch(key, std::move(kernel)));
+  }
+
+ private:
+  torch::Library* library_ = nullptr;
+};
+Kernels launchers, derivatives;
+
+// ---- ops -----------------------------------------------------------------------------------------
+
+// Calls an op below autograd.
+torch::jit::Stack call(const c10::OperatorHandle& op, torch::jit::Stack stack) {
+  const at::AutoDispatchBelowAutograd below;
+  op.callBoxed(stack);
   return stack;
+}
+
+c10::OperatorHandle find(const char* op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("vae_fast::") + op).c_str(), "");
 }
 
 // Found at the first call: they are registered by then.
 struct Ops {
-  Op latent_forward{"latent_forward"};
-  Op latent_backward{"latent_backward"};
-  Op likelihood_forward{"likelihood_forward"};
-  Op likelihood_backward{"likelihood_backward"};
-  Op likelihood_forward_grad_{"likelihood_forward_grad_"};
-  Op likelihood_rescale_{"likelihood_rescale_"};
-  Op likelihood_rescale{"likelihood_rescale"};
+  c10::OperatorHandle latent_forward = find("latent_forward");
+  c10::OperatorHandle latent_backward = find("latent_backward");
+  c10::OperatorHandle likelihood_forward = find("likelihood_forward");
+  c10::OperatorHandle likelihood_backward = find("likelihood_backward");
+  c10::OperatorHandle likelihood_forward_grad_ = find("likelihood_forward_grad_");
+  c10::OperatorHandle likelihood_rescale_ = find("likelihood_rescale_");
+  c10::OperatorHandle likelihood_rescale = find("likelihood_rescale");
 };
 const Ops& ops() {
   static const Ops ops;
@@ -836,6 +878,51 @@ struct Elbo {
   }
 };
 
+// An op with a derivative, above autograd. Where nothing is to be differentiated, as in code that
+// torch.compile made, it goes on to the kernel below; else vae_fast/ops.py records it.
+class Autograd final : public c10::OperatorKernel {
+ public:
+  explicit Autograd(PyObject* recorded) : recorded_(recorded) {
+    Py_INCREF(recorded_);  // for good: at exit there may be no Python to take it back
+  }
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                  torch::jit::Stack* stack) {
+    const size_t count = op.schema().arguments().size();
+    const Arguments arguments = torch::jit::last(*stack, count);
+    if (!is_recorded(arguments)) {
+      const at::AutoDispatchBelowAutograd below;
+      return op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    }
+    const torch::jit::Stack results = recorded(keys, arguments);
+    torch::jit::drop(*stack, count);
+    stack->insert(stack->end(), results.begin(), results.end());
+  }
+
+ private:
+  static bool is_recorded(Arguments arguments) {
+    const bool graph = at::GradMode::is_enabled();
+    return std::any_of(arguments.begin(), arguments.end(), [&](const at::IValue& value) {
+      return value.isTensor() && ((graph && value.toTensor().requires_grad()) ||
+                                  value.toTensor()._fw_grad(0).defined());
+    });
+  }
+
+  torch::jit::Stack recorded(c10::DispatchKeySet keys, Arguments arguments) const {
+    const py::gil_scoped_acquire gil;
+    py::tuple tuple(arguments.size() + 1);
+    tuple[0] = keys.raw_repr();
+    for (size_t i = 0; i < arguments.size(); ++i) tuple[i + 1] = python(arguments[i]);
+    const auto answer = py::reinterpret_borrow<py::object>(recorded_)(*tuple);
+    if (THPVariable_Check(answer.ptr())) return {THPVariable_Unpack(answer.ptr())};
+    torch::jit::Stack results;
+    for (const py::handle result : answer) results.emplace_back(THPVariable_Unpack(result.ptr()));
+    return results;
+  }
+
+  PyObject* recorded_;
+};
+
 // ---- Python --------------------------------------------------------------------------------------
 
 PyObject* wrapped(const variable_list& tensors) {
@@ -1023,13 +1110,28 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// connect(empty_like, smallest): what makes gradients of `smallest` bytes or more on the CPU.
+// connect(empty_like, smallest, autograd): what makes gradients of `smallest` bytes or more on the CPU,
+// and the Autograd kernels of vae_fast/ops.py by op.
 PyObject* connect(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
   Py_ssize_t smallest = 0;
-  if (!PyArg_ParseTuple(arguments, "On", &reused_empty_like, &smallest)) return nullptr;
-  Py_INCREF(reused_empty_like);
+  PyObject *empty_like = nullptr, *autograd = nullptr;
+  if (!PyArg_ParseTuple(arguments, "OnO!", &empty_like, &smallest, &PyDict_Type, &autograd)) {
+    return nullptr;
+  }
+  Py_INCREF(empty_like);
+  reused_empty_like = empty_like;
   smallest_reused = static_cast<size_t>(smallest);
+  derivatives.none();
+  for (const auto& [op, recorded] : py::reinterpret_borrow<py::dict>(autograd)) {
+    for (const auto key : {c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA}) {
+      auto kernel = std::make_unique<Autograd>(recorded.ptr());
+      derivatives.give(op.cast<std::string>(), key,
+                       torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
+    }
+  }
   Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 // serve(address, passes, cpu, cuda): what vae_fast_passes() of the stable library returned, or 0 where
@@ -1045,28 +1147,35 @@ PyObject* serve(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// repeat_with(learn, launch, stream): kernels/triton/repeat.py's learn, and the addresses of its
-// driver(). repeat_with(None, 0, 0): no launch is repeated.
-PyObject* repeat_with(PyObject*, PyObject* arguments) {
-  PyObject* learn = nullptr;
+// repeat(key, ops, learn, launch, stream): launches of these ops, whose kernels for a dispatch key
+// are launchers, are repeated. `learn` is kernels/triton/repeat.py's; the rest are the addresses of its
+// driver(). Without arguments, no launch is repeated any more.
+PyObject* repeat_launches(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  const char* key = nullptr;
+  PyObject *ops = nullptr, *learn = nullptr;
   unsigned long long launch = 0, stream = 0;
-  if (!PyArg_ParseTuple(arguments, "OKK", &learn, &launch, &stream)) return nullptr;
-  if (learn == Py_None) {
-    driver = nullptr;
-    Py_RETURN_NONE;
-  }
+  if (!PyArg_ParseTuple(arguments, "|sOOKK", &key, &ops, &learn, &launch, &stream)) return nullptr;
+  launchers.none();
+  if (key == nullptr) Py_RETURN_NONE;
   Py_INCREF(learn);
-  auto* const made = new Driver;
-  made->learn = learn;
-  made->launch = reinterpret_cast<decltype(made->launch)>(static_cast<uintptr_t>(launch));
-  made->stream = reinterpret_cast<decltype(made->stream)>(static_cast<uintptr_t>(stream));
-  driver = made;
+  auto* const driver = new Driver;
+  driver->learn = learn;
+  driver->launch = reinterpret_cast<decltype(driver->launch)>(static_cast<uintptr_t>(launch));
+  driver->stream = reinterpret_cast<decltype(driver->stream)>(static_cast<uintptr_t>(stream));
+  for (const py::handle op : py::reinterpret_borrow<py::object>(ops)) {
+    const auto name = op.cast<std::string>();
+    launchers.give(name, c10::parseDispatchKey(key),
+                   torch::CppFunction::makeFromBoxedFunctor(
+                       std::make_unique<Launcher>(Op(name), driver)));
+  }
   Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, nullptr},
-    {"repeat_with", repeat_with, METH_VARARGS, nullptr},
+    {"repeat", repeat_launches, METH_VARARGS, nullptr},
     {"serve", serve, METH_VARARGS, nullptr},
     {"latent", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(latent)), METH_FASTCALL,
      nullptr},

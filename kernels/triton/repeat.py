@@ -39,16 +39,19 @@ _kernels: dict[int, CompiledKernel] = {}  # by handle, which must not outlive it
 NEVER, NOT_NOW = None, False
 
 
-def learn(op: str, *arguments: object) -> tuple[tuple[Tensor, ...], Any]:
+def learn(op: str, wanted: bool, *arguments: object) -> tuple[tuple[Tensor, ...], Any]:
     """Run the launcher of an op.
 
     Returns:
-        Its results, and what repeats its launch, if that is all there is to it: the kernel's
-        handle, the grid, threads of a program, bytes of shared memory, the name of its range, its
-        parameters (what they are, and which or how much), and the tensors that are kept. Else
-        ``NEVER``; or ``NOT_NOW``, where chance decided.
+        Its results, and if ``wanted``, what repeats its launch, if that is all there is to it: the
+        kernel's handle, the grid, threads of a program, bytes of shared memory, the name of its
+        range, its parameters (what they are, and which or how much), and the tensors that are
+        kept. Else ``NEVER``; or ``NOT_NOW``, where chance decided.
     """
     launcher = getattr(importlib.import_module(__package__), op)
+    if not wanted:
+        results = launcher(*arguments)
+        return results if isinstance(results, tuple) else (results,), NOT_NOW
     before = _versions(arguments)
     with seen() as launches:
         results = launcher(*arguments)
