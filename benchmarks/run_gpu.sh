@@ -37,9 +37,10 @@ nvidia-smi >"$folder/nvidia-smi.txt" 2>&1 || true
 "$python" -c 'import vae_fast._triton' 2>/dev/null || CXX=false \
   part install 20 "$python" -m pip install --no-deps --no-build-isolation --no-index --editable .
 part doctor 100 "$python" -m vae_fast.cli doctor
-part tests 80 "$python" -m pytest -n "$(nproc)" -m gpu -p no:cacheprovider
+# -v: when time is up, what failed has been named.
+part tests 80 "$python" -m pytest -v -n "$(nproc)" -m gpu -p no:cacheprovider
 # On a GPU these run the compiled kernels, not the interpreter's; compiling takes most of their time.
-part accuracy 110 "$python" -m pytest -q -n "$(nproc)" -k triton -p no:cacheprovider \
+part accuracy 110 "$python" -m pytest -v -n "$(nproc)" -k triton -p no:cacheprovider \
   tests/test_noise.py tests/test_passes.py tests/test_likelihoods.py tests/test_elbo.py tests/test_eager.py
 part bench 220 "$python" -m pytest benchmarks --benchmark-only -q --quick --device cuda \
   --benchmark-json="$folder/bench.json"

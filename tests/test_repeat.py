@@ -7,6 +7,7 @@ the very addresses and numbers that it is given.
 import ctypes
 import functools
 import itertools
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -444,6 +445,30 @@ def test_a_thread_without_a_context_gets_one_from_python(gpu, key):
     for a, b in zip(step(0, key), want, strict=True):
         assert torch.equal(a, b)
     assert not gpu.repeated
+
+
+def test_another_thread_may_begin_anew_meanwhile(gpu, key, monkeypatch):
+    """Two threads that use a GPU for the first time, say: nobody's memory is freed."""
+    from vae_fast import _triton
+
+    plain, t = _triton.latent_forward, torch.ones(5, 4)
+    want = vae_fast.reparameterize(t, t.clone(), key=key)
+
+    def begin_anew(*args):
+        thread = threading.Thread(target=gpu.repeat)
+        thread.start()
+        thread.join()
+        return plain(*args)
+
+    gpu.repeat()
+    monkeypatch.setattr(_triton, "latent_forward", begin_anew)
+    for _ in range(20):
+        got = vae_fast.reparameterize(t, t.clone(), key=key)
+        assert torch.equal(got[0], want[0])
+    monkeypatch.setattr(_triton, "latent_forward", plain)
+    for _ in range(2):
+        vae_fast.reparameterize(t, t.clone(), key=key)
+    assert gpu.repeated
 
 
 def test_a_launch_that_fails_raises(gpu, key):

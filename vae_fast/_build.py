@@ -610,7 +610,7 @@ def load_eager(
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
         module.connect(empty_like, smallest, autograd)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         logger.warning("cannot load %s (%s); eager calls stay in Python", path, error)
         return None
     return module

@@ -178,7 +178,8 @@ def _load(name: str, device_type: str) -> None:
             _register_triton(device_type.upper())
         _load_shortcut(_build.build_eager())
         if device_type == "cuda" and _shortcut is not None:
-            _repeat_launches()
+            with _lock:
+                _repeat_launches()
 
 
 @functools.cache

@@ -182,16 +182,17 @@ bool is_for_passes(const variable_list& tensors) {
 
 // ---- launches ------------------------------------------------------------------------------------
 
-// An op of vae_fast/ops.py.
+c10::OperatorHandle find(const std::string& op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("vae_fast::" + op).c_str(), "");
+}
+
+// An op of vae_fast/ops.py, and the numbers of its arguments of these names.
 struct Op {
   std::string name;
-  c10::OperatorHandle handle;
-  int64_t beta = -1, first_row = -1;  // the numbers of its arguments of these names
+  int64_t beta = -1, first_row = -1;
 
-  explicit Op(std::string op)
-      : name(std::move(op)),
-        handle(c10::Dispatcher::singleton().findSchemaOrThrow(("vae_fast::" + name).c_str(), "")) {
-    const auto& arguments = handle.schema().arguments();
+  explicit Op(std::string op) : name(std::move(op)) {
+    const auto& arguments = find(name).schema().arguments();
     for (size_t i = 0; i < arguments.size(); ++i) {
       if (arguments[i].name() == "beta") beta = static_cast<int64_t>(i);
       if (arguments[i].name() == "first_row") first_row = static_cast<int64_t>(i);
@@ -200,6 +201,12 @@ struct Op {
 };
 
 using Arguments = at::ArrayRef<at::IValue>;
+
+// Puts results in the place of an op's arguments, which are the last of a stack.
+void answer(torch::jit::Stack& stack, Arguments arguments, torch::jit::Stack&& results) {
+  torch::jit::drop(stack, arguments.size());
+  std::move(results.begin(), results.end(), std::back_inserter(stack));
+}
 
 // What kernels/triton/repeat.py learned of a launch.
 struct Launch {
@@ -221,8 +228,8 @@ constexpr size_t kMostParameters = 64, kTritons = 4;
 constexpr size_t kMostLaunches = 4096;  // then it starts anew
 constexpr int kNoContext = 201;         // CUDA_ERROR_INVALID_CONTEXT
 
-// All that a launch of an op follows from: of tensors all but values, and of an address whether it is a multiple
-// of 16; every other argument but β; of first_row whether it needs 64 bits.
+// All that a launch of an op follows from: of tensors all but values, and of an address whether it is a
+// multiple of 16; every other argument but β; of first_row whether it needs 64 bits.
 using Key = std::vector<int64_t>;
 struct Hash {
   size_t operator()(const Key& key) const {
@@ -233,7 +240,7 @@ struct Hash {
 };
 using Launches = std::unordered_map<Key, std::shared_ptr<const Launch>, Hash>;
 
-// Who launches. Never freed: a thread may still use it.
+// Who launches.
 struct Driver {
   PyObject* learn;  // of kernels/triton/repeat.py
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
@@ -275,6 +282,7 @@ py::object python(const at::IValue& value) {
   if (value.isBool()) return py::bool_(value.toBool());
   if (value.isInt()) return py::int_(value.toInt());
   if (value.isSymInt()) return py::cast(value.toSymInt());
+  TORCH_INTERNAL_ASSERT(value.isNone(), "vae_fast: no op takes such an argument");
   return py::none();
 }
 
@@ -342,20 +350,13 @@ torch::jit::Stack repeat(const Driver& driver, const Launch& launch, const Op& o
   return results;
 }
 
-// The kernel of an op whose launcher is Python's: what it launched before is launched again, on the
-// default stream, whose scratch memory launches share.
-class Launcher final : public c10::OperatorKernel {
+// What an op whose launcher is Python's launched before is launched again: on the default stream, whose
+// scratch memory launches share. Never freed: another thread may be in it, and at exit its tensors
+// would outlive the GPU's allocator.
+class Launcher final {
  public:
   Launcher(Op op, const Driver* driver) : op_(std::move(op)), driver_(driver) {}
 
-  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    const size_t count = op_.handle.schema().arguments().size();
-    torch::jit::Stack results = launched(torch::jit::last(*stack, count));
-    torch::jit::drop(*stack, count);
-    std::move(results.begin(), results.end(), std::back_inserter(*stack));
-  }
-
- private:
   torch::jit::Stack launched(Arguments arguments) {
     const Tensor* first = nullptr;
     bool plain = true;
@@ -369,7 +370,7 @@ class Launcher final : public c10::OperatorKernel {
     void* stream = nullptr;
     if (!plain || first == nullptr || driver_->stream(first->get_device(), &stream) != 0 ||
         stream != nullptr) {
-      return by_python(arguments, nullptr);
+      return by_python(arguments);
     }
     const at::Device device = first->device();
     const c10::DeviceGuard guard(device);
@@ -380,33 +381,43 @@ class Launcher final : public c10::OperatorKernel {
       const auto found = launches_.find(key);
       if (found != launches_.end()) known = found->second;
     }
-    if (known == nullptr) return by_python(arguments, &key);
-    if (known->kernel == nullptr) return by_python(arguments, nullptr);
+    if (known == nullptr) return learned(std::move(key), arguments);
+    if (known->kernel == nullptr) return by_python(arguments);
     torch::jit::Stack results = repeat(*driver_, *known, op_, arguments, device);
-    return results.empty() ? by_python(arguments, nullptr) : results;
+    return results.empty() ? by_python(arguments) : results;
   }
 
-  // Runs the launcher, and keeps what it launched under a key, if there is one.
-  torch::jit::Stack by_python(Arguments arguments, Key* key) {
-    const py::gil_scoped_acquire gil;
+ private:
+  // What repeat.py's learn returns: results of the launcher, and what repeats its launch, if wanted.
+  std::pair<torch::jit::Stack, py::object> learn(bool wanted, Arguments arguments) const {
     py::tuple tuple(arguments.size() + 2);
     tuple[0] = op_.name;
-    tuple[1] = key != nullptr;
+    tuple[1] = wanted;
     for (size_t i = 0; i < arguments.size(); ++i) tuple[i + 2] = python(arguments[i]);
-    const auto answer =
-        py::reinterpret_borrow<py::object>(driver_->learn)(*tuple).cast<py::tuple>();
+    const auto made = py::reinterpret_borrow<py::object>(driver_->learn)(*tuple).cast<py::tuple>();
     torch::jit::Stack results;
-    for (const py::handle result : answer[0].cast<py::tuple>()) {
+    for (const py::handle result : made[0].cast<py::tuple>()) {
       results.emplace_back(THPVariable_Unpack(result.ptr()));
     }
-    if (key == nullptr || answer[1].ptr() == Py_False) return results;
+    return {std::move(results), made[1]};
+  }
+
+  torch::jit::Stack by_python(Arguments arguments) const {
+    const py::gil_scoped_acquire gil;
+    return learn(false, arguments).first;
+  }
+
+  torch::jit::Stack learned(Key&& key, Arguments arguments) {
+    const py::gil_scoped_acquire gil;
+    auto [results, facts] = learn(true, arguments);
+    if (facts.ptr() == Py_False) return std::move(results);  // NOT_NOW
     auto launch = std::make_shared<const Launch>(
-        answer[1].is_none() ? Launch() : described(answer[1].cast<py::tuple>(), results));
+        facts.is_none() ? Launch() : described(facts.cast<py::tuple>(), results));  // None: NEVER
     Launches old;  // freed after the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     if (launches_.size() >= kMostLaunches) old.swap(launches_);
-    launches_.emplace(std::move(*key), std::move(launch));
-    return results;
+    launches_.emplace(std::move(key), std::move(launch));
+    return std::move(results);
   }
 
   const Op op_;
@@ -415,23 +426,38 @@ class Launcher final : public c10::OperatorKernel {
   Launches launches_;
 };
 
-// Kernels that this library gave the ops, until they are given others. Not freed at exit: tensors would
-// outlive the GPU's allocator, and others may still call.
+// The op's kernel.
+class Launching final : public c10::OperatorKernel {
+ public:
+  explicit Launching(Launcher* launcher) : launcher_(launcher) {}
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    const Arguments arguments = torch::jit::last(*stack, op.schema().arguments().size());
+    answer(*stack, arguments, launcher_->launched(arguments));
+  }
+
+ private:
+  Launcher* launcher_;
+};
+
+// Kernels that this library gave the ops. When it takes them back, those before serve again. At exit it
+// does not: others may still call.
 class Kernels {
  public:
-  void none() { delete std::exchange(library_, nullptr); }
-  void give(const std::string& op, c10::DispatchKey key, torch::CppFunction&& kernel) {
+  void take_back() { delete std::exchange(library_, nullptr); }
+  template <class Kernel>
+  void give(const std::string& op, c10::DispatchKey key, Kernel kernel) {
     if (library_ == nullptr) {
       library_ = new torch::Library(torch::Library::IMPL, "vae_fast", std::nullopt, __FILE__,
                                     __LINE__);
     }
-    library_->impl(op.c_str(), torch::dispatch(key, std::move(kernel)));
+    library_->impl(op.c_str(), torch::dispatch(key, torch::CppFunction::makeFromBoxedFunctor(
+                                                        std::make_unique<Kernel>(kernel))));
   }
 
  private:
   torch::Library* library_ = nullptr;
 };
-Kernels launchers, derivatives;
+Kernels launching, recording;
 
 // ---- ops -----------------------------------------------------------------------------------------
 
@@ -440,10 +466,6 @@ torch::jit::Stack call(const c10::OperatorHandle& op, torch::jit::Stack stack) {
   const at::AutoDispatchBelowAutograd below;
   op.callBoxed(stack);
   return stack;
-}
-
-c10::OperatorHandle find(const char* op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("vae_fast::") + op).c_str(), "");
 }
 
 // Found at the first call: they are registered by then.
@@ -882,21 +904,14 @@ struct Elbo {
 // torch.compile made, it goes on to the kernel below; else vae_fast/ops.py records it.
 class Autograd final : public c10::OperatorKernel {
  public:
-  explicit Autograd(PyObject* recorded) : recorded_(recorded) {
-    Py_INCREF(recorded_);  // for good: at exit there may be no Python to take it back
-  }
+  explicit Autograd(PyObject* recorded) : recorded_(recorded) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                   torch::jit::Stack* stack) {
-    const size_t count = op.schema().arguments().size();
-    const Arguments arguments = torch::jit::last(*stack, count);
-    if (!is_recorded(arguments)) {
-      const at::AutoDispatchBelowAutograd below;
-      return op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-    }
-    const torch::jit::Stack results = recorded(keys, arguments);
-    torch::jit::drop(*stack, count);
-    stack->insert(stack->end(), results.begin(), results.end());
+    const Arguments arguments = torch::jit::last(*stack, op.schema().arguments().size());
+    if (is_recorded(arguments)) return answer(*stack, arguments, recorded(keys, arguments));
+    const at::AutoDispatchBelowAutograd below;
+    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
   }
 
  private:
@@ -913,14 +928,14 @@ class Autograd final : public c10::OperatorKernel {
     py::tuple tuple(arguments.size() + 1);
     tuple[0] = keys.raw_repr();
     for (size_t i = 0; i < arguments.size(); ++i) tuple[i + 1] = python(arguments[i]);
-    const auto answer = py::reinterpret_borrow<py::object>(recorded_)(*tuple);
-    if (THPVariable_Check(answer.ptr())) return {THPVariable_Unpack(answer.ptr())};
+    const auto made = py::reinterpret_borrow<py::object>(recorded_)(*tuple);
+    if (THPVariable_Check(made.ptr())) return {THPVariable_Unpack(made.ptr())};
     torch::jit::Stack results;
-    for (const py::handle result : answer) results.emplace_back(THPVariable_Unpack(result.ptr()));
+    for (const py::handle result : made) results.emplace_back(THPVariable_Unpack(result.ptr()));
     return results;
   }
 
-  PyObject* recorded_;
+  PyObject* recorded_;  // for good: at exit there may be no Python to take it back
 };
 
 // ---- Python --------------------------------------------------------------------------------------
@@ -1122,12 +1137,10 @@ PyObject* connect(PyObject*, PyObject* arguments) {
   Py_INCREF(empty_like);
   reused_empty_like = empty_like;
   smallest_reused = static_cast<size_t>(smallest);
-  derivatives.none();
+  recording.take_back();
   for (const auto& [op, recorded] : py::reinterpret_borrow<py::dict>(autograd)) {
     for (const auto key : {c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA}) {
-      auto kernel = std::make_unique<Autograd>(recorded.ptr());
-      derivatives.give(op.cast<std::string>(), key,
-                       torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
+      recording.give(op.cast<std::string>(), key, Autograd(recorded.inc_ref().ptr()));
     }
   }
   Py_RETURN_NONE;
@@ -1155,9 +1168,9 @@ PyObject* repeat_launches(PyObject*, PyObject* arguments) {
   const char* key = nullptr;
   PyObject *ops = nullptr, *learn = nullptr;
   unsigned long long launch = 0, stream = 0;
-  if (!PyArg_ParseTuple(arguments, "|sOOKK", &key, &ops, &learn, &launch, &stream)) return nullptr;
-  launchers.none();
-  if (key == nullptr) Py_RETURN_NONE;
+  launching.take_back();
+  if (PyTuple_GET_SIZE(arguments) == 0) Py_RETURN_NONE;
+  if (!PyArg_ParseTuple(arguments, "sOOKK", &key, &ops, &learn, &launch, &stream)) return nullptr;
   Py_INCREF(learn);
   auto* const driver = new Driver;
   driver->learn = learn;
@@ -1165,9 +1178,7 @@ PyObject* repeat_launches(PyObject*, PyObject* arguments) {
   driver->stream = reinterpret_cast<decltype(driver->stream)>(static_cast<uintptr_t>(stream));
   for (const py::handle op : py::reinterpret_borrow<py::object>(ops)) {
     const auto name = op.cast<std::string>();
-    launchers.give(name, c10::parseDispatchKey(key),
-                   torch::CppFunction::makeFromBoxedFunctor(
-                       std::make_unique<Launcher>(Op(name), driver)));
+    launching.give(name, c10::parseDispatchKey(key), Launching(new Launcher(Op(name), driver)));
   }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

@@ -3,13 +3,14 @@
 A launcher works out its one launch from what is known of its arguments but for values and
 addresses: layouts, options, and what begins at a multiple of 16 bytes. Where such arguments come
 again, so does the launch, only with other addresses; to send it off from Python takes longer than a
-small kernel runs. Hooks that Triton calls at each launch (Proton's) do not see it.
+small kernel runs. Hooks that Triton calls at each launch (Proton's) do not see it. No launcher may
+call another op, whose launch might be repeated unseen.
 """
 
 import ctypes
-import importlib
 import logging
 import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def learn(op: str, wanted: bool, *arguments: object) -> tuple[tuple[Tensor, ...]
         range, its parameters (what they are, and which or how much), and the tensors that are
         kept. Else ``NEVER``; or ``NOT_NOW``, where chance decided.
     """
-    launcher = getattr(importlib.import_module(__package__), op)
+    launcher = getattr(sys.modules[__package__], op)
     if not wanted:
         results = launcher(*arguments)
         return results if isinstance(results, tuple) else (results,), NOT_NOW
