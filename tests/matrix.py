@@ -25,7 +25,7 @@ FOLDER = ROOT / ".matrix"
 # What another version may change: dispatch, autograd, torch.func, torch.compile, the C++ library
 # for eager calls; and random calls of everything, on all backends.
 FAST = (
-    *("ops", "eager", "elbo", "autograd", "transforms", "compile"),
+    *("ops", "eager", "elbo", "autograd", "transforms", "compile", "repeat"),
     *("fuzz", "noise", "reference", "buffers", "cpu_kernels"),
 )
 WITHOUT_COMPILER = (
