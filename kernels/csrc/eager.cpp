@@ -427,9 +427,9 @@ class Launcher final {
 };
 
 // The op's kernel.
-class Launching final : public c10::OperatorKernel {
+class LaunchKernel final : public c10::OperatorKernel {
  public:
-  explicit Launching(Launcher* launcher) : launcher_(launcher) {}
+  explicit LaunchKernel(Launcher* launcher) : launcher_(launcher) {}
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
     const Arguments arguments = torch::jit::last(*stack, op.schema().arguments().size());
     answer(*stack, arguments, launcher_->launched(arguments));
@@ -457,7 +457,7 @@ class Kernels {
  private:
   torch::Library* library_ = nullptr;
 };
-Kernels launching, recording;
+Kernels launch_kernels, autograd_kernels;
 
 // ---- ops -----------------------------------------------------------------------------------------
 
@@ -902,9 +902,9 @@ struct Elbo {
 
 // An op with a derivative, above autograd. Where nothing is to be differentiated, as in code that
 // torch.compile made, it goes on to the kernel below; else vae_fast/ops.py records it.
-class Autograd final : public c10::OperatorKernel {
+class AutogradKernel final : public c10::OperatorKernel {
  public:
-  explicit Autograd(PyObject* recorded) : recorded_(recorded) {}
+  explicit AutogradKernel(PyObject* recorded) : recorded_(recorded) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                   torch::jit::Stack* stack) {
@@ -1137,10 +1137,10 @@ PyObject* connect(PyObject*, PyObject* arguments) {
   Py_INCREF(empty_like);
   reused_empty_like = empty_like;
   smallest_reused = static_cast<size_t>(smallest);
-  recording.take_back();
+  autograd_kernels.take_back();
   for (const auto& [op, recorded] : py::reinterpret_borrow<py::dict>(autograd)) {
     for (const auto key : {c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA}) {
-      recording.give(op.cast<std::string>(), key, Autograd(recorded.inc_ref().ptr()));
+      autograd_kernels.give(op.cast<std::string>(), key, AutogradKernel(recorded.inc_ref().ptr()));
     }
   }
   Py_RETURN_NONE;
@@ -1168,7 +1168,7 @@ PyObject* repeat_launches(PyObject*, PyObject* arguments) {
   const char* key = nullptr;
   PyObject *ops = nullptr, *learn = nullptr;
   unsigned long long launch = 0, stream = 0;
-  launching.take_back();
+  launch_kernels.take_back();
   if (PyTuple_GET_SIZE(arguments) == 0) Py_RETURN_NONE;
   if (!PyArg_ParseTuple(arguments, "sOOKK", &key, &ops, &learn, &launch, &stream)) return nullptr;
   Py_INCREF(learn);
@@ -1178,7 +1178,7 @@ PyObject* repeat_launches(PyObject*, PyObject* arguments) {
   driver->stream = reinterpret_cast<decltype(driver->stream)>(static_cast<uintptr_t>(stream));
   for (const py::handle op : py::reinterpret_borrow<py::object>(ops)) {
     const auto name = op.cast<std::string>();
-    launching.give(name, c10::parseDispatchKey(key), Launching(new Launcher(Op(name), driver)));
+    launch_kernels.give(name, c10::parseDispatchKey(key), LaunchKernel(new Launcher(Op(name), driver)));
   }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
