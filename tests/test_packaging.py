@@ -176,6 +176,8 @@ def test_this_environment_finds_the_triton_kernels():
 def test_wheel_built_where_torch_is(tmp_path, works):
     """Without build isolation the kernels are compiled; if that fails, the wheel has none."""
     source = checkout(tmp_path / "source")
+    for file in (source / "kernels" / "csrc").glob("*.cpp"):
+        file.write_text("")  # the kernels themselves take minutes
     code = 'extern "C" int vae_fast_value() { return 1; }\n' if works else "#error no\n"
     (source / "kernels" / "csrc" / "cpu.cpp").write_text(code)
     wheel = build_wheel(source, tmp_path / "out")
