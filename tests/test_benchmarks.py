@@ -226,6 +226,13 @@ def test_the_readme_shows_the_stored_runs():
         assert f"<!-- {marker} -->\n{want}\n<!-- /{marker} -->" in text
 
 
+@pytest.mark.parametrize(
+    "run", sorted(report.RESULTS.glob("*/run.json")), ids=lambda p: p.parent.name
+)
+def test_the_stored_reports_are_of_the_stored_runs(run):
+    assert (run.parent / "README.md").read_text() == report.report(*report.load(run))
+
+
 # ---- what needs a GPU --------------------------------------------------------------------------
 
 RUN_GPU = Path(__file__).resolve().parent.parent / "benchmarks" / "run_gpu.sh"

@@ -286,6 +286,14 @@ py::object python(const at::IValue& value) {
   return py::none();
 }
 
+// One tensor, or several.
+torch::jit::Stack results_of(const py::object& made) {
+  if (THPVariable_Check(made.ptr())) return {THPVariable_Unpack(made.ptr())};
+  torch::jit::Stack results;
+  for (const py::handle result : made) results.emplace_back(THPVariable_Unpack(result.ptr()));
+  return results;
+}
+
 // A launch as repeat.py describes it, whose results these were.
 Launch described(const py::tuple& facts, const torch::jit::Stack& results) {
   Launch launch;
@@ -395,11 +403,7 @@ class Launcher final {
     tuple[1] = wanted;
     for (size_t i = 0; i < arguments.size(); ++i) tuple[i + 2] = python(arguments[i]);
     const auto made = py::reinterpret_borrow<py::object>(driver_->learn)(*tuple).cast<py::tuple>();
-    torch::jit::Stack results;
-    for (const py::handle result : made[0].cast<py::tuple>()) {
-      results.emplace_back(THPVariable_Unpack(result.ptr()));
-    }
-    return {std::move(results), made[1]};
+    return {results_of(made[0]), made[1]};
   }
 
   torch::jit::Stack by_python(Arguments arguments) const {
@@ -928,11 +932,7 @@ class AutogradKernel final : public c10::OperatorKernel {
     py::tuple tuple(arguments.size() + 1);
     tuple[0] = keys.raw_repr();
     for (size_t i = 0; i < arguments.size(); ++i) tuple[i + 1] = python(arguments[i]);
-    const auto made = py::reinterpret_borrow<py::object>(recorded_)(*tuple);
-    if (THPVariable_Check(made.ptr())) return {THPVariable_Unpack(made.ptr())};
-    torch::jit::Stack results;
-    for (const py::handle result : made) results.emplace_back(THPVariable_Unpack(result.ptr()));
-    return results;
+    return results_of(py::reinterpret_borrow<py::object>(recorded_)(*tuple));
   }
 
   PyObject* recorded_;  // for good: at exit there may be no Python to take it back
