@@ -4,7 +4,7 @@
 
 The kernels' own device functions run in Triton's interpreter, which is taught the PTX that they
 hold. Each approximate function gives the exact value moved by its documented error; of all
-combinations of up and down the worst counts. Not yet compared with a GPU.
+combinations of up and down the worst counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from vae_fast._triton.elementary import expm1_and_rest
+from vae_fast._triton.elementary import FP16, FP32, PLAIN, expm1_and_rest
 from vae_fast._triton.family import element_gradients, element_nll, student_t_constant
 from vae_fast._triton.philox import _box_muller
 from vae_fast._triton.scale import (
@@ -113,7 +113,7 @@ def kl_kernel(t_ptr, expm1_ptr, rest_ptr, BLOCK: tl.constexpr, APPROX: tl.conste
     tl.store(rest_ptr + i, rest)
 
 
-def run(kernel, inputs: list[Tensor], outputs: int, approx: bool, *args, **options) -> list[Tensor]:
+def run(kernel, inputs: list[Tensor], outputs: int, approx: int, *args, **options) -> list[Tensor]:
     """Results in the shape of the inputs, (n,), and in their dtype, or fp32 of words."""
     n = inputs[0].numel()
     padded = [torch.nn.functional.pad(t, (0, -n % BLOCK), value=1) for t in inputs]
@@ -158,7 +158,7 @@ def words() -> tuple[Tensor, Tensor]:
     return torch.cat([every, every, *ends]), torch.cat([every * 0, shuffled, *[every] * len(ends)])
 
 
-def normals(x: Tensor, y: Tensor, approx: bool) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+def normals(x: Tensor, y: Tensor, approx: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
     """The kernel's normals from words, int64, and those of noise.py in fp64."""
     truth = noise._box_muller(noise._uniform(x).double(), noise._uniform(y).double())
     return run(noise_kernel, [x.to(torch.int32), y.to(torch.int32)], 2, approx), truth
@@ -177,13 +177,13 @@ def parameter(param: str, log_tau: Tensor) -> Tensor:
     return of[param].float()
 
 
-def errors_of_noise(x: Tensor, y: Tensor, approx: bool) -> dict[str, float]:
+def errors_of_noise(x: Tensor, y: Tensor, approx: int) -> dict[str, float]:
     """Absolute errors of ε."""
     pairs = zip(*normals(x, y, approx), strict=True)
     return {"ε": max(_largest((e.double() - t).abs()) for e, t in pairs)}
 
 
-def noise_errors(approx: bool, device: torch.device) -> dict[str, float]:
+def noise_errors(approx: int, device: torch.device) -> dict[str, float]:
     """Absolute errors of ε; and of z = μ + σε, in units of abs(μ) + σ."""
     x, y = (t.to(device) for t in words())
     eps, truth = normals(x, y, approx)
@@ -198,7 +198,7 @@ def noise_errors(approx: bool, device: torch.device) -> dict[str, float]:
     return errors | {"z": _largest(off.abs() / (mu.abs() + true_sigma))}
 
 
-def scale_errors(param: str, approx: bool, device: torch.device) -> dict[str, float]:
+def scale_errors(param: str, approx: int, device: torch.device) -> dict[str, float]:
     """``errors_of_scale`` for σ of e^-40 to e^40."""
     return errors_of_scale(param, parameter(param, _wide()).to(device), approx)
 
@@ -215,10 +215,10 @@ def _wide() -> Tensor:
     return torch.cat([some, -some])
 
 
-def errors_of_scale(param: str, s: Tensor, approx: bool) -> dict[str, float]:
+def errors_of_scale(param: str, s: Tensor, approx: int) -> dict[str, float]:
     """Errors of σ and d(log σ)/ds, relative, and of log σ², relative to what exceeds 1."""
     code = PARAMS.index(param)
-    truth = run(scale_kernel, [s.double()], 3, False, PARAM=code)
+    truth = run(scale_kernel, [s.double()], 3, PLAIN.value, PARAM=code)
     value = run(scale_kernel, [s], 3, approx, PARAM=code)
     names = ("σ", "log σ²", "d(log σ)/ds")
     return {
@@ -228,7 +228,7 @@ def errors_of_scale(param: str, s: Tensor, approx: bool) -> dict[str, float]:
 
 
 def likelihood_errors(
-    likelihood: str, param: str, approx: bool, device: torch.device
+    likelihood: str, param: str, approx: int, device: torch.device
 ) -> dict[str, float]:
     """Errors of one element's terms, relative to what exceeds 1, for τ of e^±8."""
     generator = torch.Generator().manual_seed(2)
@@ -240,7 +240,7 @@ def likelihood_errors(
     inputs = [t.to(device) for t in (x, mean, s)]
     codes = {"LIKELIHOOD": LIKELIHOODS.index(likelihood), "PARAM": PARAMS.index(param)}
     model = DF, student_t_constant(DF), LEVEL
-    truth = run(likelihood_kernel, [t.double() for t in inputs], 3, False, *model, **codes)
+    truth = run(likelihood_kernel, [t.double() for t in inputs], 3, PLAIN.value, *model, **codes)
     value = run(likelihood_kernel, inputs, 3, approx, *model, **codes)
     name = likelihood if likelihood == "bernoulli" else f"{likelihood}, {param}"
     terms = ("nll", "∂mean") if likelihood == "bernoulli" else ("nll", "∂mean", "∂(log τ)")
@@ -250,21 +250,21 @@ def likelihood_errors(
     }
 
 
-def kl_errors(approx: bool, device: torch.device) -> dict[str, float]:
+def kl_errors(approx: int, device: torch.device) -> dict[str, float]:
     """``errors_of_kl`` for variances that differ by e^-40 to e^40."""
     return errors_of_kl(_wide().to(device), approx)
 
 
-def errors_of_kl(t: Tensor, approx: bool) -> dict[str, float]:
+def errors_of_kl(t: Tensor, approx: int) -> dict[str, float]:
     """Relative errors of the KL's e^t - 1 and e^t - 1 - t."""
-    truth = run(kl_kernel, [t.double()], 2, False)
+    truth = run(kl_kernel, [t.double()], 2, PLAIN.value)
     value = run(kl_kernel, [t], 2, approx)
     names = ("e^t - 1", "e^t - 1 - t")
     return {n: _relative(v, u) for n, v, u in zip(names, value, truth, strict=True)}
 
 
-def measures() -> list[Callable[[bool, torch.device], dict[str, float]]]:
-    """All of the above: functions of whether to approximate, and the device."""
+def measures() -> list[Callable[[int, torch.device], dict[str, float]]]:
+    """All of the above: functions of ``APPROX`` and the device."""
     pairs = [("gaussian", param) for param in PARAMS] + [
         (name, "logvar") for name in LIKELIHOODS[1:]
     ]
@@ -306,6 +306,8 @@ _EXACT = {
         np.clip(a.astype(np.float64) * b + c, 0.0, 1.0)
     ).astype(np.float32),
     "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b.astype(np.uint64),
+    "mov.b16": np.uint16,
+    "mov.b32": lambda low, high: low | high.astype(np.uint32) << np.uint32(16),
 }
 _FUNCTIONS = {
     "ex2.approx.ftz.f32": np.exp2,
@@ -365,7 +367,7 @@ class Emulation:
         def read(operand: str) -> np.ndarray:
             if operand.startswith("0f"):
                 return np.float32(struct.unpack(">f", bytes.fromhex(operand[2:]))[0])
-            return registers[operand]
+            return registers[operand] if operand in registers else int(operand)
 
         for line in re.sub(r"^\s*{|}\s*$", "", asm).split(";"):
             opcode, *operands = re.findall(r"[^\s,{}]+", line) or [".reg"]
@@ -386,20 +388,20 @@ class Emulation:
         return SimpleNamespace(get_result=lambda i: results[i])
 
 
-def bounds(some: list[Callable] | None = None) -> dict[str, float]:
+def bounds(approx: int, some: list[Callable] | None = None) -> dict[str, float]:
     """The worst error of each quantity over all ways in which the functions may err."""
     worst: dict[str, float] = {}
     cpu = torch.device("cpu")
     for measure in some or measures():
         with Emulation() as first:
-            measure(True, cpu)
+            measure(approx, cpu)
         names = sorted(first.used - {"sin.approx.ftz.f32"})
         for way in itertools.product((-1, 1), repeat=len(names)):
             signs = dict(zip(names, way, strict=True))
             # No result depends on both the sine and the cosine.
             signs["sin.approx.ftz.f32"] = signs.get("cos.approx.ftz.f32", 1)
             with Emulation(signs):
-                for name, error in measure(True, cpu).items():
+                for name, error in measure(approx, cpu).items():
                     worst[name] = max(worst.get(name, 0.0), error)
     return {name: error for name, error in worst.items() if error}
 
@@ -407,8 +409,9 @@ def bounds(some: list[Callable] | None = None) -> dict[str, float]:
 def exact() -> dict[str, float]:
     """The same errors with every function rounded correctly, or nearly: those of fp32 itself."""
     cpu = torch.device("cpu")
-    return {name: e for measure in measures() for name, e in measure(False, cpu).items()}
+    return {name: e for measure in measures() for name, e in measure(PLAIN.value, cpu).items()}
 
 
 if __name__ == "__main__":
-    json.dump({"documented": DOCUMENTED, "bounds": bounds(), "exact": exact()}, sys.stdout)
+    limits = {"bounds": bounds(FP32.value), "bounds of 16 bits": bounds(FP16.value)}
+    json.dump({"documented": DOCUMENTED, **limits, "exact": exact()}, sys.stdout)

@@ -125,6 +125,7 @@ CASES = (
     *(Case(op, 16384, 256, d, targets=ALL) for op in _LATENT for d in ("float32", "bfloat16")),
     *(Case(op, 65536, n, d) for op in _LATENT for n in (16, 20) for d in ("float32", "bfloat16")),
     *(Case("latent_forward", 16384, size) for size in (64, 128, 512, 4096)),
+    *(Case("latent_forward", 65536, size, "bfloat16") for size in (1024, 3072)),
     Case("latent_forward", 64, 16),
     Case("latent_forward", 4096, 100),
     Case("latent_backward", 256, 784),

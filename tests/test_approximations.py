@@ -5,6 +5,7 @@ which pytest's report (--junit-xml) has what was found; without one, that those 
 emulation gives, and that it errs as it should.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from vae_fast._triton.elementary import FP16, FP32, PLAIN, widen
 
 from benchmarks import accuracy
 from vae_fast import noise
@@ -33,10 +38,19 @@ def stored():
     return json.loads(STORED.read_text())
 
 
+KINDS = {FP32.value: "bounds", FP16.value: "bounds of 16 bits"}
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=("fp32", "fp16"))
+def approx(request):
+    """The codes of approximate functions."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def bounds(stored):
+def bounds(stored, approx):
     """The stored bounds, and a tenth more: a GPU fuses additions, which then round otherwise."""
-    return {name: 1.1 * stored["bounds"].get(name, 0.0) for name in stored["exact"]}
+    return {name: 1.1 * stored[KINDS[approx]].get(name, 0.0) for name in stored["exact"]}
 
 
 def words():
@@ -72,41 +86,41 @@ def beyond(worst, bounds):
 @pytest.mark.gpu
 @on_nvidia
 @pytest.mark.parametrize("which", ["radius", "angle"])
-def test_every_normal_is_within_its_bound(bounds, which, record_property):
+def test_every_normal_is_within_its_bound(stored, which, record_property):
     """Every radius with an angle of zero and a quarter turn; every angle with the longest one."""
     if which == "radius":
         pairs = ((w, torch.full_like(w, a)) for w in words() for a in (0, 1 << 30))
     else:
         pairs = ((torch.zeros_like(w), w) for w in words())
-    worst = worst_of((accuracy.errors_of_noise(*pair, True) for pair in pairs), record_property)
-    assert not beyond(worst, bounds)
+    errors = (accuracy.errors_of_noise(*pair, FP32.value) for pair in pairs)
+    assert worst_of(errors, record_property)["ε"] <= 1.1 * stored["bounds"]["ε"]
 
 
 @pytest.mark.gpu
 @on_nvidia
 @pytest.mark.parametrize("param", accuracy.PARAMS)
-def test_every_scale_is_within_its_bound(bounds, param, record_property):
+def test_every_scale_is_within_its_bound(bounds, approx, param, record_property):
     """For σ of e^-40 to e^40, all the numbers that mean such, but for the smallest."""
     lo, hi = accuracy.parameter(param, torch.tensor([-40.0, 40.0])).tolist()
     ranges = [(lo, hi)] if lo > 0.0 else [(lo, -(2.0**-120)), (2.0**-120, hi)]
-    errors = (accuracy.errors_of_scale(param, s, True) for r in ranges for s in numbers(*r))
+    errors = (accuracy.errors_of_scale(param, s, approx) for r in ranges for s in numbers(*r))
     assert not beyond(worst_of(errors, record_property), bounds)
 
 
 @pytest.mark.gpu
 @on_nvidia
-def test_every_kl_is_within_its_bound(bounds, record_property):
+def test_every_kl_is_within_its_bound(bounds, approx, record_property):
     """But for the smallest, of which e^t - 1 - t is no normal number."""
     ranges = ((-40.0, -(2.0**-60)), (2.0**-60, 40.0))
-    errors = (accuracy.errors_of_kl(t, True) for r in ranges for t in numbers(*r))
+    errors = (accuracy.errors_of_kl(t, approx) for r in ranges for t in numbers(*r))
     assert not beyond(worst_of(errors, record_property), bounds)
 
 
 @pytest.mark.gpu
 @on_nvidia
-def test_every_measure_is_within_its_bound(bounds, record_property):
+def test_every_measure_is_within_its_bound(bounds, approx, record_property):
     """The likelihoods, of several numbers at once: the sample that the bounds were made with."""
-    errors = (measure(True, torch.device("cuda")) for measure in accuracy.measures())
+    errors = (measure(approx, torch.device("cuda")) for measure in accuracy.measures())
     assert not beyond(worst_of(errors, record_property), bounds)
 
 
@@ -117,20 +131,43 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 
 def test_the_stored_bounds_are_of_the_documented_errors(stored):
     assert stored["documented"] == accuracy.DOCUMENTED
-    # What has no bound is exact; no bound is far below what fp32 itself costs, nor means nothing.
-    assert not any(e for name, e in stored["exact"].items() if name not in stored["bounds"])
-    assert all(0.5 * stored["exact"][n] <= bound <= 1e-5 for n, bound in stored["bounds"].items())
-    assert stored["bounds"]["ε"] <= 2e-5  # what the noise may differ by from PyTorch's
+    for kind in KINDS.values():
+        # What has no bound is exact; no bound is far below what fp32 itself costs, nor means much.
+        assert not any(e for name, e in stored["exact"].items() if name not in stored[kind])
+        assert all(0.5 * stored["exact"][n] <= bound <= 1e-5 for n, bound in stored[kind].items())
+        assert stored[kind]["ε"] <= 2e-5  # what the noise may differ by from PyTorch's
 
 
 @interpreted
-def test_the_stored_bounds_are_what_the_emulation_gives(stored):
+def test_the_stored_bounds_are_what_the_emulation_gives(stored, approx):
     """Of the quantities of one parameter, one by one; the others take minutes."""
     quick = [m for m in accuracy.measures() if getattr(m, "func", m).__name__ in QUICK]
-    found = accuracy.bounds(quick)
+    found = accuracy.bounds(approx, quick)
     assert len(found) >= 3
     for name, bound in found.items():
-        assert bound == pytest.approx(stored["bounds"][name], rel=1e-3), name
+        assert bound == pytest.approx(stored[KINDS[approx]][name], rel=1e-3), name
+
+
+@triton.jit
+def widen_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, APPROX: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, widen(tl.load(x_ptr + i), tl.float32, APPROX))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=interpreted),
+        pytest.param("cuda", marks=[pytest.mark.gpu, on_nvidia]),
+    ],
+)
+def test_every_bf16_number_widens_to_itself(device):
+    """Infinities and NaN with it, bit by bit."""
+    x = torch.arange(-(1 << 15), 1 << 15, device=device).to(torch.int16).view(torch.bfloat16)
+    y = torch.empty_like(x, dtype=torch.float32)
+    with accuracy.Emulation() if device == "cpu" else contextlib.nullcontext():
+        widen_kernel[(1,)](x, y, BLOCK=1 << 16, APPROX=FP16.value)
+    assert torch.equal(y.view(torch.int32), x.view(torch.int16).to(torch.int32) << 16)
 
 
 def test_all_numbers_of_a_range_are_tried():
@@ -161,8 +198,10 @@ def test_the_emulation_errs_by_what_is_documented(name):
 def test_a_function_that_errs_more_is_noticed(stored, monkeypatch):
     """The bounds are no wider than they must be: ten times the error of e^x is beyond them."""
     monkeypatch.setitem(accuracy.DOCUMENTED, "ex2.approx.ftz.f32", "20 ulp")
-    (measure,) = (m for m in accuracy.measures() if "σ (logvar)" in m(False, torch.device("cpu")))
-    found = accuracy.bounds([measure])
+    (measure,) = (
+        m for m in accuracy.measures() if "σ (logvar)" in m(PLAIN.value, torch.device("cpu"))
+    )
+    found = accuracy.bounds(FP32.value, [measure])
     assert found["σ (logvar)"] > 2.0 * stored["bounds"]["σ (logvar)"]
 
 

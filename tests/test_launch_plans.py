@@ -24,6 +24,31 @@ def test_planned_launches_are_those_of_triton(seed, tmp_path):
     assert done.stdout.strip() == "all launches are Triton's"
 
 
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtypes", "wanted"),
+    [
+        ("cuda", (HALF, HALF), "FP16"),
+        ("cuda", (torch.float16, None), "FP16"),
+        ("cuda", (HALF, SINGLE), "FP32"),
+        ("cuda", (SINGLE, SINGLE), "FP32"),
+        ("cuda", (SINGLE, DOUBLE), "PLAIN"),
+        ("cuda", (DOUBLE, HALF), "PLAIN"),
+        ("hip", (HALF, HALF), "PLAIN"),
+        ("interpreter", (HALF, HALF), "PLAIN"),
+    ],
+)
+def test_functions_are_as_exact_as_the_widest_tensor_deserves(backend, dtypes, wanted):
+    """And PTX, which is NVIDIA's, stays there."""
+    from vae_fast._triton import elementary, launch
+
+    tensors = [None if d is None else torch.empty(2, dtype=d) for d in dtypes]
+    where = launch.Place(backend, 0, 132, 32)
+    assert launch.approximation(where, *tensors) == getattr(elementary, wanted).value
+
+
 def test_scratch_memory_is_shared_on_the_default_stream_alone(monkeypatch):
     """On any other it may lie in a CUDA graph's pool, which takes it back."""
     from vae_fast._triton import launch

@@ -118,6 +118,20 @@ def test_latent_forward_instructions(reports):
         assert r["per_element"] <= LATENT_FORWARD, r
 
 
+def test_bf16_takes_no_more_instructions(reports):
+    """Half of the bytes leave half of the time: for what is stored in 16 bits less will do."""
+    sizes = {"latent_forward": "16384x256", "likelihood_forward": "16384x3072"}
+    sizes["likelihood_forward_grad"] = sizes["likelihood_forward"]
+    for op, size in sizes.items():
+        (fp32,), (bf16,) = (
+            select(reports, case=f"{op} {size} {dtype}", target="sm_90") for dtype in FAST
+        )
+        assert bf16["per_element"] < fp32["per_element"], (bf16, fp32)
+    for size in ("65536x1024", "65536x3072"):
+        (r,) = select(reports, case=f"latent_forward {size} bfloat16", target="sm_90")
+        assert r["per_element"] <= LATENT_FORWARD - 4, r
+
+
 @pytest.mark.parametrize("dtype", FAST)
 def test_rows_of_a_multiple_of_four_are_vectors(reports, dtype):
     """Triton knows of multiples of 16 by itself; of others the launchers tell it."""
@@ -287,13 +301,13 @@ def test_latent_forward_instructions_of_every_configuration(sweep):
     assert len(full) >= 10
     for r in full:
         eight = r.case.split()[1].endswith("x8")
-        assert r.per_element <= (38 if eight else LATENT_FORWARD), r
+        assert r.per_element <= (38.5 if eight else LATENT_FORWARD), r
 
 
 @pytest.mark.parametrize("device", audit_report.BANDWIDTH)
 @pytest.mark.parametrize("dtype", FAST)
 def test_the_latent_forward_pass_waits_for_memory(dtype, device):
-    """As the model has it; in bf16 on an H200 by 2 per cent only."""
+    """As the model has it; in bf16 on an H200 by 15 per cent only."""
     case = f"latent_forward 16384x256 {dtype}"
     (r,) = (r for r in fast(audit_report.read(STORED, "case")) if r.case == case)
     slowest = max(r.arithmetic().values())

@@ -6,31 +6,51 @@ import struct
 import triton
 import triton.language as tl
 
+# Codes of ``APPROX``: whether PTX's approximate functions are used, which only NVIDIA has, and
+# whether results need be as exact as fp32 numbers, or as numbers that are stored in 16 bits.
+PLAIN, FP32, FP16 = map(tl.constexpr, range(3))
+
+
+def _bits(value: float) -> str:
+    """An fp32 constant of PTX."""
+    return "0f" + struct.pack(">f", value).hex()
+
 
 def _exp_ptx(scale: float) -> str:
-    """PTX of e^(scale·x) for a power of two ``scale``: to 3e-7, any x, beside ex2's own 2 ulp.
+    """PTX of e^(scale·x) for ± a power of two ``scale``: to 3e-7, any x, beside ex2's own 2 ulp.
 
     e^(scale·x) = 2^m (1 + d), where m is scale·x·log2 e rounded, and d what that lost: left out, it
-    would grow with |x|. m is kept a little low, so that d is positive where it counts, and
-    saturation keeps it finite where x is infinite or huge. At x = 0 both factors are fp32 numbers.
+    would grow with |x|. m is kept a little beside that, so that d/scale is positive where it
+    counts, and saturation keeps it finite where x is infinite or huge. At x = 0 both factors are
+    fp32 numbers.
     """
-    low = math.log2(1.0 - 2.0**-16)
-
-    def bits(value: float) -> str:
-        return "0f" + struct.pack(">f", value).hex()
-
+    beside = math.log2(1.0 - math.copysign(2.0**-16, scale))
     return f"""{{
     .reg .f32 m, d;
-    fma.rn.f32 m, $1, {bits(scale / math.log(2.0))}, {bits(low)};
-    fma.rn.sat.f32 d, m, {bits(-math.log(2.0) / scale)}, $1;
-    fma.rn.f32 d, d, {bits(scale)}, {bits(1.0)};
+    fma.rn.f32 m, $1, {_bits(scale / math.log(2.0))}, {_bits(beside)};
+    fma.rn.sat.f32 d, m, {_bits(-math.log(2.0) / scale)}, $1;
+    fma.rn.f32 d, d, {_bits(scale)}, {_bits(1.0)};
     ex2.approx.ftz.f32 m, m;
     mul.f32 $0, m, d;
     }}"""
 
 
-_EXP = tl.constexpr(_exp_ptx(1.0))
-_EXP_HALF = tl.constexpr(_exp_ptx(0.5))
+def _exp_ptx_16(scale: float) -> str:
+    """The same in two instructions instead of five: d is left out.
+
+    That is |scale·x|·2^-23 at most, and a 16-bit x was itself rounded by more than a thousand times
+    as much: 2^-9 of it in bf16, 2^-12 in fp16.
+    """
+    return f"""{{
+    .reg .f32 m;
+    mul.f32 m, $1, {_bits(scale / math.log(2.0))};
+    ex2.approx.ftz.f32 $0, m;
+    }}"""
+
+
+_EXP, _EXP_16 = tl.constexpr(_exp_ptx(1.0)), tl.constexpr(_exp_ptx_16(1.0))
+_EXP_HALF, _EXP_HALF_16 = tl.constexpr(_exp_ptx(0.5)), tl.constexpr(_exp_ptx_16(0.5))
+_EXP_QUARTER, _EXP_QUARTER_16 = tl.constexpr(_exp_ptx(-0.25)), tl.constexpr(_exp_ptx_16(-0.25))
 
 
 @triton.jit
@@ -43,21 +63,59 @@ def minus_zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def widen(x, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    """``x`` in the dtype that is computed in.
+
+    A bf16 number is the upper half of the same fp32 number, so one instruction makes it; left to
+    itself, LLVM takes the second of two neighbours apart first.
+    """
+    if APPROX and x.dtype == tl.bfloat16:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }",
+            "=r,h",
+            [x.to(tl.uint16, bitcast=True)],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def ptx(ASM: tl.constexpr, x):
+    """What PTX makes of fp32 ``x``, $1, in $0; NVIDIA only."""
+    return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _exp(x, SCALE: tl.constexpr, PTX32: tl.constexpr, PTX16: tl.constexpr, APPROX: tl.constexpr):
+    """e^(SCALE·x)."""
+    if APPROX == FP16:
+        return ptx(PTX16, x)
+    elif APPROX == FP32:
+        return ptx(PTX32, x)
+    else:
+        return tl.exp(SCALE * x)
+
+
+@triton.jit
 def exp(x, APPROX: tl.constexpr):
     """e^x."""
-    if APPROX:
-        return tl.inline_asm_elementwise(_EXP, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp(x)
+    return _exp(x, 1.0, _EXP, _EXP_16, APPROX)
 
 
 @triton.jit
 def exp_half(x, APPROX: tl.constexpr):
     """e^(x/2)."""
-    if APPROX:
-        return tl.inline_asm_elementwise(_EXP_HALF, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp(0.5 * x)
+    return _exp(x, 0.5, _EXP_HALF, _EXP_HALF_16, APPROX)
+
+
+@triton.jit
+def exp_minus_quarter(x, APPROX: tl.constexpr):
+    """e^(-x/4)."""
+    return _exp(x, -0.25, _EXP_QUARTER, _EXP_QUARTER_16, APPROX)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from .launch import (
     Layout,
     Place,
     Plan,
-    approximates,
+    approximation,
     copies,
     laid_out,
     layout,
@@ -83,7 +83,7 @@ def _plan(where: Place, nll: Layout, log_q: Layout, log_p: Layout | None) -> Pla
         where,
         triton.cdiv(batch, _ROWS),
         (samples, batch),
-        {"SAMPLES": _SAMPLES, "ROWS": _ROWS, "APPROX": approximates(where, reads[0].dtype)},
+        {"SAMPLES": _SAMPLES, "ROWS": _ROWS, "APPROX": approximation(where, *reads)},
         num_warps=4,
     )
     return Plan(launch, copies(reads, [None if t is None else t.contiguous() for t in reads]))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .config import latent_config
-from .elementary import expm1_and_rest
+from .elementary import expm1_and_rest, widen
 from .launch import (
     PLANS,
     Launch,
@@ -17,7 +17,7 @@ from .launch import (
     Plan,
     accumulation,
     alignment,
-    approximates,
+    approximation,
     as_rows,
     copies,
     laid_out,
@@ -48,9 +48,9 @@ def _terms(mu, s, prior_mu_ptr, prior_scale_ptr, at_mu, at_scale, mask,
     if prior_mu_ptr is None:
         return t, mu, mu, s
     else:
-        prior_s = tl.load(prior_scale_ptr + at_scale, mask).to(mu.dtype)
+        prior_s = widen(tl.load(prior_scale_ptr + at_scale, mask), mu.dtype, APPROX)
         log_variance, root, tau = log_variance_and_divisor(prior_s, PRIOR_PARAM, APPROX)
-        delta = mu - tl.load(prior_mu_ptr + at_mu, mask).to(mu.dtype)
+        delta = mu - widen(tl.load(prior_mu_ptr + at_mu, mask), mu.dtype, APPROX)
         delta = divide(delta, root, tau, PRIOR_PARAM)
         return t - log_variance, delta, divide(delta, root, tau, PRIOR_PARAM), prior_s
 
@@ -75,8 +75,8 @@ def kl_forward_kernel(
     for step in range(steps):
         n, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
-        mu = tl.load(mu_ptr + n * mu_row + along(cols, mu_col), mask).to(ACC)
-        s = tl.load(scale_ptr + n * scale_row + along(cols, scale_col), mask).to(ACC)
+        mu = widen(tl.load(mu_ptr + n * mu_row + along(cols, mu_col), mask), ACC, APPROX)
+        s = widen(tl.load(scale_ptr + n * scale_row + along(cols, scale_col), mask), ACC, APPROX)
         t, delta, _, _ = _terms(
             mu, bound(s, lo, hi, CLAMP, APPROX), prior_mu_ptr, prior_scale_ptr,
             n * prior_mu_row + along(cols, prior_mu_col),
@@ -114,8 +114,8 @@ def kl_backward_kernel(
     n, cols = row_tile(row0, B, pid % steps, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
     g = tl.load(g_kl_ptr + n * g_kl_row).to(ACC)
-    mu = tl.load(mu_ptr + n * mu_row + along(cols, mu_col), mask).to(ACC)
-    raw = tl.load(scale_ptr + n * scale_row + along(cols, scale_col), mask).to(ACC)
+    mu = widen(tl.load(mu_ptr + n * mu_row + along(cols, mu_col), mask), ACC, APPROX)
+    raw = widen(tl.load(scale_ptr + n * scale_row + along(cols, scale_col), mask), ACC, APPROX)
     s = bound(raw, lo, hi, CLAMP, APPROX)
     t, delta, slope, prior_s = _terms(
         mu, s, prior_mu_ptr, prior_scale_ptr,
@@ -160,7 +160,7 @@ def _plan(
         {
             "PARAM": param, "PRIOR_PARAM": prior_param, "CLAMP": clamp,
             "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "ALIGN": align,
-            "EVEN": config.even, "APPROX": approximates(where, mu.dtype),
+            "EVEN": config.even, "APPROX": approximation(where, *given),
         },
         config.num_warps,
     )  # fmt: skip

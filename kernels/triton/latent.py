@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .config import latent_config
-from .elementary import minus_zeros
+from .elementary import minus_zeros, widen
 from .launch import (
     PLANS,
     Launch,
@@ -23,7 +23,7 @@ from .launch import (
     Plan,
     accumulation,
     alignment,
-    approximates,
+    approximation,
     as_rows,
     copies,
     is_wide,
@@ -42,11 +42,10 @@ LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
 @triton.jit
-def _noise(key_ptr, row, K, k, first_row, L, step, COLS: tl.constexpr, TILES: tl.constexpr,
+def _noise(seed, offset, row, K, k, first_row, L, step, COLS: tl.constexpr, TILES: tl.constexpr,
            VEC: tl.constexpr, FP64: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
     """What ``normal`` gives of sample k for the elements of ``row_tile``."""
     PER_CALL: tl.constexpr = 2 if FP64 else 4
-    seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     # Row R = (first_row + row)·K + k starts at Philox counter offset + R·Q (mod 2^64).
     # Q is unsigned in one product and signed in the other, or LLVM would add rows in 64 bits first.
     calls = tl.cast((L + PER_CALL - 1) >> PER_CALL // 2, tl.int32)
@@ -85,20 +84,22 @@ def latent_forward_kernel(
     pid = tl.program_id(0)
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(B.dtype) * ROWS
+    seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     q = minus_zeros([ROWS, COLS], ACC)
     p = q
     for step in range(steps):
         row, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
         mask = None if EVEN else cols < L
-        mu = tl.load(mu_ptr + along(cols, mu_col) + row * mu_row, mask).to(ACC)
+        mu = widen(tl.load(mu_ptr + along(cols, mu_col) + row * mu_row, mask), ACC, APPROX)
         if SCALAR:
             s = tl.load(scale_ptr).to(ACC)
         else:
-            s = tl.load(scale_ptr + along(cols, scale_col) + row * scale_row, mask).to(ACC)
+            s = tl.load(scale_ptr + along(cols, scale_col) + row * scale_row, mask)
+            s = widen(s, ACC, APPROX)
         s = bound(s, lo, hi, CLAMP, APPROX)
         log_variance, sigma = log_variance_and_scale(s, PARAM, APPROX)
         eps, squares = _noise(
-            key_ptr, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
+            seed, offset, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
         )
         z = mu + sigma * eps
         tl.store(z_ptr + cols + (k * B + row) * L, z, mask)
@@ -142,14 +143,16 @@ def latent_backward_kernel(
     row0 = (pid // steps).to(B.dtype) * ROWS
     row, cols = row_tile(row0, B, step, ROWS, COLS, TILES)
     mask = None if EVEN else cols < L
-    mu = tl.load(mu_ptr + along(cols, mu_col) + row * mu_row, mask).to(ACC)
+    mu = widen(tl.load(mu_ptr + along(cols, mu_col) + row * mu_row, mask), ACC, APPROX)
     if SCALAR:
         raw = tl.load(scale_ptr).to(ACC)
     else:
-        raw = tl.load(scale_ptr + along(cols, scale_col) + row * scale_row, mask).to(ACC)
+        raw = tl.load(scale_ptr + along(cols, scale_col) + row * scale_row, mask)
+        raw = widen(raw, ACC, APPROX)
     s = bound(raw, lo, hi, CLAMP, APPROX)
     _, sigma = log_variance_and_scale(s, PARAM, APPROX)
 
+    seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     g_mu = minus_zeros([TILES * ROWS, COLS], ACC)
     eps_h = g_mu
     PATH_Q: tl.constexpr = PATH and g_log_q_ptr is not None
@@ -162,11 +165,11 @@ def latent_backward_kernel(
                 g_q += row_g_q
         if g_z_ptr is not None or g_log_p_ptr is not None or PATH_Q:
             if g_z_ptr is not None:
-                h = tl.load(g_z_ptr + along(cols, g_z_col) + n * g_z_row, mask).to(ACC)
+                h = widen(tl.load(g_z_ptr + along(cols, g_z_col) + n * g_z_row, mask), ACC, APPROX)
             else:
                 h = tl.zeros([TILES * ROWS, COLS], ACC)
             eps, _squares = _noise(
-                key_ptr, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
+                seed, offset, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
             )
             if g_log_p_ptr is not None:
                 z = mu + sigma * eps
@@ -214,7 +217,7 @@ def _forward_plan(
         {
             "PARAM": param, "CLAMP": clamp, "SCALAR": scalar,
             "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "VEC": config.vec,
-            "ALIGN": align, "EVEN": config.even, "APPROX": approximates(where, mu.dtype),
+            "ALIGN": align, "EVEN": config.even, "APPROX": approximation(where, mu, scale),
         },
         config.num_warps,
     )  # fmt: skip
@@ -249,7 +252,7 @@ def _backward_plan(
         {
             "PARAM": param, "CLAMP": clamp, "PATH": path, "SCALAR": scalar,
             "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "VEC": config.vec,
-            "ALIGN": align, "EVEN": config.even, "APPROX": approximates(where, mu.dtype),
+            "ALIGN": align, "EVEN": config.even, "APPROX": approximation(where, mu, scale),
         },
         config.num_warps,
     )  # fmt: skip

@@ -20,6 +20,8 @@ from torch import Tensor
 import triton
 from triton.compiler import CompiledKernel
 
+from .elementary import FP16, FP32, PLAIN
+
 # Plans that a launcher keeps: those used last.
 PLANS = 1024
 
@@ -111,12 +113,15 @@ def laid_out(layout: Layout | None) -> Tensor | None:
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
-def approximates(where: Place, dtype: torch.dtype) -> bool:
-    """APPROX: whether a kernel in ``dtype`` may use PTX's approximate instructions.
+def approximation(where: Place, *tensors: Tensor | None) -> int:
+    """The ``APPROX`` of a kernel that computes with ``tensors``.
 
     AMD's compiler takes PTX silently and wrongly.
     """
-    return where.backend == "cuda" and dtype != torch.float64
+    itemsize = max(t.element_size() for t in tensors if t is not None)
+    if where.backend != "cuda" or itemsize == 8:
+        return PLAIN.value
+    return FP16.value if itemsize == 2 else FP32.value
 
 
 class Launch:

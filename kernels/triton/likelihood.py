@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .config import likelihood_config
+from .elementary import widen
 from .family import HEAVY, WITHOUT_SCALE, element_gradients, element_nll, student_t_constant
 from .launch import (
     PLANS,
@@ -26,7 +27,7 @@ from .launch import (
     Plan,
     accumulation,
     alignment,
-    approximates,
+    approximation,
     collapse,
     copies,
     is_wide,
@@ -88,9 +89,9 @@ def _divisor(raw, lo, hi, PARAM: tl.constexpr, CLAMP: tl.constexpr, APPROX: tl.c
 
 
 @triton.jit
-def _uniform(key_ptr, row, tile, D, COLS: tl.constexpr, VEC: tl.constexpr, APPROX: tl.constexpr):
+def _uniform(seed, offset, row, tile, D, COLS: tl.constexpr, VEC: tl.constexpr,
+             APPROX: tl.constexpr):  # fmt: skip
     """The noise that dequantizes the elements of ``tile`` of each row (both int, [.., 1])."""
-    seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     group = tile * (COLS // 4) + tl.arange(0, COLS // VEC)[None, :] * (VEC // 4)
     index = offset + row.to(tl.uint64) * tl.cast((D + 3) // 4, tl.uint64) + group.to(tl.uint64)
     return uniform(seed, index, VEC, APPROX)
@@ -139,6 +140,8 @@ def likelihood_kernel(
     part = pid % SPLIT
     # Element (i, j) of a step is in row i % ROWS, and in column j of tile i // ROWS.
     i = tl.arange(0, TILES * ROWS)[:, None]
+    if key_ptr is not None:
+        seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     loss = tl.zeros([ROWS], ACC)
     g_tau_sum = tl.zeros([ROWS], ACC)
     if SCALE == ABSENT:
@@ -194,14 +197,17 @@ def likelihood_kernel(
                 at = tl.max_contiguous(b * x_row + along(cols, x_col), [1, VEC])
                 x = tl.load(x_ptr + at, mask, 0).to(ACC)
                 if key_ptr is not None:
-                    x += _uniform(key_ptr, b + first_row, tile, D, COLS, VEC, APPROX).to(ACC)
+                    u = _uniform(seed, offset, b + first_row, tile, D, COLS, VEC, APPROX)
+                    x += u.to(ACC)
                 x = x_mul * x + x_add
             else:
-                x = tl.load(x_ptr + b * x_row + along(cols, x_col), mask, 0.0).to(ACC)
-            mean = tl.load(mean_ptr + n * mean_row + along(half, mean_col), mask, 0.0).to(ACC)
+                x = tl.load(x_ptr + b * x_row + along(cols, x_col), mask, 0.0)
+                x = widen(x, ACC, APPROX)
+            mean = tl.load(mean_ptr + n * mean_row + along(half, mean_col), mask, 0.0)
+            mean = widen(mean, ACC, APPROX)
             if SCALE == FULL:
                 raw = scale_ptr + packed + n * scale_row + along(half, scale_col)
-                raw = tl.load(raw, mask, 1.0).to(ACC)
+                raw = widen(tl.load(raw, mask, 1.0), ACC, APPROX)
                 s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
             if FORWARD:
                 value = element_nll(
@@ -472,7 +478,10 @@ class _LikelihoodPlan(Plan):
 
 
 def sums_and_most(forward: bool, kind: int, reduction: int) -> tuple[bool, int | None]:
-    """``sums`` and ``most`` of ``likelihood_config``: of a pass, a scale and a reduction."""
+    """``sums`` and ``most`` of ``likelihood_config``: of a pass, a scale and a reduction.
+
+    ``most`` is None where programs leave no parts of a sum.
+    """
     scalar = kind == SCALAR.value
     # A loop over rows costs some 3 % on an H200; tens of thousands of parts to sum cost more.
     parts = reduction in (MEAN, SUM) if forward else scalar
@@ -495,7 +504,7 @@ def _plan(
     samples = n // batch
     kind = _kind(scale, mean, likelihood)
     packed = scale is None and kind == FULL.value
-    full, scalar = kind == FULL.value and not packed, kind == SCALAR.value
+    full = kind == FULL.value and not packed
     row, event = kind == ROW.value, kind == EVENT.value
     summed = event and grad and need_scale  # else an event is read as a full scale of equal rows
     acc = accumulation(mean)
@@ -529,11 +538,10 @@ def _plan(
     if dequantize and itemsize == 8:
         itemsize, heavy = 4, heavy + 1
     align = alignment(16 // itemsize, size, *rows)
-    sum_loss = forward and reduction in (MEAN, SUM)
+    sums, most = sums_and_most(forward, kind, reduction)
     config = likelihood_config(
-        n, size, itemsize, align, where.sms, where.warp, heavy, summed,
-        *sums_and_most(forward, kind, reduction), grad,
-    )  # fmt: skip
+        n, size, itemsize, align, where.sms, where.warp, heavy, summed, sums, most, grad
+    )
     split = config.split
 
     spare_x = spare_mean = spare_scale = None
@@ -560,7 +568,7 @@ def _plan(
     # With several samples and no reduction, the mean over k is taken from the finished rows.
     row_loss = forward and reduction == NONE and samples == 1
     partials = None
-    if sum_loss or (grad and scalar and not forward) or (forward and split > 1):
+    if most or (forward and split > 1):
         partials = max(config.programs, 2 * n * split if split > 1 else 0)
     launch = Launch(
         where,
@@ -574,9 +582,10 @@ def _plan(
             "LIKELIHOOD": likelihood, "PARAM": param, "CLAMP": clamp,
             "SCALE": FULL.value if event and not summed else kind, "GROUP": walk.group,
             "SAMPLES": samples > 1, "FORWARD": forward, "GRAD": grad, "ROW_LOSS": row_loss,
-            "SUM_LOSS": sum_loss, "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles,
-            "VEC": config.vec, "ALIGN": math.gcd(align, g_x_row, g_mean_row, g_scale_row, g_offset),
-            "SPLIT": split, "EVEN": config.even, "APPROX": approximates(where, mean.dtype),
+            "SUM_LOSS": forward and reduction in (MEAN, SUM),
+            "ROWS": config.rows, "COLS": config.cols, "TILES": config.tiles, "VEC": config.vec,
+            "ALIGN": math.gcd(align, g_x_row, g_mean_row, g_scale_row, g_offset),
+            "SPLIT": split, "EVEN": config.even, "APPROX": approximation(where, mean, scale),
         },
         config.num_warps,
         registers=128,

@@ -7,7 +7,7 @@ a thread makes whole calls for neighbouring elements, so the noise never leaves 
 import triton
 import triton.language as tl
 
-from .elementary import minus_zeros
+from .elementary import minus_zeros, ptx
 
 # Round multipliers and Weyl key increments (Salmon et al. 2011, section 3.3).
 _M0 = tl.constexpr(0xD2511F53)
@@ -63,23 +63,14 @@ def philox(seed, index, APPROX: tl.constexpr, STREAM: tl.constexpr = 0):
 
 
 @triton.jit
-def _ptx(ASM: tl.constexpr, x):
-    """One fp32 PTX instruction ``ASM $0, $1``; NVIDIA only."""
-    return tl.inline_asm_elementwise(
-        ASM + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _squared_radius(x, APPROX: tl.constexpr):
     """-2 ln u of a uint32 word: the sum of squares of the two normals made from it."""
     u = x.to(tl.float32) * _2POW_M32 + _2POW_M33
     if APPROX:
         # lg2.approx is good to 2^-22 absolute, too coarse under a square root near u = 1. There
         # 1 - u is exact, and -2 ln u = 2 (1 - u) to second order.
-        return tl.where(
-            u > 1.0 - 2.0**-11, 2.0 - 2.0 * u, _ptx("lg2.approx.ftz.f32", u) * _MINUS_2LN2
-        )
+        log2 = ptx("lg2.approx.ftz.f32 $0, $1;", u)
+        return tl.where(u > 1.0 - 2.0**-11, 2.0 - 2.0 * u, log2 * _MINUS_2LN2)
     else:
         return -2.0 * tl.log(u)
 
@@ -91,11 +82,12 @@ def _box_muller(x, y, APPROX: tl.constexpr):
     if APPROX:
         # Within 1.5e-5 of PyTorch's: 5e-6 are sine and cosine, good to 2^-20.5, and 6e-6 what the
         # two angles are rounded by.
-        radius = _ptx("sqrt.approx.ftz.f32", square)
+        radius = ptx("sqrt.approx.ftz.f32 $0, $1;", square)
         # The word taken as signed is the same angle reduced to [-pi, pi], where sin.approx is best;
         # the half step that PyTorch adds to it is worth 5e-9.
         angle = y.to(tl.int32, bitcast=True).to(tl.float32) * _2PI_2POW_M32
-        cos, sin = _ptx("cos.approx.ftz.f32", angle), _ptx("sin.approx.ftz.f32", angle)
+        cos = ptx("cos.approx.ftz.f32 $0, $1;", angle)
+        sin = ptx("sin.approx.ftz.f32 $0, $1;", angle)
     else:
         radius = tl.sqrt(square)
         angle = (y.to(tl.float32) * _2POW_M32 + _2POW_M33) * _2PI

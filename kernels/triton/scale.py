@@ -8,7 +8,7 @@ import math
 import triton
 import triton.language as tl
 
-from .elementary import exp, exp_half, log1p, tanh, tanh_slope
+from .elementary import exp, exp_half, exp_minus_quarter, log1p, tanh, tanh_slope
 
 LOGVAR = tl.constexpr(0)
 LOGSTD = tl.constexpr(1)
@@ -123,7 +123,7 @@ def _root(log_variance, APPROX: tl.constexpr):
         x = clamp(log_variance, -2800.0, 2800.0)
     else:
         x = tl.clamp(log_variance, -348.0, 348.0, tl.PropagateNan.ALL)
-    return exp_half(-0.5 * x, APPROX)
+    return exp_minus_quarter(x, APPROX)
 
 
 @triton.jit
