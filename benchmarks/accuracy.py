@@ -31,6 +31,7 @@ from vae_fast._triton.elementary import FP16, FP32, PLAIN, expm1_and_rest
 from vae_fast._triton.family import element_gradients, element_nll, student_t_constant
 from vae_fast._triton.philox import _box_muller
 from vae_fast._triton.scale import (
+    _root,
     log_scale_slope,
     log_variance_and_divisor,
     log_variance_and_scale,
@@ -111,6 +112,13 @@ def kl_kernel(t_ptr, expm1_ptr, rest_ptr, BLOCK: tl.constexpr, APPROX: tl.conste
     expm1, rest = expm1_and_rest(tl.load(t_ptr + i), APPROX)
     tl.store(expm1_ptr + i, expm1)
     tl.store(rest_ptr + i, rest)
+
+
+@triton.jit
+def root_kernel(log_variance_ptr, root_ptr, BLOCK: tl.constexpr, APPROX: tl.constexpr):
+    """τ^(-1/2), by which residuals are divided."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(root_ptr + i, _root(tl.load(log_variance_ptr + i), APPROX))
 
 
 def run(kernel, inputs: list[Tensor], outputs: int, approx: int, *args, **options) -> list[Tensor]:
@@ -227,6 +235,18 @@ def errors_of_scale(param: str, s: Tensor, approx: int) -> dict[str, float]:
     }
 
 
+def root_errors(approx: int, device: torch.device) -> dict[str, float]:
+    """``errors_of_root`` for roots of e^-80 to e^80."""
+    return errors_of_root(8.0 * _wide().to(device), approx)
+
+
+def errors_of_root(log_variance: Tensor, approx: int) -> dict[str, float]:
+    """Relative errors of τ^(-1/2)."""
+    (truth,) = run(root_kernel, [log_variance.double()], 1, PLAIN.value)
+    (value,) = run(root_kernel, [log_variance], 1, approx)
+    return {"τ^(-1/2)": _relative(value, truth)}
+
+
 def likelihood_errors(
     likelihood: str, param: str, approx: int, device: torch.device
 ) -> dict[str, float]:
@@ -271,6 +291,7 @@ def measures() -> list[Callable[[int, torch.device], dict[str, float]]]:
     return [
         noise_errors,
         *(functools.partial(scale_errors, param) for param in PARAMS),
+        root_errors,
         *(functools.partial(likelihood_errors, *pair) for pair in pairs),
         kl_errors,
     ]

@@ -26,7 +26,7 @@ from vae_fast import noise
 STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "audit" / "accuracy.json"
 BLOCK = 1 << 24
 #: Quantities of one parameter, which there is time to try every number of.
-QUICK = ("scale_errors", "kl_errors")
+QUICK = ("scale_errors", "root_errors", "kl_errors")
 
 on_nvidia = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU"
@@ -104,6 +104,15 @@ def test_every_scale_is_within_its_bound(bounds, approx, param, record_property)
     lo, hi = accuracy.parameter(param, torch.tensor([-40.0, 40.0])).tolist()
     ranges = [(lo, hi)] if lo > 0.0 else [(lo, -(2.0**-120)), (2.0**-120, hi)]
     errors = (accuracy.errors_of_scale(param, s, approx) for r in ranges for s in numbers(*r))
+    assert not beyond(worst_of(errors, record_property), bounds)
+
+
+@pytest.mark.gpu
+@on_nvidia
+def test_every_root_is_within_its_bound(bounds, approx, record_property):
+    """But for the smallest log τ², of which the root is 1."""
+    ranges = ((-348.0, -(2.0**-60)), (2.0**-60, 348.0))
+    errors = (accuracy.errors_of_root(t, approx) for r in ranges for t in numbers(*r))
     assert not beyond(worst_of(errors, record_property), bounds)
 
 

@@ -49,6 +49,35 @@ def test_functions_are_as_exact_as_the_widest_tensor_deserves(backend, dtypes, w
     assert launch.approximation(where, *tensors) == getattr(elementary, wanted).value
 
 
+@pytest.mark.parametrize(
+    ("mean", "scale", "wanted"),
+    [(HALF, HALF, "FP16"), (HALF, SINGLE, "FP32"), (SINGLE, HALF, "FP32")],
+)
+def test_a_likelihood_is_as_exact_as_its_mean_and_scale(mean, scale, wanted):
+    """Its data, fp32 here, change nothing."""
+    from vae_fast._triton import elementary, launch, likelihood
+
+    where = launch.Place("cuda", -1, 132, 32)
+    layouts = [launch.layout(torch.empty(4, 8, dtype=d)) for d in (SINGLE, mean, scale)]
+    options = False, False, likelihood.MEAN, 0, 0, 0, True, False, False
+    plan = likelihood._plan(where, *layouts, *[None] * 8, *options)
+    assert plan.launch.constants["APPROX"] == getattr(elementary, wanted).value
+
+
+@pytest.mark.parametrize(
+    ("posterior", "prior", "wanted"),
+    [(HALF, HALF, "FP16"), (HALF, SINGLE, "FP32"), (HALF, None, "FP16")],
+)
+def test_a_kl_is_as_exact_as_both_distributions(posterior, prior, wanted):
+    from vae_fast._triton import elementary, kl, launch
+
+    where = launch.Place("cuda", -1, 132, 32)
+    tensors = [None if d is None else torch.empty(4, 8, dtype=d) for d in (posterior, prior)]
+    mu, prior_mu = map(launch.layout, tensors)
+    plan = kl._plan(where, (mu, mu, prior_mu, prior_mu), None, 0, 0, 0)
+    assert plan.launch.constants["APPROX"] == getattr(elementary, wanted).value
+
+
 def test_scratch_memory_is_shared_on_the_default_stream_alone(monkeypatch):
     """On any other it may lie in a CUDA graph's pool, which takes it back."""
     from vae_fast._triton import launch

@@ -118,10 +118,35 @@ def test_latent_forward_instructions(reports):
         assert r["per_element"] <= LATENT_FORWARD, r
 
 
-def test_bf16_takes_no_more_instructions(reports):
-    """Half of the bytes leave half of the time: for what is stored in 16 bits less will do."""
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        ("latent_forward 16384x256 bfloat16", "FP16"),
+        ("latent_backward 16384x256 bfloat16", "FP16"),
+        ("likelihood_forward_grad 16384x3072 bfloat16", "FP16"),
+        ("gaussian_kl_forward 16384x256 bfloat16", "FP16"),
+        ("latent_forward 4096x64 bfloat16 mixed", "FP32"),
+        ("latent_backward 4096x64 bfloat16 mixed", "FP32"),
+        ("latent_forward 16384x256 float32", "FP32"),
+        ("gaussian_kl_backward 16384x256 float32", "FP32"),
+        ("importance_forward 16384x0 float32 K=64", "FP32"),
+        ("latent_forward 4096x64 float64", "PLAIN"),
+        ("likelihood_backward 4096x784 float64", "PLAIN"),
+    ],
+)
+def test_launchers_ask_for_what_their_tensors_deserve(case, wanted):
+    from vae_fast._triton import elementary
+
+    (found,) = (c for c in audit.CASES if str(c) == case)
+    launch = audit.record(found, "cuda")
+    assert launch.arguments["APPROX"] == getattr(elementary, wanted).value
+    assert audit.record(found, "hip").arguments["APPROX"] == elementary.PLAIN.value
+
+
+def test_bf16_takes_fewer_instructions(reports):
+    """Half of the bytes leave half of the time: for numbers of 16 bits less will do."""
     sizes = {"latent_forward": "16384x256", "likelihood_forward": "16384x3072"}
-    sizes["likelihood_forward_grad"] = sizes["likelihood_forward"]
+    sizes |= dict.fromkeys(("likelihood_backward", "likelihood_forward_grad"), "16384x3072")
     for op, size in sizes.items():
         (fp32,), (bf16,) = (
             select(reports, case=f"{op} {size} {dtype}", target="sm_90") for dtype in FAST

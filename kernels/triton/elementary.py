@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 # Codes of ``APPROX``: whether PTX's approximate functions are used, which only NVIDIA has, and
-# whether results need be as exact as fp32 numbers, or as numbers that are stored in 16 bits.
+# whether results need be as exact as fp32 numbers, or as what is made of numbers of 16 bits.
 PLAIN, FP32, FP16 = map(tl.constexpr, range(3))
 
 
@@ -38,8 +38,8 @@ def _exp_ptx(scale: float) -> str:
 def _exp_ptx_16(scale: float) -> str:
     """The same in two instructions instead of five: d is left out.
 
-    That is |scale·x|·2^-23 at most, and a 16-bit x was itself rounded by more than a thousand times
-    as much: 2^-9 of it in bf16, 2^-12 in fp16.
+    That is |scale·x|·2^-23 of the result at most. An x made of 16-bit numbers was rounded by more
+    than a thousand times as much: by 2^-9 of itself in bf16, 2^-12 in fp16.
     """
     return f"""{{
     .reg .f32 m;

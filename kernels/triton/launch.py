@@ -114,7 +114,7 @@ def laid_out(layout: Layout | None) -> Tensor | None:
 
 
 def approximation(where: Place, *tensors: Tensor | None) -> int:
-    """The ``APPROX`` of a kernel that computes with ``tensors``.
+    """The ``APPROX`` of a kernel whose distributions are made of ``tensors``.
 
     AMD's compiler takes PTX silently and wrongly.
     """
