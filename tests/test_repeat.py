@@ -8,6 +8,7 @@ import ctypes
 import functools
 import itertools
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -304,6 +305,31 @@ def test_on_a_gpu_compiled(key, monkeypatch):
     monkeypatch.setattr(launch.Launch, "__call__", None)
     for a, b in zip(gradients(run), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_that_come_first_register_the_launchers_once(monkeypatch):
+    """Whoever registered second would take them from under a launch of the first."""
+    from vae_fast._triton import repeat
+
+    registered = []
+
+    def register(*args):
+        registered.append(args)
+        time.sleep(0.1)  # for the others to come
+
+    monkeypatch.setattr(backends, "_shortcut", SimpleNamespace(repeat=register))
+    monkeypatch.setattr(backends, "_register_triton", lambda dispatch_key: None)
+    monkeypatch.setattr(backends, "_load_shortcut", lambda path: None)
+    monkeypatch.setattr(backends._build, "build_eager", lambda: None)
+    monkeypatch.setattr(repeat, "driver", lambda: (1, 2))
+    once = functools.cache(backends._repeat_launches.__wrapped__)
+    monkeypatch.setattr(backends, "_repeat_launches", once)
+    threads = [threading.Thread(target=backends._load, args=("triton", "cuda")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(registered) == 1
 
 
 def test_whatever_a_launch_follows_from_makes_it_another(gpu, key):
