@@ -236,8 +236,8 @@ def errors_of_scale(param: str, s: Tensor, approx: int) -> dict[str, float]:
 
 
 def root_errors(approx: int, device: torch.device) -> dict[str, float]:
-    """``errors_of_root`` for roots of e^-80 to e^80."""
-    return errors_of_root(8.0 * _wide().to(device), approx)
+    """``errors_of_root`` for roots of e^-87 to e^87, beyond which they are clamped."""
+    return errors_of_root(8.7 * _wide().to(device), approx)
 
 
 def errors_of_root(log_variance: Tensor, approx: int) -> dict[str, float]:

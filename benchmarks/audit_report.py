@@ -174,7 +174,7 @@ have not been compared with a GPU yet.
 {documented}
 The error of ε is absolute, and that of z in units of abs(μ) + σ. Errors of σ, of d(log σ)/ds, of
 τ^(-1/2) and of the two terms of a KL are relative, and all others relative to the value or to 1,
-whichever is more. σ goes from e^-40 to e^40, the root of 1/τ from e^-80 to e^80, and all else has τ
+whichever is more. σ goes from e^-40 to e^40, the root of 1/τ from e^-87 to e^87, and all else has τ
 of e^-8 to e^8.
 
 """

@@ -109,19 +109,13 @@ def test_every_scale_is_within_its_bound(bounds, approx, param, record_property)
 
 @pytest.mark.gpu
 @on_nvidia
-def test_every_root_is_within_its_bound(bounds, approx, record_property):
-    """But for the smallest log τ², of which the root is 1."""
-    ranges = ((-348.0, -(2.0**-60)), (2.0**-60, 348.0))
-    errors = (accuracy.errors_of_root(t, approx) for r in ranges for t in numbers(*r))
-    assert not beyond(worst_of(errors, record_property), bounds)
-
-
-@pytest.mark.gpu
-@on_nvidia
-def test_every_kl_is_within_its_bound(bounds, approx, record_property):
-    """But for the smallest, of which e^t - 1 - t is no normal number."""
-    ranges = ((-40.0, -(2.0**-60)), (2.0**-60, 40.0))
-    errors = (accuracy.errors_of_kl(t, approx) for r in ranges for t in numbers(*r))
+@pytest.mark.parametrize(
+    ("errors_of", "most"), [(accuracy.errors_of_root, 348.0), (accuracy.errors_of_kl, 40.0)]
+)
+def test_every_root_and_kl_is_within_its_bound(bounds, approx, errors_of, most, record_property):
+    """But for the smallest numbers, of which roots are 1, and e^t - 1 - t is no normal number."""
+    ranges = ((-most, -(2.0**-60)), (2.0**-60, most))
+    errors = (errors_of(t, approx) for r in ranges for t in numbers(*r))
     assert not beyond(worst_of(errors, record_property), bounds)
 
 

@@ -84,7 +84,11 @@ def latent_forward_kernel(
     pid = tl.program_id(0)
     k = (pid % K).to(tl.int64)
     row0 = (pid // K).to(B.dtype) * ROWS
-    seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
+    # A loop's stores might change the key, for all that a compiler knows, so it is read before one;
+    # without one it is read late, and leaves registers to what comes first.
+    LOOP: tl.constexpr = not isinstance(steps, int)
+    if LOOP:
+        seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     q = minus_zeros([ROWS, COLS], ACC)
     p = q
     for step in range(steps):
@@ -98,6 +102,8 @@ def latent_forward_kernel(
             s = widen(s, ACC, APPROX)
         s = bound(s, lo, hi, CLAMP, APPROX)
         log_variance, sigma = log_variance_and_scale(s, PARAM, APPROX)
+        if not LOOP:
+            seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
         eps, squares = _noise(
             seed, offset, row, K, k, first_row, L, step, COLS, TILES, VEC, FP64, APPROX
         )
