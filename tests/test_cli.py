@@ -352,7 +352,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def steps(args):
-    first, *_, last = [faults() for _ in range(9)]
+    *_, first = [faults() for _ in range(9)]  # until the heap has a place for it
+    *_, last = [faults() for _ in range(8)]
     print(last - first)
 
 train.train = steps
@@ -369,8 +370,8 @@ def test_the_command_keeps_freed_memory_unless_told_otherwise(told):
     env |= dict.fromkeys(names, "131072") if told else {}
     run = [sys.executable, "-c", FAULTS]
     done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
-    tensors = int(done.stdout) / 16384  # of eight, and the heap may need two before it fits
-    assert tensors > 7 if told else tensors < 3
+    tensors = int(done.stdout) / 16384  # of eight
+    assert tensors > 7 if told else tensors < 0.5
 
 
 def test_train_conv_on_a_colour_npz_with_classes(tmp_path):
