@@ -58,6 +58,14 @@ def test_memory_that_somebody_gave_back_is_not_handed_out():
     assert second.untyped_storage().nbytes() == second.nbytes
 
 
+def test_memory_of_inference_mode_is_not_kept():
+    """A later step could not differentiate it."""
+    t = like()
+    with torch.inference_mode():
+        buffers.empty_like(t)
+    assert not buffers.empty_like(t).is_inference()
+
+
 def test_gradients_of_two_steps_do_not_share_memory():
     x, log = torch.randn(64, 1024), torch.zeros(64)
     steps = []

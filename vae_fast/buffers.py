@@ -47,7 +47,13 @@ _lock = threading.Lock()
 def empty_like(t: Tensor) -> Tensor:
     """``torch.empty_like``, in reused memory where that pays, unseen by autograd."""
     nbytes = t.nbytes
-    reusable = SMALLEST <= nbytes <= LARGEST_TOTAL // 2 and t.is_cpu and _use_count is not None
+    reusable = (
+        SMALLEST <= nbytes <= LARGEST_TOTAL // 2
+        and t.is_cpu
+        and _use_count is not None
+        # What is made there, no later step may differentiate.
+        and not torch.is_inference_mode_enabled()
+    )
     # Whoever finds the lock taken (another thread, or a process forked meanwhile) does without.
     if not reusable or not _lock.acquire(blocking=False):
         return torch.empty_like(t)
