@@ -219,11 +219,15 @@ def test_nll_strides(dtype, fused):
         torch.testing.assert_close(got, want, **close)
 
 
-def test_nll_packed_gradient_is_packed(fused):
-    x = torch.randn(4, 3, 5, 5, device=fused)
-    packed = torch.randn(4, 6, 5, 5, device=fused).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("side", [2, 5, 6])
+def test_nll_packed_gradient_is_packed(side, fused):
+    """A row may be of whole vectors while its second half begins within one: 3 channels of 2x2."""
+    x = torch.randn(4, 3, side, side, device=fused)
+    packed = torch.randn(4, 6, side, side, device=fused).to(memory_format=torch.channels_last)
     packed.requires_grad_()
-    vae_fast.gaussian_nll(x, packed, None).sum().backward()
+    nll = vae_fast.gaussian_nll(x, packed, None)
+    torch.testing.assert_close(nll, reference.gaussian_nll(x, packed.detach(), None))
+    nll.sum().backward()
     mean, s = packed.detach().chunk(2, 1)
     mean, s = mean.requires_grad_(), s.requires_grad_()
     reference.gaussian_nll(x, mean, s).sum().backward()
@@ -353,15 +357,19 @@ def test_every_output_element_is_written(fused, key, monkeypatch):
 
 
 def test_a_key_need_not_lie_in_one_piece(fused, key):
-    mu, scale = (torch.randn(3, 6, device=fused) for _ in range(2))
+    mu, scale = (torch.randn(3, 6, device=fused, requires_grad=True) for _ in range(2))
     levels = torch.randint(256, (3, 9), dtype=torch.uint8, device=fused)
-    mean = torch.zeros(3, 9, device=fused)
+    mean = torch.zeros(3, 9, device=fused, requires_grad=True)
     whole = key.to(fused)
     strided = whole.view(torch.int64).repeat_interleave(2).view(torch.uint64)[::2]
     assert strided.stride() == (2,)
     assert torch.equal(strided.cpu(), key)
-    for run in (
-        lambda k: vae_fast.reparameterize(mu, scale, key=k)[0],
-        lambda k: vae_fast.likelihood_nll(levels, mean, 0.0, dequantize=True, key=k),
+    for run, inputs in (
+        (lambda k: vae_fast.reparameterize(mu, scale, key=k)[0], (mu, scale)),
+        (lambda k: vae_fast.likelihood_nll(levels, mean, 0.0, dequantize=True, key=k), (mean,)),
     ):
-        assert torch.equal(run(strided), run(whole))
+        got, want = run(strided), run(whole)
+        assert torch.equal(got, want)
+        gradients = (torch.autograd.grad(t.sum(), inputs) for t in (got, want))
+        for g, wanted in zip(*gradients, strict=True):
+            assert torch.equal(g, wanted)

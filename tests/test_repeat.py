@@ -388,7 +388,9 @@ def test_a_step_is_launched_without_python(options, gpu, key, monkeypatch):
     assert len(gpu.repeated) == 4
 
 
-@pytest.mark.parametrize("what", ["argument", "in place", "another result"])
+@pytest.mark.parametrize(
+    "what", ["argument", "in place", "another result", "one result more", "memory for more"]
+)
 def test_what_pytorch_does_beside_the_launch_is_not_skipped(what, gpu, key, monkeypatch):
     from vae_fast._triton import repeat
 
@@ -404,6 +406,10 @@ def test_what_pytorch_does_beside_the_launch_is_not_skipped(what, gpu, key, monk
             z.mul_(2)
         if what == "another result":
             z = z + 0
+        if what == "one result more":
+            rows.append(z.sum())
+        if what == "memory for more":  # of which another view may be a result as well
+            z.untyped_storage().resize_(2 * z.nbytes)
         return z, *rows
 
     monkeypatch.setattr(_triton, "latent_forward", more)
@@ -414,6 +420,19 @@ def test_what_pytorch_does_beside_the_launch_is_not_skipped(what, gpu, key, monk
     monkeypatch.setattr(_triton, "latent_forward", plain)
     _, facts = repeat.learn("latent_forward", True, zeros, zeros.clone(), key, *options)
     assert facts
+
+
+def test_a_launch_that_a_hook_sees_is_not_learned(gpu, key, monkeypatch):
+    from triton import knobs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+        step(0, key)
+        step(0, key)
+    assert gpu.described == [False] * 8
+    assert not gpu.repeated
+    step(0, key)
+    assert all(gpu.described[8:])
 
 
 def test_an_unknown_triton_launches_from_python(gpu, key, monkeypatch):
