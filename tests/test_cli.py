@@ -504,6 +504,9 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     bad = x.copy()
     bad[3, 1], bad[5, 0] = math.nan, math.inf
     assert "NaN or infinity in 2 of 20 rows; the first is 3" in message(npz(x=bad))
+    beyond = x.astype(np.float64)
+    beyond[2, 1] = 1e39
+    assert "x in fp32 has NaN or infinity in 1 of 20 rows; the first is 2" in message(npz(x=beyond))
     assert "y must be of shape (20,) like x, got (19,)" in message(npz(x=x, y=np.zeros(19)))
     assert "x must be of shape (N, ...), got (20,)" in message(npz(x=x[:, 0]))
     assert "x must hold real numbers, got dtype complex128" in message(npz(x=x.astype(complex)))
@@ -518,6 +521,14 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     )
     (tmp_path / "broken.npz").write_bytes(b"PK but not really")
     assert "cannot be read as a .npz file" in message(tmp_path / "broken.npz")
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, x)
+    assert "is one array, not a .npz file" in message(tmp_path / "array.npz")
+    np.savez_compressed(tmp_path / "damaged.npz", x=np.random.default_rng(0).random((400, 4)))
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[200:400] = bytes(byte ^ 0x5A for byte in damaged[200:400])
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    assert "cannot be read as a .npz file" in message(tmp_path / "damaged.npz")
     np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20))
     assert "cannot be read as a .npz file" in message(tmp_path / "objects.npz")
     (tmp_path / "table.csv").write_text("1,2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,26 +100,32 @@ def _digits() -> Data:
 
 def _npz(path: Path) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise CommandError(f"{path} is one array, not a .npz file: use np.savez(..., x=x)")
+        with loaded as file:
             if "x" not in file:
                 found = ", ".join(file.files) or "none"
                 raise CommandError(f"{path} has no array x; arrays found: {found}")
             x = file["x"]
             y = file.get("y")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CommandError(f"{path} cannot be read as a .npz file: {error}") from error
 
     if x.dtype.kind not in "buif":
         raise CommandError(f"{path}: x must hold real numbers, got dtype {x.dtype}")
     if x.ndim < 2 or 0 in x.shape:
         raise CommandError(f"{path}: x must be of shape (N, ...), got {x.shape}")
+    stored = x.dtype == np.uint8
+    with np.errstate(over="ignore"):
+        x = x.astype(np.uint8 if stored else np.float32)
     if not np.isfinite(x).all():
         rows = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
         raise CommandError(
-            f"{path}: x has NaN or infinity in {len(rows)} of {len(x)} rows; the first is {rows[0]}"
+            f"{path}: x in fp32 has NaN or infinity in {len(rows)} of {len(x)} rows; "
+            f"the first is {rows[0]}"
         )
-    stored = x.dtype == np.uint8
-    values = torch.from_numpy(x.astype(np.uint8 if stored else np.float32))
+    values = torch.from_numpy(x)
     x_scale = reference.X_SCALE if stored else None
     if values.dim() == 3:  # (N, H, W)
         values = values.unsqueeze(1)
