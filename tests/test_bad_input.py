@@ -114,6 +114,7 @@ IMPORTANCE = [
     (dict(nll=t(2, 4).half(), log_q=t(2, 4).half(), log_p=None), TypeError, "nll must be float32"),
     (dict(log_q=t(2, 3)), ValueError, "log_q must be float32 of nll's shape"),
     (dict(log_p=t(2, 4).half()), ValueError, "log_p must be float32 .* got float16"),
+    (dict(beta="1"), TypeError, "beta must be a float, got str"),
 ]
 
 ELBO = [
@@ -128,6 +129,8 @@ ELBO = [
     (dict(beta="1"), TypeError, "beta must be a float, got str"),
     (dict(mean=t(4, 5)), ValueError, "mean of shape"),
 ]
+
+DREG = dict(objective="iwae", estimator="dreg", num_samples=4)
 
 MODULE = [
     (dict(num_samples=0), ValueError, "num_samples must be at least 1"),
@@ -160,11 +163,14 @@ MODULE = [
     (dict(estimator="pathwise"), ValueError, "estimator must be one of standard, stl, dreg"),
     (dict(estimator="dreg"), ValueError, 'estimator="dreg" is for objective="iwae"'),
     (dict(estimator="stl", objective="iwae"), ValueError, 'estimator="stl" is biased'),
+    (DREG | dict(likelihood_scale="optimal"), ValueError, 'estimator="dreg" is biased for'),
+    (DREG | dict(likelihood_scale="optimal_channel"), ValueError, 'use "optimal_sample"'),
     (dict(estimator="stl", capacity=1.0), ValueError, 'estimator="stl" is biased with capacity'),
     (dict(capacity="1"), TypeError, "capacity must be a number, got str"),
     (dict(capacity=True), TypeError, "capacity must be a number, got bool"),
     (dict(capacity=t(2)), ValueError, "capacity must be a float or a 0-dim tensor"),
     (dict(beta=torch.nn.Parameter(t())), TypeError, "beta must be .* got a Parameter"),
+    (dict(beta=None, objective="iwae"), TypeError, "beta must be a float or .* got NoneType"),
     (dict(capacity=torch.nn.Parameter(t())), TypeError, "capacity must be .* got a Parameter"),
     (dict(likelihood_scale=[1.0]), TypeError, "likelihood_scale must be a number, got list"),
     (dict(likelihood_scale=float("nan")), ValueError, "likelihood_scale must be finite, got nan"),

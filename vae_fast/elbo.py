@@ -201,11 +201,15 @@ class FusedELBO(nn.Module):
         self._checked = True
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set an option anew, checked as at construction; β is only looked at when it is used."""
+        """Set an option anew, checked as at construction; of β, which may change at each step, its
+        type alone.
+        """
         if name in ("beta", "capacity") and isinstance(value, nn.Parameter):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
+        if name == "beta" and not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"beta must be a float or a 0-dim tensor, got {type(value).__name__}")
         if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, (str, tuple)):
             value = tuple(value)  # which nobody changes unseen
         checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
@@ -265,6 +269,11 @@ class FusedELBO(nn.Module):
             )
         if self.estimator == "dreg" and self.objective != "iwae":
             raise ValueError('estimator="dreg" is for objective="iwae"; for the ELBO use "stl"')
+        if self.estimator == "dreg" and self.likelihood_scale in ("optimal", "optimal_channel"):
+            raise ValueError(
+                f'estimator="dreg" is biased for likelihood_scale={self.likelihood_scale!r}, by '
+                'which each sample\'s weight depends on all samples; use "optimal_sample"'
+            )
         if self.estimator == "stl" and self.objective == "iwae":
             raise ValueError(
                 'estimator="stl" is biased for objective="iwae" (Tucker et al. 2019); use "dreg"'

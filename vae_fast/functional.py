@@ -478,6 +478,11 @@ def gaussian_kl(
     return ops.gaussian_kl_forward(*tensors, *options)
 
 
+def _check_beta(beta: object) -> None:
+    if not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+
+
 def importance_bound(
     nll: Tensor, log_q: Tensor, log_p: Tensor | None = None, beta: float = 1.0
 ) -> Tensor:
@@ -497,13 +502,14 @@ def importance_bound(
         The negative bound in nats, (B,).
 
     Raises:
-        TypeError: an argument is not a tensor of one and the same dtype.
+        TypeError: a tensor is none, or not of the same dtype as the others; beta is no number.
         ValueError: shapes or devices do not fit.
     """
     if has_torch_function((nll, log_q, log_p)):
         return handle_torch_function(
             importance_bound, (nll, log_q, log_p), nll, log_q, log_p, beta=beta
         )
+    _check_beta(beta)
     _check_tensor("nll", nll)
     if nll.dim() != 2 or nll.shape[0] == 0:
         raise ValueError(f"nll must have shape (K, B) with K ≥ 1, got {tuple(nll.shape)}")
@@ -629,8 +635,7 @@ def _fused_elbo(
             **per_call,
             **options,
         )
-    if not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+    _check_beta(beta)
     reduction_code = _REDUCTION_CODE[reduction]
     if _is_plain(dequantize) and (shortcut := eager.shortcut()):
         scaled = density[0] not in ops.WITHOUT_SCALE
