@@ -28,6 +28,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <initializer_list>
 #include <iterator>
@@ -53,8 +54,10 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-const Passes* passes = nullptr;         // of the stable library, for good once it is loaded
-bool passes_serve_cpu = false, ops_serve_cpu = false, ops_serve_cuda = false;
+// Of the stable library, for good once it is loaded; to be used where passes_serve_cpu was seen.
+const Passes* passes = nullptr;
+// Read without the GIL.
+std::atomic<bool> passes_serve_cpu = false, ops_serve_cpu = false, ops_serve_cuda = false;
 PyObject* reused_empty_like = nullptr;  // vae_fast.buffers.empty_like
 size_t smallest_reused = 0;             // bytes
 
@@ -1153,7 +1156,7 @@ PyObject* serve(PyObject*, PyObject* arguments) {
   unsigned long long address = 0;
   int by_passes = 0, cpu = 0, cuda = 0;
   if (!PyArg_ParseTuple(arguments, "Kppp", &address, &by_passes, &cpu, &cuda)) return nullptr;
-  if (address != 0) passes = reinterpret_cast<const Passes*>(static_cast<uintptr_t>(address));
+  if (passes == nullptr) passes = reinterpret_cast<const Passes*>(static_cast<uintptr_t>(address));
   passes_serve_cpu = by_passes != 0 && passes != nullptr;
   ops_serve_cpu = cpu != 0;
   ops_serve_cuda = cuda != 0;

@@ -1,20 +1,15 @@
-// Element functions of both passes, written once for every C++ target.
+// Element functions of both passes, written once for every instruction set.
 //
-// Everything here is branch-free and templated on F: on the CPU a GNU vector of floats as wide as
-// the instruction set's registers, on a GPU a plain float, or a double. fp32 uses our own
-// polynomials, because a libm call per element would undo the vectorisation; fp64 uses the standard
-// library. The names are those of vae_fast/reference.py.
+// Everything here is branch-free and templated on F: a GNU vector of floats as wide as the
+// instruction set's registers, or a double. fp32 uses our own polynomials, because a libm call per
+// element would undo the vectorisation; fp64 uses the standard library. The names are those of vae_fast/reference.py.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define VAE_FAST_INLINE __host__ __device__ __forceinline__
-#else
 #define VAE_FAST_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace vae_fast {
 
@@ -42,7 +37,6 @@ struct Traits<double> {
   static constexpr int width = 1;
 };
 
-#if !defined(__CUDACC__)
 // One vector register of each width: SSE and NEON, AVX2, AVX-512.
 #define VAE_FAST_VECTOR(W, HALF)                                                                   \
   typedef float f32x##W __attribute__((vector_size(4 * W)));                                    \
@@ -86,13 +80,8 @@ VAE_FAST_INLINE float sum_lanes(f32x16 v) {
   return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
-#endif
 
-VAE_FAST_INLINE float to_float(int32_t v) { return static_cast<float>(v); }
-VAE_FAST_INLINE float to_float(uint32_t v) { return static_cast<float>(v); }
-VAE_FAST_INLINE float square_root(float v) { return sqrtf(v); }
 VAE_FAST_INLINE double square_root(double v) { return sqrt(v); }
-VAE_FAST_INLINE float sum_lanes(float v) { return v; }
 VAE_FAST_INLINE double sum_lanes(double v) { return v; }
 
 template <class F>
@@ -119,7 +108,7 @@ VAE_FAST_INLINE F maximum(F a, F b) {
 
 // What GCC 12 does not find by itself for 512-bit vectors. It knows an instruction set's functions
 // once something is declared for it.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VAE_FAST_GCC_X86 1
 __attribute__((target("avx2,avx512f,avx512bw,avx512vl"))) void declare_avx512();
 // One instruction each.
@@ -146,7 +135,7 @@ VAE_FAST_INLINE void store_past_caches(T* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 VAE_FAST_INLINE void finish_stream() {
-#if defined(__x86_64__) && !defined(__CUDACC__)
+#if defined(__x86_64__)
   __builtin_ia32_sfence();
 #endif
 }

@@ -26,7 +26,7 @@ VAE_FAST_INLINE u64x4 multiply_low(u64x4 a, uint32_t b) {
 VAE_FAST_INLINE u64x8 multiply_low(u64x8 a, uint32_t b) {
   return (u64x8)__builtin_ia32_pmuludq512_mask((i32x16)a, (i32x16)(u64x8{} + b), i64x8{}, 255);
 }
-#elif !defined(__CUDACC__)
+#else
 template <class U>
 VAE_FAST_INLINE U multiply_low(U a, uint32_t b) {
   return (a & 0xffffffffu) * (U{} + b);
@@ -36,7 +36,6 @@ VAE_FAST_INLINE U multiply_low(U a, uint32_t b) {
 // The high half of each lane in its low half, which is all that multiply_low and the callers read. A
 // shuffle, since on x86 the port that shifts is the one that multiplies.
 VAE_FAST_INLINE uint64_t high_half(uint64_t v) { return v >> 32; }
-#if !defined(__CUDACC__)
 VAE_FAST_INLINE u64x2 high_half(u64x2 v) {
   const u32x4 u = bits_as<u32x4>(v);
   return bits_as<u64x2>(__builtin_shufflevector(u, u, 1, 1, 3, 3));
@@ -65,7 +64,6 @@ VAE_FAST_INLINE u32x16 join_low_halves(u64x8 low, u64x8 high) {
   return __builtin_shufflevector(bits_as<u32x16>(low), above, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27,
                                  12, 29, 14, 31);
 }
-#endif
 
 // Third counter words, which keep the streams of one key apart.
 constexpr uint32_t kNormalStream = 0, kUniformStream = 1;
@@ -73,7 +71,7 @@ constexpr uint32_t kNormalStream = 0, kUniformStream = 1;
 // Ten rounds on the 128-bit counters (counter, stream, 0), for a stream of 0 or 1, U being uint64_t or
 // a vector of it. The words are the low halves of what comes out; the high ones hold nothing of use.
 // Several counters go through the rounds side by side, since the rounds of one wait for each other.
-#if defined(__clang__) || defined(__CUDACC__)
+#if defined(__clang__)
 #define VAE_FAST_UNROLL _Pragma("unroll")
 #else
 #define VAE_FAST_UNROLL _Pragma("GCC unroll 9")
