@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 from vae_fast._triton.elementary import FP16, FP32, PLAIN, expm1_and_rest
-from vae_fast._triton.family import element_gradients, element_nll, student_t_constant
+from vae_fast._triton.family import element_gradients, element_nll
 from vae_fast._triton.philox import _box_muller
 from vae_fast._triton.scale import (
     _root,
@@ -38,6 +38,7 @@ from vae_fast._triton.scale import (
 )
 
 from vae_fast import noise
+from vae_fast.reference import student_t_constant
 
 # Documented maximum errors: the PTX ISA manual's; of logf, which is no single instruction, the CUDA
 # programming guide's. "ulp" is counted from the correctly rounded result.

@@ -258,22 +258,28 @@ def test_shared_scales_make_nothing_of_the_datas_size(shape, cpp, key):
 
 
 @pytest.mark.parametrize("family", ["laplace", "student_t", "logistic"])
-def test_extremes_are_finite_where_the_truth_is(family, fused):
-    """Residuals and scales far beyond what their quotient's square could hold."""
+@pytest.mark.parametrize("param", ["logstd", "std"])
+def test_extremes_are_finite_where_the_truth_is(param, family, backend):
+    """Residuals and scales far beyond what their quotient's square could hold, or itself."""
     r = [0.0, 1e-20, 1e-3, 1.0, 30.0, 1e4, 1e12]
-    log_tau = [-60.0, -20.0, -3.0, 0.0, 3.0, 20.0, 60.0]
-    x = torch.tensor([[a] for a in r for _ in log_tau], device=fused)
+    log_tau = [-87.0, -60.0, -20.0, -3.0, 0.0, 3.0, 20.0, 60.0]
+    log_tau += [-95.0] * (param == "logstd")  # not a normal number itself
+    x = torch.tensor([[a] for a in r for _ in log_tau], device=backend)
+    mean = torch.zeros_like(x)
     if family == "logistic":
-        x = (x / 1e3).clamp(max=0.9)
-    s = torch.tensor([[b] for _ in r for b in log_tau], device=fused).requires_grad_()
-    mean = torch.zeros_like(x).requires_grad_()
-    nll = vae_fast.likelihood_nll(x, mean, s, family, "logstd")
+        x = (x / 1e3).clamp(max=1.0)  # the first level and the last, and between
+        mean += x
+        mean[::3], mean[1::3] = 0.5, 1e3 * (2.0 * x[1::3] - 1.0)
+    s = torch.tensor([[b] for _ in r for b in log_tau], device=backend)
+    s = s if param == "logstd" else s.exp()
+    mean, s = mean.requires_grad_(), s.requires_grad_()
+    nll = vae_fast.likelihood_nll(x, mean, s, family, param)
     got = [nll, *torch.autograd.grad(nll.sum(), (mean, s))]
     m, t = mean.detach().double().requires_grad_(), s.detach().double().requires_grad_()
-    truth = reference.likelihood_nll(x.double(), m, t, family, "logstd")
+    truth = reference.likelihood_nll(x.double(), m, t, family, param)
     want = [truth, *torch.autograd.grad(truth.sum(), (m, t))]
     for g, w in zip(got, want, strict=True):
-        fits = w.abs() < 3e38
+        fits = w.abs() < 1e38
         assert fits.sum() > 30
         torch.testing.assert_close(g.double()[fits], w[fits], rtol=1e-4, atol=1e-5)
 
@@ -398,6 +404,26 @@ def test_student_t_of_few_degrees_of_freedom(fused):
         torch.testing.assert_close(nll.double(), truth, rtol=2e-5, atol=1e-5)
         (g,), (w,) = torch.autograd.grad(nll.sum(), s), torch.autograd.grad(truth.sum(), t)
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_student_t_of_many_degrees_of_freedom_is_a_gaussian(dtype, backend):
+    x = torch.linspace(-3, 3, 7, dtype=dtype, device=backend)[:, None]
+    mean, s = torch.zeros_like(x), torch.full_like(x, 0.3)
+    gaussian = vae_fast.gaussian_nll(x, mean, s)
+    for df in (1e8, 1e12, 1e16, 1e30):
+        got = vae_fast.likelihood_nll(x, mean, s, "student_t", df=df)
+        tolerance = 1e-6 if dtype == torch.float32 else max(1e-12, 100 / df)
+        torch.testing.assert_close(got, gaussian, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("df", [80.0, 100.0, 100.1, 300.0, 5000.0])
+def test_student_t_constant(df, backend):
+    """Where either way to it is exact."""
+    x = torch.zeros(1, 1, dtype=torch.float64, device=backend)
+    got = vae_fast.likelihood_nll(x, x, 0.0, "student_t", df=df).item()
+    want = math.lgamma(df / 2) - math.lgamma((df + 1) / 2) + 0.5 * math.log(math.pi * df)
+    assert got == pytest.approx(want, rel=1e-15, abs=4e-16 * math.lgamma(df / 2))
 
 
 def test_optimal_variance_of_a_perfect_reconstruction(backend):

@@ -262,6 +262,22 @@ def test_mask_broadcasts(fused):
 # ---- extremes --------------------------------------------------------------------------------
 
 
+def test_softplus_of_large_scales(backend):
+    """σ = s from 40 on, to any rounding; e^s is soon no fp32 number any more."""
+    s = torch.tensor([[40.0], [79.0], [81.0], [89.0], [100.0], [1e4]], device=backend)
+    s, x = s.requires_grad_(), torch.ones_like(s)
+    nll = vae_fast.gaussian_nll(x, torch.zeros_like(x), s, "softplus")
+    kl = vae_fast.gaussian_kl(x, s, param="softplus")
+    sigma = s.detach().double().requires_grad_()
+    r = 1.0 / sigma
+    truth = (0.5 * r * r + sigma.log() + reference.HALF_LOG_2PI)[:, 0]
+    divergence = (0.5 * sigma.square() - sigma.log())[:, 0]  # of μ = 1
+    for got, want in ((nll, truth), (kl, divergence)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0.0)
+        g, w = torch.autograd.grad(got.sum(), s)[0], torch.autograd.grad(want.sum(), sigma)[0]
+        torch.testing.assert_close(g.double(), w, rtol=1e-6, atol=0.0)
+
+
 def test_extreme_logvar_stays_finite(fused):
     """Finite where the exact result is, and a zero residual costs nothing at any τ."""
     s = torch.tensor([[-200.0], [-80.0], [80.0], [170.0], [-300.0], [300.0]], device=fused)

@@ -25,6 +25,7 @@ __all__ = [
 
 X_SCALE = (1.0 / 255.0, 0.0)  # what a uint8 x means by default: [0, 1]
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+_LINEAR = 80.0  # softplus(s) is s from here on, to fp64 rounding, and e^s is still an fp32 number
 
 
 def _accumulation(t: Tensor) -> torch.dtype:
@@ -42,14 +43,14 @@ def log_scale_and_scale(s: Tensor, param: str) -> tuple[Tensor, Tensor]:
     if param == "var":
         return 0.5 * torch.log(s), torch.sqrt(s)
     if param == "softplus":
-        sigma = F.softplus(s, threshold=100.0)
+        sigma = F.softplus(s, threshold=_LINEAR)
         # softplus(s) → e^s as s → −∞, so log σ → s: below −15 they agree to fp32 rounding, and
         # to fp64 rounding once the next term of log(1+y)/y is kept.
         tail = s < -15.0
         log_sigma = torch.where(
             tail,
             s - 0.5 * torch.exp(s.clamp(max=-15.0)),
-            torch.log(F.softplus(s.clamp(min=-15.0), threshold=100.0)),
+            torch.log(F.softplus(s.clamp(min=-15.0), threshold=_LINEAR)),
         )
         return log_sigma, sigma
     raise ValueError(f"param must be one of logvar, logstd, std, var, softplus; got {param!r}")
@@ -197,8 +198,9 @@ def _logistic(x, m, s, param, df, mul, add):
     −log(σ(p) − σ(q)) for p, q = (x − m ± ½·mul)/τ, with σ(p) − σ(q) = σ(p)·σ(−q)·(1 − e^{−mul/τ}).
     """
     log_tau, _ = log_scale_and_scale(s, param)
-    p, q = standardize(x - m + 0.5 * mul, s, param), standardize(x - m - 0.5 * mul, s, param)
     first, last = x < add + 0.5 * mul, x > add + 254.5 * mul
+    value = -_log_sigmoid(x - m + 0.5 * mul, s, param, last)
+    value = value - _log_sigmoid(m - x + 0.5 * mul, s, param, first)
     # log(1 − e^{−w}) for w = mul/τ, whose logarithm is exact however small w is; 0 for a large w.
     log_w = math.log(mul) - log_tau
     w = torch.exp(log_w.clamp(max=4.0))
@@ -206,22 +208,37 @@ def _logistic(x, m, s, param, df, mul, add):
         torch.where(w < 1e-4, 1.0 - w * (0.5 - w / 6.0), -torch.expm1(-w) / w)
     )
     log_width = torch.where(log_w > 3.9, 0.0, log_width)
-    value = -torch.where(last, 0.0, F.logsigmoid(p)) - torch.where(first, 0.0, F.logsigmoid(-q))
     return value - torch.where(first | last, 0.0, log_width)
+
+
+def _log_sigmoid(d, s, param, nil):
+    """Log σ(d/τ), or 0 where ``nil``; and where it is 0 to any rounding, for d/τ may overflow."""
+    nil = nil | (standardize(d.detach(), s.detach(), param) > 1e4)
+    return torch.where(nil, 0.0, F.logsigmoid(standardize(torch.where(nil, 0.0, d), s, param)))
+
+
+def student_t_constant(df: float) -> float:
+    """The terms of Student's −log p that do not depend on the element: log(B(ν/2, ½)·√ν).
+
+    For many degrees of freedom log Γ(ν/2) and log Γ((ν + 1)/2) cancel, and their difference comes
+    from Stirling's series: ½ log 2π + 1/(4ν) − 1/(24ν³) + 1/(20ν⁵).
+    """
+    if df > 100.0:
+        return HALF_LOG_2PI + (0.25 - (1.0 / 24.0 - 0.05 / (df * df)) / (df * df)) / df
+    return math.lgamma(0.5 * df) - math.lgamma(0.5 * (df + 1.0)) + 0.5 * math.log(math.pi * df)
 
 
 def _student_t(x, m, s, param, df, *_):
     log_tau, _ = log_scale_and_scale(s, param)
-    r = standardize(x - m, s, param).abs()
-    # log(1 + r²/ν), where r² may overflow
-    far = r > 1e15
+    d = x - m
+    # log(1 + r²/ν), which is log(r²/ν) where r² may overflow, and r itself
+    far = standardize(d.detach(), s.detach(), param).abs() > 1e15
     log_term = torch.where(
         far,
-        2.0 * torch.log(torch.where(far, r, 1.0)) - math.log(df),
-        torch.log1p(torch.where(far, 0.0, r).square() / df),
+        2.0 * (torch.log(torch.where(far, d, 1.0).abs()) - log_tau) - math.log(df),
+        torch.log1p(standardize(torch.where(far, 0.0, d), s, param).square() / df),
     )
-    constant = math.lgamma(0.5 * df) - math.lgamma(0.5 * (df + 1.0)) + 0.5 * math.log(math.pi * df)
-    return 0.5 * (df + 1.0) * log_term + log_tau + constant
+    return 0.5 * (df + 1.0) * log_term + log_tau + student_t_constant(df)
 
 
 def _squared_error(x, m, *_):

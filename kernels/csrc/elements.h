@@ -14,6 +14,17 @@ constexpr bool has_scale(Family family) {
   return family != Family::bernoulli && family != Family::squared_error;
 }
 
+// The terms of Student's −log p that do not depend on the element. For many degrees of freedom the
+// two logarithms cancel, and their difference comes from Stirling's series.
+inline double student_t_constant(double df) {
+  if (df > 100) {
+    const double square = df * df;
+    return kHalfLog2Pi + (0.25 - (1.0 / 24 - 0.05 / square) / square) / df;
+  }
+  return std::lgamma(0.5 * df) - std::lgamma(0.5 * (df + 1)) +
+         0.5 * std::log(3.14159265358979323846 * df);
+}
+
 // What an element needs besides x, m and its scale.
 template <class T>
 struct Model {
@@ -32,8 +43,7 @@ struct Model {
       df = static_cast<T>(df_);
       log_df = static_cast<T>(std::log(df_));
       far = static_cast<T>((sizeof(T) == 4 ? 1e15 : 1e150) * std::sqrt(std::min(df_, 1.0)));
-      constant = static_cast<T>(std::lgamma(0.5 * df_) - std::lgamma(0.5 * (df_ + 1.0)) +
-                                0.5 * std::log(3.14159265358979323846 * df_));
+      constant = static_cast<T>(student_t_constant(df_));
     }
     if (family == Family::logistic) {
       log_mul = static_cast<T>(std::log(mul_));
@@ -126,8 +136,9 @@ struct Element<F, Family::logistic> {
     value = last.choose(F{}, below.value) + first.choose(F{}, above.value);
     d_x = inverse.times(sigma_q - sigma_p);
     // p·σ(−p) and q·σ(q) vanish where p and −q are beyond all bounds; a NaN stays one.
-    const F p_bound = select(p > T(1e30), splat<F>(T(1e30)), p);
-    const F q_bound = select(q < T(-1e30), splat<F>(T(-1e30)), q);
+    // Nor are there bounds beyond the first level and the last.
+    const F p_bound = last.choose(F{}, select(p > T(1e30), splat<F>(T(1e30)), p));
+    const F q_bound = first.choose(F{}, select(q < T(-1e30), splat<F>(T(-1e30)), q));
     slope = p_bound * sigma_p - q_bound * sigma_q;
 
     // −log(1 − e^{−w}) of the levels between, and its derivative w/(e^w − 1).
@@ -155,16 +166,18 @@ struct Element<F, Family::student_t> {
     using T = typename Traits<F>::Scalar;
     const T df = model.df, far = model.far;
     const auto inverse = s.inverse();
-    const F r = inverse.times(x - m), size = absolute(r);
-    // log(1 + q), q = r²/ν, which for the largest r is a logarithm of r.
+    const F d = x - m, r = inverse.times(d), size = absolute(r);
+    // log(1 + q), q = r²/ν, which is log q where q may overflow, and r itself.
     const F one = splat<F>(T(1));
     const Negative<F> near(select(size > far, one, -one));  // a NaN is near, and stays one
     const F bound = near.choose(size, splat<F>(far)), q = bound * bound / df, u = q + T(1);
-    const F log_u = log_any(near.choose(u, size));
+    const F log_u = log_any(near.choose(u, absolute(d)));
     const F log_near = select(u == T(1), q, log_u * (q / (u - T(1))));
-    const F log_far = log_u * T(2) - model.log_df;
+    const F log_far = (log_u - s.log_sigma) * T(2) - model.log_df;
     value = near.choose(log_near, log_far) * ((df + T(1)) * T(0.5)) + s.log_sigma;
-    d_x = inverse.times((df + T(1)) / (df / r + r));  // (ν + 1)·r/(ν + r²), without the square
+    // (ν + 1)·r/(ν + r²), without the square; or (ν + 1)/r.
+    const F g = (df + T(1)) / near.choose(df / r + r, d);
+    d_x = near.choose(inverse.times(g), g);
     slope = T(1) - q / u * (df + T(1));
   }
   VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }

@@ -28,11 +28,6 @@ LOG_2 = tl.constexpr(math.log(2.0))
 LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
-def student_t_constant(df: float) -> float:
-    """What does not depend on the element in -log p of Student's t."""
-    return math.lgamma(0.5 * df) - math.lgamma(0.5 * (df + 1.0)) + 0.5 * math.log(math.pi * df)
-
-
 @triton.jit
 def element_nll(x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
                 LIKELIHOOD: tl.constexpr, PARAM: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
@@ -96,8 +91,9 @@ def element_gradients(w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD: tl.co
         beyond_p = tl.where(last, 0.0, sigmoid(-p, APPROX))
         below_q = tl.where(first, 0.0, sigmoid(q, APPROX))
         g_x = divide(w * (below_q - beyond_p), root, tau, PARAM)
-        # Where a bound is so far out that its sigmoid is zero, so is their product.
-        g = tl.where(p > 1e4, 1e4, p) * beyond_p - tl.where(q < -1e4, -1e4, q) * below_q
+        # Where a bound is so far out that its sigmoid is zero, or is none, so is their product.
+        g = tl.where(last | (p > 1e4), 1e4, p) * beyond_p
+        g -= tl.where(first | (q < -1e4), -1e4, q) * below_q
         near, w_tau, c = _width(divide(x_mul, root, tau, PARAM), APPROX)
         width = tl.where(near, 1.0, w_tau) * exp(-w_tau, APPROX) / (1.0 - c)
         return g_x, g_x, w * (g + tl.where(first | last, 0.0, width))

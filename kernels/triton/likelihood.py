@@ -15,10 +15,11 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from vae_fast.reference import student_t_constant
 
 from .config import likelihood_config
 from .elementary import widen
-from .family import HEAVY, WITHOUT_SCALE, element_gradients, element_nll, student_t_constant
+from .family import HEAVY, WITHOUT_SCALE, element_gradients, element_nll
 from .launch import (
     PLANS,
     Launch,
