@@ -78,6 +78,35 @@ def test_a_kl_is_as_exact_as_both_distributions(posterior, prior, wanted):
     assert plan.launch.constants["APPROX"] == getattr(elementary, wanted).value
 
 
+@pytest.mark.parametrize(
+    "kernel", ["latent", "latent backward", "likelihood", "packed", "rescale", "kl"]
+)
+def test_rows_too_large_to_be_numbered_are_refused(kernel):
+    from vae_fast._triton import kl, latent, launch, likelihood
+
+    where = launch.Place("cuda", -1, 132, 32)
+    options = False, False, likelihood.MEAN, 0, 0, 0, True, True, True
+
+    def plan(size):
+        x, t = (launch.layout(torch.empty(4, 1).expand(4, n)) for n in (size // 2, size))
+        return {
+            "latent": lambda: latent._forward_plan(where, t, t, 1, False, 0, 0),
+            "latent backward": lambda: latent._backward_plan(
+                where, t, None, None, t, t, 1, False, 0, 0, False
+            ),
+            "likelihood": lambda: likelihood._plan(where, t, t, t, *[None] * 8, *options),
+            "packed": lambda: likelihood._plan(where, x, t, *[None] * 9, *options),
+            "rescale": lambda: likelihood._rescale_plan(
+                where, t, t, None, None, None, likelihood.MEAN, 1, 4
+            ),
+            "kl": lambda: kl._plan(where, (t, t, None, None), None, 0, 0, 0),
+        }[kernel]()
+
+    plan(2**30)
+    with pytest.raises(ValueError, match=r"(mu|mean) has 1073741826 elements in a row"):
+        plan(2**30 + 2)
+
+
 def test_scratch_memory_is_shared_on_the_default_stream_alone(monkeypatch):
     """On any other it may lie in a CUDA graph's pool, which takes it back."""
     from vae_fast._triton import launch

@@ -19,6 +19,7 @@ from .launch import (
     alignment,
     approximation,
     as_rows,
+    check_rows,
     copies,
     laid_out,
     layout,
@@ -141,6 +142,7 @@ def _plan(
     """How the passes read (mu, scale, prior_mu, prior_scale); the backward pass has a g_kl."""
     given = [laid_out(t) for t in tensors]
     mu, g_kl = given[0], laid_out(g_kl)
+    check_rows("mu", mu)
     batch, size = mu.shape[0], mu.numel() // mu.shape[0]
     reads, strides = [], []
     for t in given:

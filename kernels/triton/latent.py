@@ -25,6 +25,7 @@ from .launch import (
     alignment,
     approximation,
     as_rows,
+    check_rows,
     copies,
     is_wide,
     laid_out,
@@ -209,6 +210,7 @@ def _forward_plan(
 ) -> Plan:
     """How latent_forward reads (mu, scale). ``wide``: first_row needs 64 bits."""
     mu, scale = laid_out(mu), laid_out(scale)
+    check_rows("mu", mu)
     batch, size = mu.shape[0], mu.numel() // mu.shape[0]
     scalar = scale.dim() == 0
     mu_in, mu_row, mu_col = as_rows(mu)
@@ -237,6 +239,7 @@ def _backward_plan(
 ) -> Plan:  # fmt: skip
     """How latent_backward reads (g_z, g_log_q, g_log_p, mu, scale); g_z of K·B rows."""
     g_z, g_log_q, g_log_p, mu, scale = map(laid_out, (g_z, g_log_q, g_log_p, mu, scale))
+    check_rows("mu", mu)
     batch, size = mu.shape[0], mu.numel() // mu.shape[0]
     scalar = scale.dim() == 0
     mu_in, mu_row, mu_col = as_rows(mu)

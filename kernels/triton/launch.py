@@ -28,6 +28,9 @@ PLANS = 1024
 # Scratch that launches share: the ticket counter, and room for this many partial results.
 MAX_PARTIALS = 1 << 15
 
+# Columns are numbered in 32 bits, beyond the end of a row as well.
+LARGEST_ROW = 1 << 30
+
 _scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
@@ -208,6 +211,16 @@ def seen() -> Iterator[list[Seen]]:
 def is_wide(n: int) -> bool:
     """Whether Triton passes an integer in 64 bits."""
     return not -(2**31) <= n < 2**31
+
+
+def check_rows(name: str, t: Tensor) -> None:
+    """Raise a ValueError where a row of ``t`` has more elements than the kernels number."""
+    size = math.prod(t.shape[1:])
+    if size > LARGEST_ROW:
+        raise ValueError(
+            f"{name} has {size} elements in a row of the batch; the Triton kernels take at most "
+            f"{LARGEST_ROW} (use_backend('reference') takes any number)"
+        )
 
 
 def copies(

@@ -29,6 +29,7 @@ from .launch import (
     accumulation,
     alignment,
     approximation,
+    check_rows,
     collapse,
     copies,
     is_wide,
@@ -141,7 +142,9 @@ def likelihood_kernel(
     part = pid % SPLIT
     # Element (i, j) of a step is in row i % ROWS, and in column j of tile i // ROWS.
     i = tl.arange(0, TILES * ROWS)[:, None]
-    if key_ptr is not None:
+    # As in latent_forward_kernel: a loop's stores might change the key, so it is read before one.
+    LOOP: tl.constexpr = not (isinstance(steps, int) and isinstance(passes, int))
+    if LOOP and key_ptr is not None:
         seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
     loss = tl.zeros([ROWS], ACC)
     g_tau_sum = tl.zeros([ROWS], ACC)
@@ -198,6 +201,8 @@ def likelihood_kernel(
                 at = tl.max_contiguous(b * x_row + along(cols, x_col), [1, VEC])
                 x = tl.load(x_ptr + at, mask, 0).to(ACC)
                 if key_ptr is not None:
+                    if not LOOP:
+                        seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
                     u = _uniform(seed, offset, b + first_row, tile, D, COLS, VEC, APPROX)
                     x += u.to(ACC)
                 x = x_mul * x + x_add
@@ -501,6 +506,7 @@ def _plan(
         map(laid_out, (x, mean, scale, mask, log_q, log_p, g_nll, g_loss))
     )
     g_x, g_mean, g_scale = map(laid_out, (g_x, g_mean, g_scale))
+    check_rows("mean", mean)
     n, batch, size = mean.shape[0], x.shape[0], math.prod(x.shape[1:])
     samples = n // batch
     kind = _kind(scale, mean, likelihood)
@@ -733,6 +739,7 @@ def _rescale_plan(
     reads = g_mean, g_scale, g_shared, g_nll, g_loss = tuple(
         map(laid_out, (g_mean, g_scale, g_shared, g_nll, g_loss))
     )
+    check_rows("mean", g_mean)
     n, size = g_mean.shape[0], math.prod(g_mean.shape[1:])
     walks = [None if g is None else _Walk(g, False) for g in (g_mean, g_scale)]
     (mean_in, g_mean_row, g_mean_col), (scale_in, g_scale_row, g_scale_col) = (

@@ -19,7 +19,7 @@ def multiple(n, ALIGN: tl.constexpr):
 @triton.jit
 def along(cols, stride):
     """Offsets of columns. Neighbours have a constant 1 for their stride; others need 64 bits."""
-    if isinstance(stride, tl.constexpr):
+    if isinstance(stride, int):  # Triton's constant 1; it hands builtins the value
         return cols * stride
     else:
         return cols.to(tl.int64) * stride
