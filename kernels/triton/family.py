@@ -91,9 +91,9 @@ def element_gradients(w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD: tl.co
         beyond_p = tl.where(last, 0.0, sigmoid(-p, APPROX))
         below_q = tl.where(first, 0.0, sigmoid(q, APPROX))
         g_x = divide(w * (below_q - beyond_p), root, tau, PARAM)
-        # Where a bound is so far out that its sigmoid is zero, or is none, so is their product.
-        g = tl.where(last | (p > 1e4), 1e4, p) * beyond_p
-        g -= tl.where(first | (q < -1e4), -1e4, q) * below_q
+        # Where a sigmoid is zero, so is its product with a bound, which may be infinite.
+        g = tl.where(beyond_p == 0.0, beyond_p, p * beyond_p)
+        g -= tl.where(below_q == 0.0, below_q, q * below_q)
         near, w_tau, c = _width(divide(x_mul, root, tau, PARAM), APPROX)
         width = tl.where(near, 1.0, w_tau) * exp(-w_tau, APPROX) / (1.0 - c)
         return g_x, g_x, w * (g + tl.where(first | last, 0.0, width))
