@@ -72,8 +72,11 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def replayed(self, step: Step, times: int = 20) -> float | None:
-        """Seconds of a step replayed as a CUDA graph: no host at all. None if it can't be one."""
+    def replayed(self, step: Step, check: Callable[[Step], None], times: int = 20) -> float | None:
+        """Seconds of a step replayed as a CUDA graph: no host at all.
+
+        None if it can't be one, or if ``check`` finds what replays give wrong.
+        """
         if not self.cuda:
             return None
         try:
@@ -90,8 +93,13 @@ class Clock:
             self.reset()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                step()
-            graph.replay()
+                results = step()
+
+            def replay():
+                graph.replay()
+                return results
+
+            check(replay)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(times):
@@ -142,6 +150,15 @@ def has_graph(name: str, device: str) -> bool:
     return device.startswith("cuda") and name.endswith(("CUDA graphs", "max-autotune"))
 
 
+def verdict(check: Callable[[], None]) -> Wrong | None:
+    """What ``check`` has against a step."""
+    try:
+        check()
+    except Exception as why:  # what cannot run, on a GPU say, must not take the others with it
+        return why if isinstance(why, Wrong) else Wrong(f"{type(why).__name__}: {why}")
+    return None
+
+
 def race(
     steps: dict[str, Step],
     checks: dict[str, Callable[[], None]],
@@ -159,13 +176,7 @@ def race(
         others: further facts of a step, from its name, its median, and the bandwidth of copies that
             took turns with the steps, since other users of a machine have a part of it.
     """
-    results: dict[str, dict | Wrong] = {}
-    for name, check in checks.items():
-        try:
-            check()
-            results[name] = {}
-        except Exception as why:  # what cannot run, on a GPU say, must not take the others with it
-            results[name] = why if isinstance(why, Wrong) else Wrong(f"{type(why).__name__}: {why}")
+    results: dict[str, dict | Wrong] = {n: verdict(check) or {} for n, check in checks.items()}
     right = [name for name, result in results.items() if result == {}]
     if not budget:
         return results
@@ -178,6 +189,9 @@ def race(
     bandwidth = copy.bandwidth(copies)
     del copy
     for name in right:
+        if wrong := verdict(checks[name]):  # again, for what later calls do otherwise
+            results[name] = wrong
+            continue
         seconds, host = zip(*turns[name], strict=True)
         median = statistics.median(itertools.chain(*seconds))
         facts = others(name, median, bandwidth)

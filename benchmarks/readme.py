@@ -15,10 +15,9 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks.report import duration, name, table, times
-from benchmarks.saved import COMPILED, GRAPHS, INPLACE, OURS, Group, load
+from benchmarks.report import duration, name, ratio, table, times
+from benchmarks.saved import COMPILE, COMPILED, GRAPHS, INPLACE, OURS, Group, load
 
-COMPILE = "torch.compile"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,7 +26,7 @@ def speeds(groups: list[Group], *variants: str) -> str:
         best = group.best_peer
         cells = [f"{group.dtype} {group.size}", best, duration(group.rows[best]["median"])]
         for variant in variants:
-            cells += [duration(group.rows[variant]["median"]), times(group.ratio(variant))]
+            cells += [duration(group.rows[variant]["median"]), ratio(group, variant)]
         return cells
 
     header = ["size", "best peer", "its time"]
@@ -106,9 +105,9 @@ def _gpu_losses(groups: list[Group]) -> str:
 def _gpu_passes(groups: list[Group]) -> str:
     shares: dict[str, dict[str, str]] = {}
     for group in (g for g in groups if g.of == "pass"):
-        shares.setdefault(group.phase, {})[group.dtype] = f"{group.rows[OURS]['share']:.0%}"
+        shares.setdefault(group.phase, {})[group.dtype] = f"{group.ratio(OURS):.0%}"
     size = next(g.size for g in groups if g.of == "pass")
-    header = (f"share of a copy's bandwidth, {size}", "fp32", "bf16")
+    header = (f"speed of a copy of as many bytes = 100 %, {size}", "fp32", "bf16")
     return table(header, ((phase, s["fp32"], s["bf16"]) for phase, s in shares.items()))
 
 

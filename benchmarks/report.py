@@ -24,10 +24,13 @@ TITLES = {
 }
 PREFACE = """\
 All implementations of a row ran in one process, on the same tensors, in turns; results were checked
-before they were timed. Times are medians. *Ratio* is the best peer's time over ours. *Of copy* is
-how fast the bytes which have to move were moved, as a share of the speed of copies that took turns
-with the row's implementations. *Saved* is what is kept from the forward to the backward pass beyond
-the loss's inputs, *peak* what is held at once beyond them."""
+before they were timed. Times are medians. *Ratio* is the best peer's time over ours, with a tilde
+where not every turn had the same one ahead. *Of copy* is how fast the bytes which have to move were
+moved, as a share of the speed of copies that took turns with the row's implementations. It is above
+100 % where tensors fit in the caches, for which the copies' are too large; and on a CPU for what
+writes in place, where a copy reads the lines that it then writes over. *Saved* is what is kept from
+the forward to the backward pass beyond the loss's inputs, *peak* what is held beyond them at once.
+"""
 
 
 def duration(seconds: float) -> str:
@@ -40,6 +43,11 @@ def size(number: float) -> str:
 
 def times(ratio: float) -> str:
     return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×"
+
+
+def ratio(group: Group, name: str) -> str:
+    """How many times as fast as the best peer; with a tilde where the turns do not agree."""
+    return ("" if group.differs(name) else "~") + times(group.ratio(name))
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -63,7 +71,7 @@ def summary(groups: list[Group]) -> str:
             facts = group.rows.get(name)
             share = facts and facts.get("outside" if step else "share")
             yield duration(facts["median"]) if facts else ""
-            yield f"**{times(group.ratio(name))}**" if facts else ""
+            yield f"**{ratio(group, name)}**" if facts else ""
             yield f"{share:.0%}" if share is not None else ""
 
     header = [*([] if step else ["phase"]), "dtype", "size", "best peer", "its time"]

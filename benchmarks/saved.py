@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "vae_fast"
+COMPILE = "torch.compile"
 INPLACE, COMPILED, GRAPHS = f"{OURS} inplace", f"{OURS} compiled", f"{OURS} CUDA graphs"
 
 
@@ -33,6 +34,13 @@ class Group:
     def ratio(self, implementation: str) -> float:
         """How many times the best peer's time it fits into."""
         return self.rows[self.best_peer]["median"] / self.rows[implementation]["median"]
+
+    def differs(self, implementation: str) -> bool:
+        """Whether it came out on the same side of the best peer in every turn."""
+        pairs = zip(
+            self.rows[self.best_peer]["turns"], self.rows[implementation]["turns"], strict=True
+        )
+        return len({peer > own for peer, own in pairs}) == 1
 
     def ours(self) -> Iterator[str]:
         return (name for name in self.rows if is_ours(name))

@@ -57,14 +57,29 @@ def _straight_through(x, mean, logvar):
     return peers.eager_likelihood(x, mean, logvar + (kept - logvar).detach())
 
 
+def _half_noise(mu, logvar):
+    eps, sigma = 0.5 * torch.randn_like(mu), torch.exp(0.5 * logvar)
+    z = mu + sigma * eps
+    log_q = -0.5 * (eps.square() + logvar + peers.LOG_2PI).sum(1)
+    return z, log_q, -0.5 * (z.square() + peers.LOG_2PI).sum(1)
+
+
+def _without_kl(x, mu, logvar, mean, logvar_x):
+    return peers.eager_likelihood(x, mean, logvar_x).mean()
+
+
 WRONG = [
     ("latent", _without_noise, cases.FORWARD),
+    ("latent", _half_noise, cases.FORWARD),
     ("likelihood", peers.mean_of(_no_constant), cases.FORWARD),
     ("likelihood", peers.mean_of(_detached_scale), cases.BOTH),
     ("clamped", peers.mean_of(peers.eager_likelihood), cases.FORWARD),
     ("clamped", peers.mean_of(_straight_through), cases.BOTH),
     ("bernoulli", peers.mean_of(peers.eager_laplace), cases.FORWARD),
+    ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.FORWARD),
     ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.BOTH),
+    ("elbo", peers.whole(_half_noise, peers.eager_likelihood), cases.BOTH),
+    ("elbo", _without_kl, cases.FORWARD),
     ("elbo", peers.whole(peers.eager_latent, _no_constant), cases.FORWARD),
     ("elbo", peers.whole(peers.eager_latent, _detached_scale), cases.BOTH),
 ]
@@ -73,6 +88,23 @@ WRONG = [
 @pytest.mark.parametrize(("group", "function", "phase"), WRONG)
 def test_whoever_is_wrong_is_found_out(group, function, phase):
     case = cases.CASES[group](SIZE, "fp32", "cpu")
+    with pytest.raises(cases.Wrong):
+        case.check(case.step(function, phase), phase)
+
+
+@pytest.mark.parametrize(
+    ("group", "function", "phase"),
+    [
+        ("latent", _without_noise, cases.FORWARD),
+        ("latent", _half_noise, cases.BOTH),
+        ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.BOTH),
+        ("elbo", peers.whole(_half_noise, peers.eager_likelihood), cases.BOTH),
+        ("elbo", _without_kl, cases.FORWARD),
+    ],
+)
+def test_whoever_is_wrong_is_found_out_in_16_bits(group, function, phase):
+    # A smaller latent's KL is within the rounding of a loss of 16 bits.
+    case = cases.CASES[group](cases.Size(1024, 64, 784), "bf16", "cpu")
     with pytest.raises(cases.Wrong):
         case.check(case.step(function, phase), phase)
 
@@ -133,6 +165,25 @@ def test_a_wrong_result_is_not_timed():
     assert (results["right"]["name"], results["right"]["positive"]) == ("right", True)
 
 
+def test_who_goes_wrong_while_it_is_timed_is_found_out():
+    checks = []
+
+    def check():
+        checks.append(None)
+        if len(checks) > 1:
+            raise measure.Wrong("loss: another one by now")
+
+    others = lambda name, median, bandwidth: {}  # noqa: E731
+    results = measure.race({"a": list}, {"a": check}, measure.Clock("cpu"), 1e-3, others)
+    assert str(results["a"]) == "loss: another one by now"
+
+
+def test_a_bernoulli_likelihood_has_no_scale_to_move():
+    case = cases.CASES["bernoulli"](SIZE, "fp32", "cpu")
+    assert case.bytes_moved(cases.FORWARD) == 2 * case.x.nbytes
+    assert case.bytes_moved(cases.BOTH) == 3 * case.x.nbytes
+
+
 # ---- reports and comparisons -------------------------------------------------------------------
 
 
@@ -181,6 +232,18 @@ def test_the_report_has_ratios_and_pictures(tmp_path, monkeypatch):
     assert "secret" not in kept
     assert report.report(*saved.load(out / "run.json")) == text
     assert report.slug(saved.load(run)[0]) == "some-cpu-2-threads"
+
+
+def test_a_ratio_that_turns_disagree_on_has_a_tilde(tmp_path):
+    times = {STEP: {"eager": 1e-3, "vae_fast": 1e-3, "vae_fast inplace": 1.1e-3}}
+    run = a_run(tmp_path / "bench.json", times)
+    saved_run = json.loads(run.read_text())
+    rows = {b["extra_info"]["implementation"]: b["extra_info"] for b in saved_run["benchmarks"]}
+    rows["vae_fast"]["turns"] = [0.99e-3, 0.9e-3, 1.02e-3]  # ahead, ahead, behind
+    run.write_text(json.dumps(saved_run))
+    (group,) = saved.load(run)[1]
+    assert report.ratio(group, "vae_fast") == "~1.00×"
+    assert report.ratio(group, "vae_fast inplace") == "0.91×"
 
 
 def compared(tmp_path, before, after, monkeypatch, capsys):
