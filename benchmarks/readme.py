@@ -59,7 +59,7 @@ def benchmark_table(path: Path) -> str:
         f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
         "The likelihood alone, for what is asked of it besides a free Gaussian:\n\n"
         f"{speeds(options, OURS, INPLACE)}\n\n"
-        "Whole training steps, where matrix products or convolutions take most of the time of "
+        "Whole training steps, where matrix products or convolutions take two fifths of the time or more for "
         "all; *compiled* is the module under `torch.compile`, as the best peer is:\n\n"
         f"{speeds(steps, OURS, COMPILED)}\n\n"
         f"![Speed relative to the best peer]({folder}/ratio.png)\n\n"

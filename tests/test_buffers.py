@@ -58,6 +58,12 @@ def test_memory_that_somebody_gave_back_is_not_handed_out():
     assert second.untyped_storage().nbytes() == second.nbytes
 
 
+def test_memory_that_another_process_may_see_is_not_reused():
+    t = like()
+    buffers.empty_like(t).share_memory_()
+    assert not buffers.empty_like(t).is_shared()
+
+
 def test_memory_of_inference_mode_is_not_kept():
     """A later step could not differentiate it."""
     t = like()

@@ -1179,3 +1179,16 @@ def test_equal_models_are_equal_files(tmp_path):
     for file in files:
         vae.save(file)
     assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize("variance", ["channel", "scalar", "unit"])
+def test_a_shared_scale_begins_anew_after_the_meta_device(variance):
+    with torch.device("meta"):
+        vae = vae_fast.VAE.mlp((3, 4), 2, variance=variance)
+    vae.to_empty(device="cpu")
+    with torch.no_grad():
+        vae.decoder.scale.fill_(torch.nan)
+    vae.decoder.reset_parameters()
+    assert torch.equal(
+        vae.decoder.scale, vae_fast.VAE.mlp((3, 4), 2, variance=variance).decoder.scale
+    )

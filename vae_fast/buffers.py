@@ -66,6 +66,7 @@ def empty_like(t: Tensor) -> Tensor:
             if (
                 buffer.layout == layout
                 and buffer.storage.nbytes() == buffer.nbytes  # FSDP, say, resizes to zero
+                and not buffer.storage.is_shared()  # with another process, which nobody counts
                 and _use_count(buffer.address) == buffer.uses
                 and sys.getrefcount(buffer.storage) == buffer.references
             ):

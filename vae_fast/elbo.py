@@ -376,7 +376,10 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
-            sample = z, log_q, log_p, self.beta
+            beta = self.beta
+            if torch.compiler.is_compiling() and not isinstance(beta, Tensor):
+                beta = log_q.new_ones(()) * beta  # a changing number becomes data, as in functional
+            sample = z, log_q, log_p, beta
             z, log_q, log_p, weights_tag = _DoublyReparameterized.apply(*sample)
         decoded = z if samples is None else z.flatten(0, 1)
         analytic_kl = None

@@ -530,6 +530,8 @@ def importance_bound(
         return reference.importance_bound(nll, log_q, log_p, beta)
     if eager.suffices():
         return eager.importance(nll.flatten(), log_q, log_p, float(beta))[0]
+    if torch.compiler.is_compiling():  # as in _fused_elbo
+        log_q, log_p, beta = (log_q if log_p is None else log_q - log_p) * beta, None, 1.0
     return ops.importance_forward(nll.flatten(), log_q, log_p, float(beta))[0]
 
 

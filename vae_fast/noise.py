@@ -65,9 +65,14 @@ def check_key(key: object) -> None:
 
 
 def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·m for 32-bit values held in int64."""
-    product = a * m  # wraps modulo 2^64, which keeps all 64 bits
-    return (product >> 32) & _MASK, product & _MASK
+    """High and low 32 bits of a·m for 32-bit values held in int64.
+
+    In two products of 48 bits, since one of 64 may overflow: code that torch.compile makes would
+    have undefined behaviour then.
+    """
+    low, high = a * (m & 0xFFFF), a * (m >> 16)
+    low = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (low >> 32), low & _MASK
 
 
 def philox(key: Tensor, index: Tensor, stream: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

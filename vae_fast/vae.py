@@ -712,13 +712,19 @@ def _safetensors() -> ModuleType:
 class _SharedScale(nn.Module):
     """A decoder of means, with a raw scale that no z changes: a parameter or a constant."""
 
-    def __init__(self, mean: nn.Module, scale: Tensor, learned: bool) -> None:
+    def __init__(self, mean: nn.Module, shape: tuple[int, ...], raw: float, learned: bool) -> None:
         super().__init__()
-        self.mean = mean
+        self.mean, self._raw = mean, raw
+        scale = torch.full(shape, raw)
         if learned:
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
+
+    def reset_parameters(self) -> None:
+        """As it began; for a model that was made on the meta device."""
+        with torch.no_grad():
+            self.scale.fill_(self._raw)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         # A copy: FSDP frees its parameters after the forward pass of the module that has them.
@@ -732,7 +738,7 @@ def _with_variance(
         return decoder
     raw = _raw_scale(1.0, options.get("likelihood_param", "logvar"))
     shape = (event[0], *(1 for _ in event[1:])) if learned == "channel" else ()
-    return _SharedScale(decoder, torch.full(shape, raw), learned != "unit")
+    return _SharedScale(decoder, shape, raw, learned != "unit")
 
 
 def _dense(widths: Sequence[int]) -> list[nn.Module]:
