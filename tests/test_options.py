@@ -61,6 +61,7 @@ def excluded(o):
         or (o["likelihood"] == "bernoulli" and o["scale"] != "full")
         or (o["likelihood"] in ("bernoulli", "logistic") and o["x"] == "dequantized")
         or (importance and o["kl"] != "monte_carlo")
+        or (o["objective"] == "dreg 3" and o["scale"] in ("optimal", "optimal_channel"))
         or (o["objective"].startswith("stl") and o["kl"] != "monte_carlo")
         or (o["prior"] == "callable" and o["kl"] in ("analytic", "free_bits", "analytic capacity"))
     )
