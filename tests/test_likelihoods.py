@@ -265,13 +265,15 @@ def test_extremes_are_finite_where_the_truth_is(param, family, backend):
     log_tau = [-87.0, -60.0, -20.0, -3.0, 0.0, 3.0, 20.0, 60.0]
     log_tau += [-95.0] * (param == "logstd")  # not a normal number itself
     x = torch.tensor([[a] for a in r for _ in log_tau], device=backend)
-    mean = torch.zeros_like(x)
-    if family == "logistic":
-        x = (x / 1e3).clamp(max=1.0)  # the first level and the last, and between
-        mean += x
-        mean[::3], mean[1::3] = 0.5, 1e3 * (2.0 * x[1::3] - 1.0)
     s = torch.tensor([[b] for _ in r for b in log_tau], device=backend)
     s = s if param == "logstd" else s.exp()
+    mean = torch.zeros_like(x)
+    if family == "logistic":
+        x = x / 1e3
+        level = x.clamp(max=1.0)  # the first and the last, and between
+        other = level.clone()
+        other[::3], other[1::3] = 0.5, 1e3 * (2.0 * level[1::3] - 1.0)
+        x, mean, s = (torch.cat(t) for t in ((x.clamp(max=0.9), level), (mean, other), (s, s)))
     mean, s = mean.requires_grad_(), s.requires_grad_()
     nll = vae_fast.likelihood_nll(x, mean, s, family, param)
     got = [nll, *torch.autograd.grad(nll.sum(), (mean, s))]
@@ -279,7 +281,10 @@ def test_extremes_are_finite_where_the_truth_is(param, family, backend):
     truth = reference.likelihood_nll(x.double(), m, t, family, param)
     want = [truth, *torch.autograd.grad(truth.sum(), (m, t))]
     for g, w in zip(got, want, strict=True):
-        fits = w.abs() < 1e38
+        # The reference adds two halves, of twice the size on their way.
+        fits = w.abs() < (
+            1e38 if vae_fast.backends.backend_for(x.device.type) == "reference" else 3e38
+        )
         assert fits.sum() > 30
         torch.testing.assert_close(g.double()[fits], w[fits], rtol=1e-4, atol=1e-5)
 

@@ -483,6 +483,15 @@ def _check_beta(beta: object) -> None:
         raise TypeError(f"beta must be a float, got {type(beta).__name__}")
 
 
+def _beta_as_data(
+    log_q: Tensor, log_p: Tensor | None, beta: float
+) -> tuple[Tensor, Tensor | None, float]:
+    """The KL's terms and β; under torch.compile β(log q − log p), lest each β be a graph."""
+    if not torch.compiler.is_compiling():
+        return log_q, log_p, beta
+    return (log_q if log_p is None else log_q - log_p) * beta, None, 1.0
+
+
 def importance_bound(
     nll: Tensor, log_q: Tensor, log_p: Tensor | None = None, beta: float = 1.0
 ) -> Tensor:
@@ -530,8 +539,7 @@ def importance_bound(
         return reference.importance_bound(nll, log_q, log_p, beta)
     if eager.suffices():
         return eager.importance(nll.flatten(), log_q, log_p, float(beta))[0]
-    if torch.compiler.is_compiling():  # as in _fused_elbo
-        log_q, log_p, beta = (log_q if log_p is None else log_q - log_p) * beta, None, 1.0
+    log_q, log_p, beta = _beta_as_data(log_q, log_p, beta)
     return ops.importance_forward(nll.flatten(), log_q, log_p, float(beta))[0]
 
 
@@ -669,8 +677,7 @@ def _fused_elbo(
     if backend_for(x.device.type) == "reference":
         nll = _reference_nll(x, mean, scale, mask, density, key, first_row).view(log_q.shape)
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
-    if torch.compiler.is_compiling():  # a β that changes is then data, not one more compilation
-        log_q, log_p, beta = (log_q if log_p is None else log_q - log_p) * beta, None, 1.0
+    log_q, log_p, beta = _beta_as_data(log_q, log_p, beta)
     tensors = (x, mean, scale, mask, log_q, log_p)
     options = (float(beta), reduction_code, *density, key, first_row)
     if not eager.suffices():

@@ -135,11 +135,8 @@ struct Element<F, Family::logistic> {
     const F sigma_p = last.choose(F{}, below.slope), sigma_q = first.choose(F{}, above.slope);
     value = last.choose(F{}, below.value) + first.choose(F{}, above.value);
     d_x = inverse.times(sigma_q - sigma_p);
-    // p·σ(−p) and q·σ(q) vanish where p and −q are beyond all bounds; a NaN stays one.
-    // Nor are there bounds beyond the first level and the last.
-    const F p_bound = last.choose(F{}, select(p > T(1e30), splat<F>(T(1e30)), p));
-    const F q_bound = first.choose(F{}, select(q < T(-1e30), splat<F>(T(-1e30)), q));
-    slope = p_bound * sigma_p - q_bound * sigma_q;
+    // Where a sigmoid is zero, so is its product with a bound, which may be infinite.
+    slope = select(sigma_p == T(0), F{}, p * sigma_p) - select(sigma_q == T(0), F{}, q * sigma_q);
 
     // −log(1 − e^{−w}) of the levels between, and its derivative w/(e^w − 1).
     const F w_any = inverse.times(splat<F>(model.mul));

@@ -2,7 +2,8 @@
 //
 // Everything here is branch-free and templated on F: a GNU vector of floats as wide as the
 // instruction set's registers, or a double. fp32 uses our own polynomials, because a libm call per
-// element would undo the vectorisation; fp64 uses the standard library. The names are those of vae_fast/reference.py.
+// element would undo the vectorisation; fp64 uses the standard library. The names are those of
+// vae_fast/reference.py.
 #pragma once
 
 #include <cmath>
