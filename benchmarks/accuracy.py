@@ -46,6 +46,8 @@ DOCUMENTED = {
     "ex2.approx.ftz.f32": "2 ulp",
     "lg2.approx.ftz.f32": "2^-22 absolute within (0.5, 2), else relative",
     "sqrt.approx.ftz.f32": "2^-23 relative",
+    "rsqrt.approx.ftz.f32": "2^-22.9 relative",
+    "rcp.approx.ftz.f32": "1 ulp",
     "sin.approx.ftz.f32": "2^-20.5 absolute",
     "cos.approx.ftz.f32": "2^-20.5 absolute",
     "div.full.f32": "2 ulp",
@@ -335,6 +337,7 @@ _FUNCTIONS = {
     "ex2.approx.ftz.f32": np.exp2,
     "lg2.approx.ftz.f32": np.log2,
     "sqrt.approx.ftz.f32": np.sqrt,
+    "rcp.approx.ftz.f32": np.reciprocal,
     "sin.approx.ftz.f32": np.sin,
     "cos.approx.ftz.f32": np.cos,
 }
@@ -357,6 +360,9 @@ class Emulation:
         plays = {
             "create_inline_asm": lambda _, *args: self._inline_asm(*args),
             "create_sqrt": self._inexact(builder.create_sqrt, np.sqrt, "sqrt.approx.ftz.f32"),
+            "create_rsqrt": self._inexact(
+                builder.create_rsqrt, lambda x: 1.0 / np.sqrt(x), "rsqrt.approx.ftz.f32"
+            ),
             "create_fdiv": self._inexact(builder.create_fdiv, np.divide, "div.full.f32"),
             "create_log": self._inexact(builder.create_log, np.log, "logf"),
         }

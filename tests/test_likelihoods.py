@@ -400,15 +400,33 @@ def test_a_nan_of_either_sign_shows(family, fused):
 
 
 def test_student_t_of_few_degrees_of_freedom(fused):
-    x = torch.tensor([[1e-3], [1.0], [1e10], [1e20]], device=fused)
-    for df in (1e-8, 1e-3, 1e6):
-        s = torch.zeros(4, 1, device=fused, requires_grad=True)
+    x = torch.tensor([[1e-3], [1.0], [30.0], [1e10], [1e20]], device=fused)
+    for df in (1e-10, 1e-8, 1e-3, 1e6):
+        s = torch.zeros(5, 1, device=fused, requires_grad=True)
         nll = vae_fast.likelihood_nll(x, torch.zeros_like(x), s, "student_t", df=df)
-        t = s.detach().double().requires_grad_()
-        truth = reference.likelihood_nll(x.double(), torch.zeros_like(t), t, "student_t", df=df)
+        r = x.double()
+        truth = reference.likelihood_nll(r, torch.zeros_like(r), 0.0 * r, "student_t", df=df)
         torch.testing.assert_close(nll.double(), truth, rtol=2e-5, atol=1e-5)
-        (g,), (w,) = torch.autograd.grad(nll.sum(), s), torch.autograd.grad(truth.sum(), t)
-        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+        (g,) = torch.autograd.grad(nll.sum(), s)
+        want = 0.5 * (1.0 - r * r) / (1.0 + r * r / df)
+        torch.testing.assert_close(g.double(), want, rtol=1e-5, atol=1e-6 * min(df, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_student_t_far_out(dtype, backend):
+    """Of as many degrees of freedom as there may be, r²/ν is nothing beside 1 for a huge r, too."""
+    df, s = 1e30, torch.zeros(4, 1, dtype=dtype, device=backend, requires_grad=True)
+    x = torch.tensor([[1e10], [1e14], [1e18], [1e34]], dtype=dtype, device=backend)
+    mean = torch.zeros_like(x, requires_grad=True)
+    nll = vae_fast.likelihood_nll(x, mean, s, "student_t", df=df)
+    got = nll, *torch.autograd.grad(nll.sum(), (mean, s))
+    r = x.detach().double()
+    square = r * r / df
+    assert square.max() > 1e30 > 1e-8 > square.min()
+    want = 0.5 * (df + 1.0) * square.log1p(), -(df + 1.0) / df * r / (1.0 + square)
+    want = want[0][:, 0], want[1], 0.5 * (1.0 - (df + 1.0) * square / (1.0 + square))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

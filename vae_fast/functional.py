@@ -798,8 +798,9 @@ def _clamp_options(clamp: object, mode: object, name: str = "clamp") -> tuple[fl
 
 
 def _check_df(df: object) -> float:
-    if isinstance(df, bool) or not isinstance(df, (int, float)) or not 0.0 < df < math.inf:
-        raise ValueError(f"df must be a positive number, got {df!r}")
+    # Within these 10^15·√ν·τ is far beyond τ, and nothing overflows in fp32.
+    if isinstance(df, bool) or not isinstance(df, (int, float)) or not 1e-10 <= df <= 1e30:
+        raise ValueError(f"df must be a positive number, from 1e-10 to 1e30, got {df!r}")
     return float(df)
 
 

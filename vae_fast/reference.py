@@ -230,13 +230,13 @@ def student_t_constant(df: float) -> float:
 
 def _student_t(x, m, s, param, df, *_):
     log_tau, _ = log_scale_and_scale(s, param)
-    d = x - m
+    d, root = x - m, math.sqrt(df)
     # log(1 + r²/ν), which is log(r²/ν) where r² may overflow, and r itself
-    far = standardize(d.detach(), s.detach(), param).abs() > 1e15
+    far = standardize(d.detach(), s.detach(), param).abs() / root > 1e15
     log_term = torch.where(
         far,
         2.0 * (torch.log(torch.where(far, d, 1.0).abs()) - log_tau) - math.log(df),
-        torch.log1p(standardize(torch.where(far, 0.0, d), s, param).square() / df),
+        torch.log1p((standardize(torch.where(far, 0.0, d), s, param) / root).square()),
     )
     return 0.5 * (df + 1.0) * log_term + log_tau + student_t_constant(df)
 

@@ -28,7 +28,7 @@ inline double student_t_constant(double df) {
 // What an element needs besides x, m and its scale.
 template <class T>
 struct Model {
-  T df = 1, log_df = 0, far = 1;  // Student's ν, and the r beyond which 1 + r²/ν is r²/ν
+  T df = 1, inverse_root_df = 1, log_df = 0;  // Student's ν
   T mul = 1, add = 0;                            // x is level·mul + add, where it lies on levels
   T log_mul = 0, first_edge = 0, last_edge = 0;  // of their bins, as wide as they are apart
   T constant = 0;                                // of every element's value
@@ -41,8 +41,8 @@ struct Model {
     if (family == Family::laplace) constant = static_cast<T>(std::log(2.0));
     if (family == Family::student_t) {
       df = static_cast<T>(df_);
+      inverse_root_df = static_cast<T>(1 / std::sqrt(df_));
       log_df = static_cast<T>(std::log(df_));
-      far = static_cast<T>((sizeof(T) == 4 ? 1e15 : 1e150) * std::sqrt(std::min(df_, 1.0)));
       constant = static_cast<T>(student_t_constant(df_));
     }
     if (family == Family::logistic) {
@@ -90,19 +90,6 @@ struct Element<F, Family::laplace> {
   VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }
 };
 
-// softplus(v) = log(1 + e^v), and σ(v).
-template <class F>
-struct Softplus {
-  using T = typename Traits<F>::Scalar;
-  F value, slope;
-  VAE_FAST_INLINE explicit Softplus(F v) {
-    const Negative<F> negative(v);
-    const F w = exp_any(negative.choose(v, -v));  // a NaN stays one
-    value = negative.choose(F{}, v) + log1p_unit(w);
-    slope = negative.choose(w, splat<F>(T(1))) / (w + T(1));
-  }
-};
-
 template <class F>
 struct Element<F, Family::bernoulli> {
   F value, d_x;
@@ -123,33 +110,36 @@ struct Element<F, Family::logistic> {
   VAE_FAST_INLINE Element(F x, F m, const S& s,
                           const Model<typename Traits<F>::Scalar>& model) {
     using T = typename Traits<F>::Scalar;
+    // The bin's bounds, of which the first level lacks the lower and the last the upper one: by
+    // comparison, since the sign of a difference that is NaN says nothing.
     const auto inverse = s.inverse();
-    const T half = model.mul * T(0.5);
-    const F p = inverse.times(x - m + half), q = inverse.times(x - m - half);
-    // By comparison, since the sign of a difference that is NaN says nothing.
-    const F one = splat<F>(T(1));
+    const F one = splat<F>(T(1)), infinite = splat<F>(INFINITY), most = splat<F>(T(1000));  // e^−w is 0
     const Negative<F> first(select(x < model.first_edge, -one, one));
     const Negative<F> last(select(x > model.last_edge, -one, one));
-    const Softplus<F> below(-p), above(q);
-    // The first level has nothing below it, the last nothing above.
-    const F sigma_p = last.choose(F{}, below.slope), sigma_q = first.choose(F{}, above.slope);
-    value = last.choose(F{}, below.value) + first.choose(F{}, above.value);
+    const T half = model.mul * T(0.5);
+    const F p = last.choose(infinite, inverse.times(x - m + half));
+    const F q = first.choose(-infinite, inverse.times(x - m - half));
+    // The mass is e^min(p, 0)/(1 + a) · e^−max(q, 0)/(1 + b) · (1 − e^−w). The last factor is 1 for a
+    // large w, and where a bound is infinite; for a small one it is made without its own factor w,
+    // whose logarithm is exact.
+    const F w_any = inverse.times(splat<F>(model.mul));
+    const F w = first.choose(most, last.choose(most, select(w_any > most, most, w_any)));
+    const Negative<F> below(p), above(-q), narrow(w - T(0.34));
+    const F a = exp_any(below.choose(p, -p)), b = exp_any(above.choose(-q, q)), c = exp_any(-w);
+    const F lost = narrow.choose(exp_rest_near_zero(-w) * w, c), width = T(1) - lost;
+    const F a1 = a + T(1), b1 = b + T(1), ab1 = a1 * b1;
+    const F over = T(1) / (ab1 * width), over_ab1 = over * width, over_width = over * ab1;
+    // log(1 + y): what u was rounded by is added to first order.
+    const F y = (b1 * a + b + lost) * over_width, u = y + T(1);
+    const F log_u = log_normal(u) + (y - (u - T(1))) * (over_ab1 * width);
+    value = below.choose(-p, F{}) + above.choose(q, F{}) +
+            (log_u - narrow.choose(model.log_mul - s.log_sigma, F{}));
+    const F sigma_p = below.choose(one, a) * (b1 * over_ab1);
+    const F sigma_q = above.choose(one, b) * (a1 * over_ab1);
     d_x = inverse.times(sigma_q - sigma_p);
     // Where a sigmoid is zero, so is its product with a bound, which may be infinite.
-    slope = select(sigma_p == T(0), F{}, p * sigma_p) - select(sigma_q == T(0), F{}, q * sigma_q);
-
-    // −log(1 − e^{−w}) of the levels between, and its derivative w/(e^w − 1).
-    const F w_any = inverse.times(splat<F>(model.mul));
-    const F w = select(w_any > T(100), splat<F>(T(100)), w_any);
-    const ExpMinusOne<F> e(-w);
-    const F ratio = e.value / -w;  // (1 − e^{−w})/w, 1 for the smallest w
-    const F safe = select(w == T(0), splat<F>(T(1)), ratio);
-    const Negative<F> small(w - T(0.3));
-    const F log_mass = log_normal(small.choose(safe, -e.value)) +
-                       small.choose(model.log_mul - s.log_sigma, F{});
-    const F width_slope = (e.value + T(1)) / safe;
-    value -= first.choose(F{}, last.choose(F{}, log_mass));
-    slope += first.choose(F{}, last.choose(F{}, width_slope));
+    slope = select(sigma_p == T(0), F{}, p * sigma_p) - select(sigma_q == T(0), F{}, q * sigma_q) +
+            narrow.choose(one, w) * c * over_width;
   }
   VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }
 };
@@ -161,21 +151,25 @@ struct Element<F, Family::student_t> {
   VAE_FAST_INLINE Element(F x, F m, const S& s,
                           const Model<typename Traits<F>::Scalar>& model) {
     using T = typename Traits<F>::Scalar;
-    const T df = model.df, far = model.far;
+    constexpr T kFar = sizeof(T) == 4 ? T(1e15) : T(1e150);
+    const T df = model.df, more = df + T(1);
     const auto inverse = s.inverse();
-    const F d = x - m, r = inverse.times(d), size = absolute(r);
-    // log(1 + q), q = r²/ν, which is log q where q may overflow, and r itself.
+    const F d = x - m, r = inverse.times(d) * model.inverse_root_df, size = absolute(r);  // over √ν
+    // log(1 + r²), which is log r² where that may overflow, and r itself.
     const F one = splat<F>(T(1));
-    const Negative<F> near(select(size > far, one, -one));  // a NaN is near, and stays one
-    const F bound = near.choose(size, splat<F>(far)), q = bound * bound / df, u = q + T(1);
+    const Negative<F> near(select(size > kFar, one, -one));  // a NaN is near, and stays one
+    const F t = near.choose(r, F{}), q = t * t, u = q + T(1);
+    const F quotient = T(1) / near.choose(u, d);  // one division for all
+    // What u was rounded by is added to first order.
     const F log_u = log_any(near.choose(u, absolute(d)));
-    const F log_near = select(u == T(1), q, log_u * (q / (u - T(1))));
+    const F log_near = log_u + (q - (u - T(1))) * quotient;
     const F log_far = (log_u - s.log_sigma) * T(2) - model.log_df;
-    value = near.choose(log_near, log_far) * ((df + T(1)) * T(0.5)) + s.log_sigma;
-    // (ν + 1)·r/(ν + r²), without the square; or (ν + 1)/r.
-    const F g = (df + T(1)) / near.choose(df / r + r, d);
-    d_x = near.choose(inverse.times(g), g);
-    slope = T(1) - q / u * (df + T(1));
+    value = near.choose(log_near, log_far) * (more * T(0.5)) + s.log_sigma;
+    // (ν + 1)·t/(1 + t²)/√ν/τ, or (ν + 1)/d.
+    const F share = t * quotient;
+    d_x = near.choose(inverse.times(share * (more * model.inverse_root_df)), quotient * more);
+    // 1 − (ν + 1)·t²/(1 + t²), whose t² may be far above 1 and ν far below.
+    slope = near.choose(quotient - t * share * df, splat<F>(-df));
   }
   VAE_FAST_INLINE F d_log_scale(F w) const { return slope * w; }
 };

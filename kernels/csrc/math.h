@@ -418,6 +418,17 @@ VAE_FAST_INLINE F exp_rest_near_zero(F f) {
   return (f2 * 0.00139504799f + p23) * f2 + p01;
 }
 
+// Its series ½ + t/3! + t²/4! + …, for |t| up to ½.
+VAE_FAST_INLINE double exp_rest_near_zero(double t) {
+  constexpr double terms[] = {
+      1.0 / 1307674368000, 1.0 / 87178291200, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800,
+      1.0 / 3628800,       1.0 / 362880,      1.0 / 40320,      1.0 / 5040,      1.0 / 720,
+      1.0 / 120,           1.0 / 24,          1.0 / 6,          0.5};
+  double sum = 0.0;
+  for (const double term : terms) sum = sum * t + term;
+  return sum;
+}
+
 template <class F>
 VAE_FAST_INLINE F exp_near_zero(F f) {
   return (exp_rest_near_zero(f) * (f * f) + f) + 1.0f;
@@ -601,13 +612,7 @@ template <>
 struct ExpMinusOne<double> {
   double minus_t, value;
   VAE_FAST_INLINE explicit ExpMinusOne(double t) : value(expm1(t)) {
-    minus_t = value - t;
-    if (t > -0.5 && t < 0.5) {
-      // t²(½ + t/3! + t²/4! + …) by Horner's rule, its nested quotients term by term.
-      double sum = 1.0;
-      for (int n = 15; n > 2; --n) sum = 1.0 + sum * t / n;
-      minus_t = 0.5 * t * t * sum;
-    }
+    minus_t = t > -0.5 && t < 0.5 ? t * t * exp_rest_near_zero(t) : value - t;
   }
 };
 

@@ -119,10 +119,36 @@ def exp_minus_quarter(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def log1p(y):
-    """log(1 + y) for y >= 0, to full precision."""
+def reciprocal(x, APPROX: tl.constexpr):
+    """1/x, subnormal numbers on either side taken for zero."""
+    if APPROX:
+        return ptx("rcp.approx.ftz.f32 $0, $1;", x)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def log1p(y, APPROX: tl.constexpr):
+    """log(1 + y) for a finite y >= 0, to full precision.
+
+    What the sum was rounded by is added to first order.
+    """
     u = 1.0 + y
-    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.log(u) + (y - (u - 1.0)) * reciprocal(u, APPROX)
+
+
+@triton.jit
+def log1p_unit(y, APPROX: tl.constexpr):
+    """log(1 + y) for 0 <= y <= 1, to full precision."""
+    if y.dtype == tl.float64:
+        return log1p(y, APPROX)
+    else:
+        # A minimax polynomial of degree 8 for (log(1 + y) - y)/y², to 5e-9, summed in pairs.
+        y2 = y * y
+        p01, p23 = 0.33330464 * y - 0.4999993, 0.19692102 * y - 0.24958019
+        p45, p67 = 0.10661128 * y - 0.1534488, 0.020086242 * y - 0.05745723
+        p = ((p67 - 0.0032904686 * y2) * y2 + p45) * (y2 * y2) + (p23 * y2 + p01)
+        return y2 * p + y
 
 
 @triton.jit
@@ -149,20 +175,20 @@ def expm1_and_rest(t, APPROX: tl.constexpr):
 def sigmoid(x, APPROX: tl.constexpr):
     """1/(1 + e^-x)."""
     y = exp(-tl.abs(x), APPROX)
-    return tl.where(x < 0.0, y, 1.0) / (1.0 + y)
+    return tl.where(x < 0.0, y, 1.0) * reciprocal(1.0 + y, APPROX)
 
 
 @triton.jit
 def softplus(x, APPROX: tl.constexpr):
     """log(1 + e^x)."""
-    return tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x), APPROX))
+    return tl.maximum(x, 0.0) + log1p_unit(exp(-tl.abs(x), APPROX), APPROX)
 
 
 @triton.jit
 def tanh(x, APPROX: tl.constexpr):
     """The hyperbolic tangent, to full precision."""
     expm1, _ = expm1_and_rest(-2.0 * tl.abs(x), APPROX)
-    y = -expm1 / (2.0 + expm1)
+    y = -expm1 * reciprocal(2.0 + expm1, APPROX)
     return tl.where(x < 0.0, -y, y)
 
 
@@ -170,4 +196,4 @@ def tanh(x, APPROX: tl.constexpr):
 def tanh_slope(x, APPROX: tl.constexpr):
     """1 - tanh² x, without its cancellation."""
     y = exp(-2.0 * tl.abs(x), APPROX)
-    return 4.0 * y / ((1.0 + y) * (1.0 + y))
+    return 4.0 * y * reciprocal((1.0 + y) * (1.0 + y), APPROX)

@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from .elementary import exp, exp_rest, log1p, sigmoid, softplus
+from .elementary import exp, exp_rest, log1p, reciprocal, sigmoid, softplus
 from .scale import divide
 
 GAUSSIAN = tl.constexpr(0)
@@ -47,25 +47,22 @@ def element_nll(x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
     elif LIKELIHOOD == BERNOULLI:
         return softplus(mean, APPROX) - x * mean
     elif LIKELIHOOD == LOGISTIC:
-        # softplus(-p) + softplus(q) - log(1 - e^-w), each without what the first or last bin lacks:
-        # their logarithms are taken as one, log((1 + e^-|p|)(1 + e^-|q|)/(1 - c)).
-        p, q, first, last = _bin(x, mean, root, tau, x_mul, x_add, PARAM)
-        near, _, c = _width(divide(x_mul, root, tau, PARAM), APPROX)
-        c = tl.where(first | last, 0.0, c)
-        above = tl.where(last, 0.0, exp(-tl.abs(p), APPROX))
-        below = tl.where(first, 0.0, exp(-tl.abs(q), APPROX))
-        value = tl.where(last | (p > 0.0), 0.0, -p) + tl.where(first | (q < 0.0), 0.0, q)
-        value += log1p((above + below + above * below + c) / (1.0 - c))
-        log_w = tl.where(near, tl.log(x_mul) - 0.5 * log_variance, 0.0)
-        return value - tl.where(first | last, 0.0, log_w)
+        # softplus(-p) + softplus(q) - log(1 - e^-w): their logarithms are taken as one,
+        # log((1 + e^-|p|)(1 + e^-|q|)/(1 - c)).
+        p, q, w = _bin(x, mean, root, tau, x_mul, x_add, PARAM)
+        near, c = _width(w, APPROX)
+        above, below = exp(-tl.abs(p), APPROX), exp(-tl.abs(q), APPROX)
+        y = (above + below + above * below + c) * reciprocal(1.0 - c, APPROX)
+        value = tl.maximum(-p, 0.0) + tl.maximum(q, 0.0) + log1p(y, APPROX)
+        return value - tl.where(near, tl.log(x_mul) - 0.5 * log_variance, 0.0)
     elif LIKELIHOOD == STUDENT_T:
-        y, far = _square_ratio(divide(x - mean, root, tau, PARAM), df)
+        t, far = _over_root_df(divide(x - mean, root, tau, PARAM), df)
         # log(1 + r²/ν), which is log(r²/ν) where r² is beyond all bounds; of either, one logarithm.
-        u = 1.0 + y
+        # What u was rounded by is added to first order, as in log1p.
+        u = 1.0 + t * t
         log_u = tl.log(tl.where(far, tl.abs(x - mean), u))
-        near_one = u == 1.0
-        log_term = tl.where(near_one, y, log_u * (y / tl.where(near_one, 1.0, u - 1.0)))
-        log_term = tl.where(far, 2.0 * log_u - log_variance - tl.log(df), log_term)
+        rest = (t * t - (u - 1.0)) * reciprocal(u, APPROX)
+        log_term = tl.where(far, 2.0 * log_u - log_variance - tl.log(df), log_u + rest)
         return 0.5 * ((df + 1.0) * log_term + log_variance) + constant
     else:
         return 0.5 * (x - mean) * (x - mean)
@@ -87,25 +84,25 @@ def element_gradients(w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD: tl.co
     elif LIKELIHOOD == BERNOULLI:
         return -w * mean, w * (x - sigmoid(mean, APPROX)), w
     elif LIKELIHOOD == LOGISTIC:
-        p, q, first, last = _bin(x, mean, root, tau, x_mul, x_add, PARAM)
-        beyond_p = tl.where(last, 0.0, sigmoid(-p, APPROX))
-        below_q = tl.where(first, 0.0, sigmoid(q, APPROX))
+        p, q, w_tau = _bin(x, mean, root, tau, x_mul, x_add, PARAM)
+        near, c = _width(w_tau, APPROX)
+        beyond_p, below_q = sigmoid(-p, APPROX), sigmoid(q, APPROX)
         g_x = divide(w * (below_q - beyond_p), root, tau, PARAM)
         # Where a sigmoid is zero, so is its product with a bound, which may be infinite.
-        g = tl.where(beyond_p == 0.0, beyond_p, p * beyond_p)
-        g -= tl.where(below_q == 0.0, below_q, q * below_q)
-        near, w_tau, c = _width(divide(x_mul, root, tau, PARAM), APPROX)
-        width = tl.where(near, 1.0, w_tau) * exp(-w_tau, APPROX) / (1.0 - c)
-        return g_x, g_x, w * (g + tl.where(first | last, 0.0, width))
+        g = tl.where(beyond_p == 0.0, 0.0, p * beyond_p)
+        g -= tl.where(below_q == 0.0, 0.0, q * below_q)
+        over = reciprocal(1.0 - c, APPROX)  # w·e^-w/(1 - e^-w), by c alone
+        width = tl.where(near, over - w_tau, w_tau * c * over)
+        return g_x, g_x, w * (g + width)
     elif LIKELIHOOD == STUDENT_T:
         d = x - mean
-        r = divide(d, root, tau, PARAM)
-        y, far = _square_ratio(r, df)
-        r = tl.where(far, 0.0, r)
-        near_g_x = divide(w * ((df + 1.0) / df) * (r / (1.0 + y)), root, tau, PARAM)
+        t, far = _over_root_df(divide(d, root, tau, PARAM), df)
+        over_u = reciprocal(1.0 + t * t, APPROX)
+        share = t * over_u
+        near_g_x = divide(w * ((df + 1.0) / tl.sqrt(df)) * share, root, tau, PARAM)
         g_x = tl.where(far, w * ((df + 1.0) / tl.where(far, d, 1.0)), near_g_x)
-        share = tl.where(far, 1.0, y / (1.0 + y))
-        return g_x, g_x, w * (1.0 - (df + 1.0) * share)
+        # 1 - (ν + 1)t²/(1 + t²), whose t² may be far above 1 and ν far below.
+        return g_x, g_x, w * tl.where(far, -df, over_u - df * (t * share))
     else:
         g_x = w * (x - mean)
         return g_x, g_x, w
@@ -113,29 +110,32 @@ def element_gradients(w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD: tl.co
 
 @triton.jit
 def _bin(x, mean, root, tau, x_mul, x_add, PARAM: tl.constexpr):
-    """The bounds (x - m ± ½x_mul)/τ of x's bin, and whether it is the first or the last of 256.
+    """The bounds (x - m ± ½x_mul)/τ of x's bin, and its width w = x_mul/τ.
 
-    Each is divided by itself: where τ is tiny they are far apart, and one of them may be finite.
+    The first of 256 bins reaches to -inf and the last to inf. A w whose e^-w is 0 is left at 10^4,
+    and for those two it is that. Each bound is divided by itself: where τ is tiny they are far
+    apart, and one of them may be finite.
     """
-    p = divide(x - mean + 0.5 * x_mul, root, tau, PARAM)
-    q = divide(x - mean - 0.5 * x_mul, root, tau, PARAM)
-    return p, q, x < x_add + 0.5 * x_mul, x > x_add + 254.5 * x_mul
+    first, last = x < x_add + 0.5 * x_mul, x > x_add + 254.5 * x_mul
+    p = tl.where(last, float("inf"), divide(x - mean + 0.5 * x_mul, root, tau, PARAM))
+    q = tl.where(first, float("-inf"), divide(x - mean - 0.5 * x_mul, root, tau, PARAM))
+    w = divide(x_mul, root, tau, PARAM)
+    return p, q, tl.where(first | last, 1e4, tl.where(w > 1e4, 1e4, w))
 
 
 @triton.jit
 def _width(w, APPROX: tl.constexpr):
-    """Whether w < ½, w itself but for a huge one, and c of 1 - e^-w = 1 - c, or w·(1 - c) if w < ½.
+    """Whether w < ½, and c of 1 - e^-w = 1 - c, or w·(1 - c) if w < ½.
 
     The logarithm of w is exact however small w is, and that of 1 - c is near zero.
     """
     near = w < 0.5
-    w = tl.where(w > 1e4, 1e4, w)
-    return near, w, tl.where(near, w * exp_rest(-w), exp(-w, APPROX))
+    return near, tl.where(near, w * exp_rest(-w), exp(-w, APPROX))
 
 
 @triton.jit
-def _square_ratio(r, df):
-    """r²/ν, and where r is so far out that it is left at zero."""
-    far = tl.abs(r) > 1e15
-    r = tl.where(far, 0.0, r) * (1.0 / tl.sqrt(df))
-    return r * r, far
+def _over_root_df(r, df):
+    """t = r/√ν, and where it is so far out that it is left at zero."""
+    t = r * (1.0 / tl.sqrt(df))
+    far = tl.abs(t) > 1e15
+    return tl.where(far, 0.0, t), far

@@ -8,7 +8,7 @@ import math
 import triton
 import triton.language as tl
 
-from .elementary import exp, exp_half, exp_minus_quarter, log1p, tanh, tanh_slope
+from .elementary import exp, exp_half, exp_minus_quarter, log1p_unit, reciprocal, tanh, tanh_slope
 
 LOGVAR = tl.constexpr(0)
 LOGSTD = tl.constexpr(1)
@@ -33,7 +33,7 @@ def clamp_code(lo: float, hi: float, soft: bool) -> int:
 def _softplus(s, APPROX: tl.constexpr):
     """softplus(s), its log and e^-|s|."""
     y = exp(-tl.abs(s), APPROX)
-    sigma = tl.maximum(s, 0.0) + log1p(y)
+    sigma = tl.maximum(s, 0.0) + log1p_unit(y, APPROX)
     # softplus(s) -> e^s as s -> -inf; below -15 the second term of log(log(1 + y)) suffices.
     tail = s < -15.0
     log_sigma = tl.where(tail, s - 0.5 * y, tl.log(tl.where(tail, 1.0, sigma)))
@@ -41,11 +41,12 @@ def _softplus(s, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _softplus_slopes(s, sigma, y):
+def _softplus_slopes(s, sigma, y, APPROX: tl.constexpr):
     """dσ/ds = sigmoid(s) and d(log σ)/ds = sigmoid(s)/σ."""
-    sigmoid = tl.where(s < 0.0, y, 1.0) / (1.0 + y)
+    sigmoid = tl.where(s < 0.0, y, 1.0) * reciprocal(1.0 + y, APPROX)
     tail = s < -15.0
-    return sigmoid, tl.where(tail, 1.0 - 0.5 * y, sigmoid / tl.where(tail, 1.0, sigma))
+    slope = sigmoid * reciprocal(tl.where(tail, 1.0, sigma), APPROX)
+    return sigmoid, tl.where(tail, 1.0 - 0.5 * y, slope)
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def scale_slopes(s, sigma, PARAM: tl.constexpr, APPROX: tl.constexpr):
     elif PARAM == VAR:
         return 0.5 / sigma, 0.5 / s
     else:
-        return _softplus_slopes(s, sigma, exp(-tl.abs(s), APPROX))
+        return _softplus_slopes(s, sigma, exp(-tl.abs(s), APPROX), APPROX)
 
 
 @triton.jit
@@ -130,8 +131,9 @@ def _root(log_variance, APPROX: tl.constexpr):
 def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     """Log τ² = 2 log τ, and the pair (root, τ) that ``divide`` takes.
 
-    1/τ itself overflows long before x/τ does, so where τ = e^(something) its square root is held,
-    to be multiplied in twice. What ``divide`` does not use for PARAM is returned as a copy.
+    1/τ of an exponential overflows long before x/τ does, so its square root is held, to be
+    multiplied in twice; for softplus, too, where it saves the divisions. What ``divide`` does not
+    use for PARAM is returned as a copy.
     """
     if (PARAM == LOGVAR) | (PARAM == LOGSTD):
         log_variance = s if PARAM == LOGVAR else 2.0 * s
@@ -143,20 +145,15 @@ def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     else:
         log_tau, tau, _ = _softplus(s, APPROX)
         log_variance = 2.0 * log_tau
-        tail = s < -15.0
-        root = tl.where(tail, _root(log_variance, APPROX), 1.0)
-        tau = tl.where(tail, 1.0, tau)
+        root = tl.where(s < -15.0, _root(log_variance, APPROX), tl.rsqrt(tau))
+        tau = root
     return log_variance, root, tau
 
 
 @triton.jit
 def divide(v, root, tau, PARAM: tl.constexpr):
     """v/τ."""
-    if PARAM != STD and PARAM != VAR:
-        v = v * root * root
-    if PARAM != LOGVAR and PARAM != LOGSTD:
-        v = v / tau
-    return v
+    return v / tau if PARAM == STD or PARAM == VAR else v * root * root
 
 
 @triton.jit
@@ -164,7 +161,7 @@ def log_scale_slope(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     """d(log τ)/ds."""
     if PARAM == SOFTPLUS:
         _, tau, y = _softplus(s, APPROX)
-        _, slope = _softplus_slopes(s, tau, y)
+        _, slope = _softplus_slopes(s, tau, y, APPROX)
     else:
         _, slope = scale_slopes(s, s, PARAM, APPROX)
     return slope
