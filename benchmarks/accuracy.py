@@ -31,9 +31,9 @@ from vae_fast._triton.elementary import FP16, FP32, PLAIN, expm1_and_rest
 from vae_fast._triton.family import element_gradients, element_nll
 from vae_fast._triton.philox import _box_muller
 from vae_fast._triton.scale import (
-    _root,
+    exponential_root,
     log_scale_slope,
-    log_variance_and_divisor,
+    log_variance_and_root,
     log_variance_and_scale,
 )
 
@@ -95,13 +95,13 @@ def likelihood_kernel(x_ptr, mean_ptr, s_ptr, nll_ptr, g_mean_ptr, g_log_tau_ptr
     x, mean, s = tl.load(x_ptr + i), tl.load(mean_ptr + i), tl.load(s_ptr + i)
     df, constant = tl.full((), df, s.dtype), tl.full((), constant, s.dtype)
     x_mul = tl.full((), x_mul, s.dtype)
-    log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
+    log_variance, root = log_variance_and_root(s, PARAM, APPROX)
     nll = element_nll(
-        x, mean, log_variance, root, tau, df, constant, x_mul, 0.0 * x_mul,
-        LIKELIHOOD, PARAM, APPROX,
+        x, mean, log_variance, root, df, constant, x_mul, 0.0 * x_mul,
+        LIKELIHOOD, APPROX,
     )  # fmt: skip
     _, fall, g_log_tau = element_gradients(
-        1.0, x, mean, root, tau, df, x_mul, 0.0 * x_mul, LIKELIHOOD, PARAM, APPROX
+        1.0, x, mean, root, df, x_mul, 0.0 * x_mul, LIKELIHOOD, APPROX
     )
     tl.store(nll_ptr + i, nll)
     tl.store(g_mean_ptr + i, -fall)
@@ -121,7 +121,7 @@ def kl_kernel(t_ptr, expm1_ptr, rest_ptr, BLOCK: tl.constexpr, APPROX: tl.conste
 def root_kernel(log_variance_ptr, root_ptr, BLOCK: tl.constexpr, APPROX: tl.constexpr):
     """τ^(-1/2), by which residuals are divided."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(root_ptr + i, _root(tl.load(log_variance_ptr + i), APPROX))
+    tl.store(root_ptr + i, exponential_root(tl.load(log_variance_ptr + i), APPROX))
 
 
 def run(kernel, inputs: list[Tensor], outputs: int, approx: int, *args, **options) -> list[Tensor]:

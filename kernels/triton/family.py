@@ -29,34 +29,34 @@ LOG_2PI = tl.constexpr(math.log(2.0 * math.pi))
 
 
 @triton.jit
-def element_nll(x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
-                LIKELIHOOD: tl.constexpr, PARAM: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
+def element_nll(x, mean, log_variance, root, df, constant, x_mul, x_add,
+                LIKELIHOOD: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
     """-log p(x).
 
     Args:
-        log_variance, root, tau: of ``log_variance_and_divisor``; not used where there is no scale.
+        log_variance, root: of ``log_variance_and_root``; not used where there is no scale.
         df, constant: of Student's t.
         x_mul, x_add: the levels that logistic bins are around.
     """
     if LIKELIHOOD == GAUSSIAN:
-        residual = divide(x - mean, root, tau, PARAM)
+        residual = divide(x - mean, root)
         # Half of r, not of r², which may overflow.
         return 0.5 * residual * residual + (0.5 * log_variance + 0.5 * LOG_2PI)
     elif LIKELIHOOD == LAPLACE:
-        return tl.abs(divide(x - mean, root, tau, PARAM)) + (0.5 * log_variance + LOG_2)
+        return tl.abs(divide(x - mean, root)) + (0.5 * log_variance + LOG_2)
     elif LIKELIHOOD == BERNOULLI:
         return softplus(mean, APPROX) - x * mean
     elif LIKELIHOOD == LOGISTIC:
         # softplus(-p) + softplus(q) - log(1 - e^-w): their logarithms are taken as one,
         # log((1 + e^-|p|)(1 + e^-|q|)/(1 - c)).
-        p, q, w = _bin(x, mean, root, tau, x_mul, x_add, PARAM)
+        p, q, w = _bin(x, mean, root, x_mul, x_add)
         near, c = _width(w, APPROX)
         above, below = exp(-tl.abs(p), APPROX), exp(-tl.abs(q), APPROX)
         y = (above + below + above * below + c) * reciprocal(1.0 - c, APPROX)
         value = tl.maximum(-p, 0.0) + tl.maximum(q, 0.0) + log1p(y, APPROX)
         return value - tl.where(near, tl.log(x_mul) - 0.5 * log_variance, 0.0)
     elif LIKELIHOOD == STUDENT_T:
-        t, far = _over_root_df(divide(x - mean, root, tau, PARAM), df)
+        t, far = _over_root_df(divide(x - mean, root), df)
         # log(1 + r²/ν), which is log(r²/ν) where r² is beyond all bounds; of either, one logarithm.
         # What u was rounded by is added to first order, as in log1p.
         u = 1.0 + t * t
@@ -69,25 +69,25 @@ def element_nll(x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
 
 
 @triton.jit
-def element_gradients(w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD: tl.constexpr,
-                      PARAM: tl.constexpr, APPROX: tl.constexpr):  # fmt: skip
+def element_gradients(w, x, mean, root, df, x_mul, x_add, LIKELIHOOD: tl.constexpr,
+                      APPROX: tl.constexpr):  # fmt: skip
     """∂x, -∂mean (the same, but for Bernoulli) and ∂(log τ) of ``w`` times ``element_nll``."""
     if LIKELIHOOD == GAUSSIAN:
-        residual = divide(x - mean, root, tau, PARAM)
-        g_x = divide(w * residual, root, tau, PARAM)
+        residual = divide(x - mean, root)
+        g_x = divide(w * residual, root)
         return g_x, g_x, w * (1.0 - residual * residual)
     elif LIKELIHOOD == LAPLACE:
         d = x - mean
         sign = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
-        g_x = divide(w * sign, root, tau, PARAM)
-        return g_x, g_x, w * (1.0 - tl.abs(divide(d, root, tau, PARAM)))
+        g_x = divide(w * sign, root)
+        return g_x, g_x, w * (1.0 - tl.abs(divide(d, root)))
     elif LIKELIHOOD == BERNOULLI:
         return -w * mean, w * (x - sigmoid(mean, APPROX)), w
     elif LIKELIHOOD == LOGISTIC:
-        p, q, w_tau = _bin(x, mean, root, tau, x_mul, x_add, PARAM)
+        p, q, w_tau = _bin(x, mean, root, x_mul, x_add)
         near, c = _width(w_tau, APPROX)
         beyond_p, below_q = sigmoid(-p, APPROX), sigmoid(q, APPROX)
-        g_x = divide(w * (below_q - beyond_p), root, tau, PARAM)
+        g_x = divide(w * (below_q - beyond_p), root)
         # Where a sigmoid is zero, so is its product with a bound, which may be infinite.
         g = tl.where(beyond_p == 0.0, 0.0, p * beyond_p)
         g -= tl.where(below_q == 0.0, 0.0, q * below_q)
@@ -96,20 +96,21 @@ def element_gradients(w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD: tl.co
         return g_x, g_x, w * (g + width)
     elif LIKELIHOOD == STUDENT_T:
         d = x - mean
-        t, far = _over_root_df(divide(d, root, tau, PARAM), df)
+        t, far = _over_root_df(divide(d, root), df)
         over_u = reciprocal(1.0 + t * t, APPROX)
         share = t * over_u
-        near_g_x = divide(w * ((df + 1.0) / tl.sqrt(df)) * share, root, tau, PARAM)
-        g_x = tl.where(far, w * ((df + 1.0) / tl.where(far, d, 1.0)), near_g_x)
+        more = w * (df + 1.0)
+        near_g_x = divide(more * (share * (1.0 / tl.sqrt(df))), root)
+        g_x = tl.where(far, more / tl.where(far, d, 1.0), near_g_x)
         # 1 - (ν + 1)t²/(1 + t²), whose t² may be far above 1 and ν far below.
-        return g_x, g_x, w * tl.where(far, -df, over_u - df * (t * share))
+        return g_x, g_x, w * (over_u - df * (t * share))
     else:
         g_x = w * (x - mean)
         return g_x, g_x, w
 
 
 @triton.jit
-def _bin(x, mean, root, tau, x_mul, x_add, PARAM: tl.constexpr):
+def _bin(x, mean, root, x_mul, x_add):
     """The bounds (x - m ± ½x_mul)/τ of x's bin, and its width w = x_mul/τ.
 
     The first of 256 bins reaches to -inf and the last to inf. A w whose e^-w is 0 is left at 10^4,
@@ -117,9 +118,9 @@ def _bin(x, mean, root, tau, x_mul, x_add, PARAM: tl.constexpr):
     apart, and one of them may be finite.
     """
     first, last = x < x_add + 0.5 * x_mul, x > x_add + 254.5 * x_mul
-    p = tl.where(last, float("inf"), divide(x - mean + 0.5 * x_mul, root, tau, PARAM))
-    q = tl.where(first, float("-inf"), divide(x - mean - 0.5 * x_mul, root, tau, PARAM))
-    w = divide(x_mul, root, tau, PARAM)
+    p = tl.where(last, float("inf"), divide(x - mean + 0.5 * x_mul, root))
+    q = tl.where(first, float("-inf"), divide(x - mean - 0.5 * x_mul, root))
+    w = divide(x_mul, root)
     return p, q, tl.where(first | last, 1e4, tl.where(w > 1e4, 1e4, w))
 
 
@@ -135,7 +136,7 @@ def _width(w, APPROX: tl.constexpr):
 
 @triton.jit
 def _over_root_df(r, df):
-    """t = r/√ν, and where it is so far out that it is left at zero."""
+    """What is r/√ν, and where that is so far out that it is left at 10^15."""
     t = r * (1.0 / tl.sqrt(df))
     far = tl.abs(t) > 1e15
-    return tl.where(far, 0.0, t), far
+    return tl.where(far, 1e15, t), far

@@ -31,7 +31,7 @@ from .scale import (
     clamp_code,
     divide,
     log_scale_slope,
-    log_variance_and_divisor,
+    log_variance_and_root,
     log_variance_and_scale,
     through_bound,
 )
@@ -50,10 +50,10 @@ def _terms(mu, s, prior_mu_ptr, prior_scale_ptr, at_mu, at_scale, mask,
         return t, mu, mu, s
     else:
         prior_s = widen(tl.load(prior_scale_ptr + at_scale, mask), mu.dtype, APPROX)
-        log_variance, root, tau = log_variance_and_divisor(prior_s, PRIOR_PARAM, APPROX)
+        log_variance, root = log_variance_and_root(prior_s, PRIOR_PARAM, APPROX)
         delta = mu - widen(tl.load(prior_mu_ptr + at_mu, mask), mu.dtype, APPROX)
-        delta = divide(delta, root, tau, PRIOR_PARAM)
-        return t - log_variance, delta, divide(delta, root, tau, PRIOR_PARAM), prior_s
+        delta = divide(delta, root)
+        return t - log_variance, delta, divide(delta, root), prior_s
 
 
 @triton.jit(do_not_specialize=["B"])

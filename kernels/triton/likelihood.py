@@ -48,7 +48,7 @@ from .scale import (
     bound,
     clamp_code,
     log_scale_slope,
-    log_variance_and_divisor,
+    log_variance_and_root,
     through_bound,
     times_slope,
 )
@@ -84,10 +84,10 @@ def _row_sum(x, ROWS: tl.constexpr):
 
 @triton.jit
 def _divisor(raw, lo, hi, PARAM: tl.constexpr, CLAMP: tl.constexpr, APPROX: tl.constexpr):
-    """The parameter that τ is made from, and ``log_variance_and_divisor`` of it."""
+    """The parameter that τ is made from, and ``log_variance_and_root`` of it."""
     s = bound(raw, lo, hi, CLAMP, APPROX)
-    log_variance, root, tau = log_variance_and_divisor(s, PARAM, APPROX)
-    return s, log_variance, root, tau
+    log_variance, root = log_variance_and_root(s, PARAM, APPROX)
+    return s, log_variance, root
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def likelihood_kernel(
     loss = tl.zeros([ROWS], ACC)
     g_tau_sum = tl.zeros([ROWS], ACC)
     if SCALE == ABSENT:
-        log_variance, root, tau = 0.0, 1.0, 1.0
+        log_variance, root = 0.0, 1.0
     if SCALE == SCALAR or SCALE == EVENT:  # noqa: SIM109
         if SCALE == SCALAR:
             raw = tl.load(scale_ptr).to(ACC)
@@ -158,7 +158,7 @@ def likelihood_kernel(
             cols = (part * TILES + i // ROWS) * COLS + tl.arange(0, COLS)[None, :]
             raw = tl.load(scale_ptr + along(cols, scale_col), cols < D, 1.0).to(ACC)
             g_tau = tl.zeros([TILES * ROWS, COLS], ACC)
-        s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
+        s, log_variance, root = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
         slope = log_scale_slope(s, PARAM, APPROX)
         slope = through_bound(slope, raw, lo, hi, CLAMP, APPROX)
 
@@ -182,7 +182,7 @@ def likelihood_kernel(
                     w += tl.load(g_nll_ptr + n * g_nll_row, ok, 0.0)
         if SCALE == ROW:
             raw = tl.load(scale_ptr + n * scale_row, ok, 1.0).to(ACC)
-            s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
+            s, log_variance, root = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
 
         nll_sum = tl.zeros([TILES * ROWS, COLS], ACC)
         if SCALE != EVENT:
@@ -214,16 +214,16 @@ def likelihood_kernel(
             if SCALE == FULL:
                 raw = scale_ptr + packed + n * scale_row + along(half, scale_col)
                 raw = widen(tl.load(raw, mask, 1.0), ACC, APPROX)
-                s, log_variance, root, tau = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
+                s, log_variance, root = _divisor(raw, lo, hi, PARAM, CLAMP, APPROX)
             if FORWARD:
                 value = element_nll(
-                    x, mean, log_variance, root, tau, df, constant, x_mul, x_add,
-                    LIKELIHOOD, PARAM, APPROX,
+                    x, mean, log_variance, root, df, constant, x_mul, x_add,
+                    LIKELIHOOD, APPROX,
                 )  # fmt: skip
                 nll_sum += value if EVEN and mask_ptr is None else tl.where(keep, value, 0.0)
             if GRAD:
                 g_x, fall, g_log_tau = element_gradients(
-                    w, x, mean, root, tau, df, x_mul, x_add, LIKELIHOOD, PARAM, APPROX
+                    w, x, mean, root, df, x_mul, x_add, LIKELIHOOD, APPROX
                 )  # fmt: skip
                 if mask_ptr is not None:
                     g_x, fall = tl.where(keep, g_x, 0.0), tl.where(keep, fall, 0.0)

@@ -118,8 +118,27 @@ def scale_slopes(s, sigma, PARAM: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _root(log_variance, APPROX: tl.constexpr):
-    """τ^(-1/2) from log τ², kept finite and nonzero: times zero it is zero, and a NaN stays one."""
+def log_variance_and_root(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
+    """Log τ² = 2 log τ, and τ^(-1/2), which ``divide`` takes.
+
+    1/τ itself overflows long before x/τ does; its square root, multiplied in twice, does not. It is
+    kept finite, so that times zero it is zero, and a NaN stays one.
+    """
+    if (PARAM == LOGVAR) | (PARAM == LOGSTD):
+        log_variance = s if PARAM == LOGVAR else 2.0 * s
+        root = exponential_root(log_variance, APPROX)
+    else:
+        log_variance, tau = log_variance_and_scale(s, PARAM, APPROX)
+        least = 2.0**-1022 if s.dtype == tl.float64 else 2.0**-126
+        root = tl.rsqrt(tl.maximum(tau, least, tl.PropagateNan.ALL))
+        if PARAM == SOFTPLUS:
+            root = tl.where(s < -15.0, exponential_root(log_variance, APPROX), root)
+    return log_variance, root
+
+
+@triton.jit
+def exponential_root(log_variance, APPROX: tl.constexpr):
+    """τ^(-1/2) from log τ²."""
     if log_variance.dtype == tl.float64:
         x = clamp(log_variance, -2800.0, 2800.0)
     else:
@@ -128,32 +147,9 @@ def _root(log_variance, APPROX: tl.constexpr):
 
 
 @triton.jit
-def log_variance_and_divisor(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
-    """Log τ² = 2 log τ, and the pair (root, τ) that ``divide`` takes.
-
-    1/τ of an exponential overflows long before x/τ does, so its square root is held, to be
-    multiplied in twice; for softplus, too, where it saves the divisions. What ``divide`` does not
-    use for PARAM is returned as a copy.
-    """
-    if (PARAM == LOGVAR) | (PARAM == LOGSTD):
-        log_variance = s if PARAM == LOGVAR else 2.0 * s
-        root = _root(log_variance, APPROX)
-        tau = root
-    elif (PARAM == STD) | (PARAM == VAR):
-        log_variance, tau = log_variance_and_scale(s, PARAM, APPROX)
-        root = tau
-    else:
-        log_tau, tau, _ = _softplus(s, APPROX)
-        log_variance = 2.0 * log_tau
-        root = tl.where(s < -15.0, _root(log_variance, APPROX), tl.rsqrt(tau))
-        tau = root
-    return log_variance, root, tau
-
-
-@triton.jit
-def divide(v, root, tau, PARAM: tl.constexpr):
+def divide(v, root):
     """v/τ."""
-    return v / tau if PARAM == STD or PARAM == VAR else v * root * root
+    return v * root * root
 
 
 @triton.jit
