@@ -136,7 +136,9 @@ struct Element<F, Family::logistic> {
             (log_u - narrow.choose(model.log_mul - s.log_sigma, F{}));
     const F sigma_p = below.choose(one, a) * (b1 * over_ab1);
     const F sigma_q = above.choose(one, b) * (a1 * over_ab1);
-    d_x = inverse.times(sigma_q - sigma_p);
+    // Of their difference no rounding of either is left.
+    const F change = T(1) - a * b;
+    d_x = inverse.times(above.choose(change, below.choose(-change, b - a)) * over_ab1);
     // Where a sigmoid is zero, so is its product with a bound, which may be infinite.
     slope = select(sigma_p == T(0), F{}, p * sigma_p) - select(sigma_q == T(0), F{}, q * sigma_q) +
             narrow.choose(one, w) * c * over_width;

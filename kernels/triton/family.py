@@ -86,8 +86,14 @@ def element_gradients(w, x, mean, root, df, x_mul, x_add, LIKELIHOOD: tl.constex
     elif LIKELIHOOD == LOGISTIC:
         p, q, w_tau = _bin(x, mean, root, x_mul, x_add)
         near, c = _width(w_tau, APPROX)
-        beyond_p, below_q = sigmoid(-p, APPROX), sigmoid(q, APPROX)
-        g_x = divide(w * (below_q - beyond_p), root)
+        above, below = exp(-tl.abs(p), APPROX), exp(-tl.abs(q), APPROX)
+        over_above, over_below = reciprocal(1.0 + above, APPROX), reciprocal(1.0 + below, APPROX)
+        # sigmoid(-p), sigmoid(q), and their difference without the roundings of either.
+        beyond_p = tl.where(p < 0.0, 1.0, above) * over_above
+        below_q = tl.where(q > 0.0, 1.0, below) * over_below
+        change = 1.0 - above * below
+        change = tl.where(q > 0.0, change, tl.where(p < 0.0, -change, below - above))
+        g_x = divide(w * change * (over_above * over_below), root)
         # Where a sigmoid is zero, so is its product with a bound, which may be infinite.
         g = tl.where(beyond_p == 0.0, 0.0, p * beyond_p)
         g -= tl.where(below_q == 0.0, 0.0, q * below_q)
