@@ -124,7 +124,7 @@ class FusedELBO(nn.Module):
             highest likelihood, over the batch, a row or a channel
             (:func:`vae_fast.optimal_gaussian_nll`). Unless it is ``None`` the decoder returns the
             mean alone.
-        df: degrees of freedom of ``"student_t"``.
+        df: degrees of freedom of ``"student_t"``, from 1e-10 to 1e30.
         objective: ``"elbo"``, or ``"iwae"``, the importance-weighted bound of K samples (Burda et
             al. 2016, eq. 8).
         estimator: of the posterior's gradient: ``"standard"``; ``"stl"``, for the ELBO, without the

@@ -213,7 +213,7 @@ def likelihood_nll(
         clamp_mode: ``"hard"`` or ``"soft"``, as in :func:`reparameterize`.
         mask: bool, broadcastable to ``x``; elements where it is False contribute nothing, in value
             and gradient, whatever they hold.
-        df: degrees of freedom ν of ``"student_t"``.
+        df: degrees of freedom ν of ``"student_t"``, from 1e-10 to 1e30.
         x_scale: (a, b), where a uint8 ``x`` stands for a·x + b, made inside the pass; a > 0. For
             ``"logistic"`` the levels are a·i + b whatever the dtype. (1/255, 0) if ``None``.
         dequantize: a uint8 ``x`` stands for a·(x + u) + b instead, with uniform noise u
