@@ -163,13 +163,15 @@ _ACCURACY = """## Accuracy of the approximate functions
 On NVIDIA GPUs the kernels use PTX's approximate functions. These are bounds from documented
 function errors, not measurements: the kernels' own device functions run in Triton's interpreter,
 each approximate function giving the exact value moved by its error, in all combinations of up and
-down, over a dense sample with the extremes of each range. Beside each stands the error of the same
-in fp32 with exact functions. Where all means and scales are stored in 16 bits, which rounds them by
-2^-9 (bf16) or 2^-12 (fp16), e^x is made of fewer instructions: that has bounds of its own.
+down, and with ways drawn for every single value, over a dense sample with the extremes of each
+range. Beside each stands the error of the same in fp32 with exact functions. Where all means and
+scales are stored in 16 bits, which rounds them by 2^-9 (bf16) or 2^-12 (fp16), e^x is made of fewer
+instructions: that has bounds of its own.
 
 An H200 was within the bounds of fp32, for every word of noise and every fp32 number of the ranges
-(tests/test_approximations.py); but e^(-x/4) had no constants of its own then. The bounds of 16 bits
-have not been compared with a GPU yet.
+(tests/test_approximations.py). Since then other instructions make e^(-x/4), τ where it is no
+exponential, softplus, and the Bernoulli, logistic and Student t likelihoods: their bounds, and all
+bounds of 16 bits, have not been compared with a GPU yet.
 
 {documented}
 The error of ε is absolute, and that of z in units of abs(μ) + σ. Errors of σ, of d(log σ)/ds, of

@@ -135,9 +135,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 def test_the_stored_bounds_are_of_the_documented_errors(stored):
     assert stored["documented"] == accuracy.DOCUMENTED
     for kind in KINDS.values():
-        # What has no bound is exact; no bound is far below what fp32 itself costs, nor means much.
+        # What has no bound is exact; no bound is below what fp32 itself costs, nor means much.
         assert not any(e for name, e in stored["exact"].items() if name not in stored[kind])
-        assert all(0.5 * stored["exact"][n] <= bound <= 1e-5 for n, bound in stored[kind].items())
+        assert all(stored["exact"][n] <= bound <= 1e-5 for n, bound in stored[kind].items())
         assert stored[kind]["ε"] <= 2e-5  # what the noise may differ by from PyTorch's
 
 
@@ -195,6 +195,14 @@ def test_the_emulation_errs_by_what_is_documented(name):
             most, rounding = 2.0 ** float(size.removeprefix("2^")), 0.5 * ulp
             most = most * exact if unit == "relative" else most
         assert (np.abs(error - most) <= rounding).all()
+
+
+@interpreted
+def test_the_emulation_draws_a_way_for_every_value():
+    exact = np.full(100, 0.7)
+    emulation = accuracy.Emulation(draws=np.random.default_rng(0))
+    moved = emulation._approximate("rcp.approx.ftz.f32", exact)
+    assert {-1.0, 1.0} == set(np.sign(moved - exact.astype(np.float32)).tolist())
 
 
 @interpreted

@@ -113,7 +113,7 @@ struct Element<F, Family::logistic> {
     // The bin's bounds, of which the first level lacks the lower and the last the upper one: by
     // comparison, since the sign of a difference that is NaN says nothing.
     const auto inverse = s.inverse();
-    const F one = splat<F>(T(1)), infinite = splat<F>(INFINITY), most = splat<F>(T(1000));  // e^−w is 0
+    const F one = splat<F>(T(1)), infinite = splat<F>(INFINITY);
     const Negative<F> first(select(x < model.first_edge, -one, one));
     const Negative<F> last(select(x > model.last_edge, -one, one));
     const T half = model.mul * T(0.5);
@@ -122,6 +122,7 @@ struct Element<F, Family::logistic> {
     // The mass is e^min(p, 0)/(1 + a) · e^−max(q, 0)/(1 + b) · (1 − e^−w). The last factor is 1 for a
     // large w, and where a bound is infinite; for a small one it is made without its own factor w,
     // whose logarithm is exact.
+    const F most = splat<F>(T(1000));  // whose e^−w is 0
     const F w_any = inverse.times(splat<F>(model.mul));
     const F w = first.choose(most, last.choose(most, select(w_any > most, most, w_any)));
     const Negative<F> below(p), above(-q), narrow(w - T(0.34));

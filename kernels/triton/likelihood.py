@@ -455,7 +455,7 @@ def heaviness(likelihood: int, param: int, clamp: int) -> int:
     """How often a thread's elements must be halved, for the registers that they need."""
     if likelihood in WITHOUT_SCALE:
         return 0
-    # A logarithm, a division or a soft clamp of the scale needs as many as all else.
+    # A logarithm, an inverse root or a soft clamp of the scale needs as many as all else.
     exponential = param in (LOGVAR.value, LOGSTD.value) and clamp != SOFT.value
     return HEAVY.get(likelihood, 0) + (not exponential)
 
