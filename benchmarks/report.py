@@ -11,7 +11,17 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.saved import COMPILED, GRAPHS, INPLACE, OURS, Group, is_ours, load, shrink
+from benchmarks.saved import (
+    COMPILE,
+    COMPILED,
+    GRAPHS,
+    INPLACE,
+    OURS,
+    Group,
+    is_ours,
+    load,
+    shrink,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
@@ -22,6 +32,20 @@ TITLES = {
     "elbo": "Whole loss, given the decoder's output",
     "train_step": "Whole training step, optimizer included",
 }
+# Who has a colour of its own, the same in every picture.
+COLOURED = (
+    "eager",
+    "distributions",
+    COMPILE,
+    f"{COMPILE} PyTorch's randn",
+    OURS,
+    "gaussian nll loss",
+    INPLACE,
+    f"{COMPILE} max-autotune",
+    COMPILED,
+    f"{COMPILE} CUDA graphs",
+    GRAPHS,
+)
 PREFACE = """\
 All implementations of a row ran in one process, on the same tensors, in turns; results were checked
 before they were timed. Times are medians. *Ratio* is the best peer's time over ours, with a tilde
@@ -154,7 +178,7 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(losses), figsize=(4.6 * len(losses), 4.4), squeeze=False, layout="constrained"
     )
-    names = list(dict.fromkeys(n for g in drawn for n in g.rows))
+    names = list(dict.fromkeys([*COLOURED, *(n for g in drawn for n in g.rows)]))
     colours = {n: f"C{i}" for i, n in enumerate(names)}
     for panel, of in zip(panels[0], losses, strict=True):
         own = [g for g in drawn if g.of == of]
