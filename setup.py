@@ -13,8 +13,12 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ModuleNotFoundError:  # pip checks it only where it isolates the build
+    sys.exit('vae_fast: setuptools is too old: pip install --upgrade "setuptools>=77"')
 
 ROOT = Path(__file__).resolve().parent
 

@@ -11,11 +11,14 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -396,6 +399,39 @@ def test_processes_that_start_together_build_once(project, cache, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("passing", [False, True])
+def test_who_waited_for_a_build_that_failed_does_not_repeat_it(project, cache, passing):
+    """Unless what stopped it may be over."""
+    words = '"No space left on device"' if passing else '"a mistake of ours"'
+    (project.csrc / "cpu.cpp").write_text(f"#error {words}\n")
+    first, second = project.process(), project.process()
+    second.compile_into = lambda *_: pytest.fail("compiled again")
+    run, waits = first._run, threading.Event()
+
+    def run_once_the_other_waits(*arguments):
+        waits.wait(20)
+        run(*arguments)
+
+    first._run = run_once_the_other_waits
+    expected = pytest.fail.Exception if passing else second.BuildError
+
+    def wait():
+        with pytest.raises(expected, match="compiled again" if passing else "a mistake of ours"):
+            second.load()
+
+    with ThreadPoolExecutor(2) as pool:
+        failing = pool.submit(first.load)
+        while not list(cache.glob(".building-*")):
+            time.sleep(0.01)
+        waiting = pool.submit(wait)
+        time.sleep(0.3)
+        waits.set()
+        with pytest.raises(first.BuildError):
+            failing.result()
+        waiting.result()
+
+
+@needs_compiler
 def test_the_first_of_two_unlocked_builds_stays(project, cache):
     ours, theirs = project.process(), project.process()
     compile_into = ours.compile_into
@@ -441,6 +477,71 @@ def test_unwritable_cache_that_has_the_library(project):
     module = project.process()
     module._writable = lambda folder: False
     assert module.load().path == built.path
+
+
+@needs_compiler
+def test_cache_that_code_cannot_be_run_from(project, cache, tmp_path, monkeypatch, caplog):
+    """A folder on a file system that is mounted noexec."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    statvfs = os.statvfs
+
+    def mounted(path):
+        found = list(statvfs(path))
+        found[8] |= os.ST_NOEXEC if Path(path).is_relative_to(cache) else 0
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "statvfs", mounted)
+    info = project.process().load()
+    assert tmp_path / "tmp" in info.path.parents
+    assert "not run code from it" in caplog.text
+    assert project.process().load().origin == "cached"
+
+
+def test_interrupted_build_stops_its_compilers(project, tmp_path, monkeypatch):
+    """The command is asked to end, and not killed, so that ninja can end what it began."""
+    ended = tmp_path / "ended"
+    module = project.process()
+    command = ["sh", "-c", f"trap 'touch {shlex.quote(str(ended))}; exit 3' TERM; sleep 9 & wait"]
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(process, *arguments, **options):
+        if interrupts.pop():
+            time.sleep(0.5)
+            raise KeyboardInterrupt
+        return communicate(process, *arguments, **options)
+
+    interrupts = [False, True]
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module._run(command, tmp_path)
+    assert ended.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "rejected"),
+    [
+        ("eager.cpp:3: error: no such type", True),
+        ("ninja: build stopped: interrupted by user.", False),
+        ("fatal error: error writing to cpu.s: No space left on device", False),
+        ("c++: fatal error: Killed signal terminated program cc1plus", False),
+    ],
+)
+def test_which_failures_would_come_again(output, rejected, tmp_path):
+    with pytest.raises(_build.BuildError, match="exited with status 1") as caught:
+        _build._run(["sh", "-c", f"echo {shlex.quote(output)}; exit 1"], tmp_path)
+    assert isinstance(caught.value, _build._Rejected) == rejected
+
+
+def test_compilers_that_cannot_be_read(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", 'c++ "')
+    assert "cannot read CXX=" in project.process().can_build()
+    compiler = tmp_path / "my c++"
+    compiler.write_text("#!/bin/sh\necho mine")
+    compiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "'./my c++' -m64")
+    assert project.process().find_compiler() == ((str(compiler), "-m64"), "mine")
 
 
 def test_temporary_folder_of_others_is_not_trusted(project, tmp_path, monkeypatch):
@@ -496,7 +597,9 @@ def test_compile_error_shows_the_compilers_words_and_leaves_nothing(project, cac
     module = project.process()
     with pytest.raises(module.BuildError, match="a mistake of ours"):
         module.load()
-    assert entries(cache) == []
+    (kept,) = entries(cache)
+    assert kept.endswith(".failed")
+    assert "a mistake of ours" in (cache / kept).read_text()
     (project.csrc / "cpu.cpp").write_text(SOURCE)
     assert module.load().origin == "built now"
 

@@ -491,19 +491,25 @@ def test_what_inplace_must_not_overwrite_is_still_refused(key):
 
 
 def test_without_it_everything_works(monkeypatch, tmp_path, key):
-    attempts = []
+    attempts, why = [], _build.BuildError("interrupted")
 
-    def no_headers(folder, target=_build.KERNELS):
+    def fails(folder, target=_build.KERNELS):
         attempts.append(target.lib_name)
-        raise _build.BuildError("no Python.h")
+        raise why
 
     want = step(torch.float32, key)
-    monkeypatch.setattr(_build, "compile_into", no_headers)
+    monkeypatch.setattr(_build, "compile_into", fails)
+    monkeypatch.setattr(_build, "_why_no_eager", None)
     monkeypatch.setenv("VAE_FAST_CACHE", str(tmp_path))
     assert _build.build_eager() is None
-    assert _build.build_eager() is None  # and does not try again
-    assert len(attempts) == 1
-    assert "no Python.h" in next(tmp_path.glob("*.failed")).read_text()
+    assert _build.why_no_eager() == "interrupted"
+    why = _build._Rejected("no Python.h")
+    assert _build.build_eager() is None  # tries again: next time nobody may interrupt
+    assert _build.build_eager() is None  # but not where the compiler would say the same
+    assert len(attempts) == 2
+    (failed,) = tmp_path.glob("*.failed")
+    assert "no Python.h" in failed.read_text()
+    assert str(failed) in _build.why_no_eager()
     eager.use_shortcut(None)
     for a, b in zip(step(torch.float32, key), want):
         assert torch.equal(a, b)

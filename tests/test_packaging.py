@@ -165,6 +165,18 @@ def test_kernels_is_left_to_the_package_of_that_name(installed, tmp_path):
     assert not (installed / "kernels").exists()
 
 
+def test_a_checkout_that_is_not_installed_finds_the_triton_kernels():
+    """As ``python -m vae_fast.cli`` in it does: its own package comes before the installed one."""
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "import vae_fast; launchers = vae_fast.backends._launchers()\n"
+        "from vae_fast._triton import latent\n"
+        "print(hasattr(launchers, 'latent_forward'), launchers.__file__)"
+    )
+    expected = f"True {ROOT / 'kernels' / 'triton' / '__init__.py'}"
+    assert python(code, ROOT, ROOT).splitlines()[-1] == expected
+
+
 def test_this_environment_finds_the_triton_kernels():
     """In an editable install, setuptools must map the package to kernels/triton."""
     code = "import importlib.util; print(importlib.util.find_spec('vae_fast._triton') is not None)"

@@ -56,6 +56,7 @@ __all__ = [
     "load",
     "load_eager",
     "source_key",
+    "why_no_eager",
 ]
 
 logger = logging.getLogger("vae_fast.build")
@@ -123,6 +124,10 @@ class BuildError(RuntimeError):
 
     After a failed compilation it ends with what the compiler said, from its first error on.
     """
+
+
+class _Rejected(BuildError):
+    """The compiler found errors in the sources, and would find them again."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +224,15 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
         raise BuildError("the C++ kernels are not built on Windows")
     wanted = os.environ.get("CXX", "").strip()
     if wanted:
-        command = tuple(shlex.split(wanted))
-        if shutil.which(command[0]) is None:
+        try:
+            program, *options = shlex.split(wanted)
+        except ValueError as error:
+            raise BuildError(f"cannot read CXX={wanted!r}: {error}") from error
+        if shutil.which(program) is None:
             raise BuildError(f"no C++ compiler: CXX={wanted!r} names a program that is not there")
+        if os.path.dirname(program):  # it runs in another folder
+            program = os.path.abspath(program)
+        command = program, *options
         return command, _compiler_version(command)
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
@@ -331,9 +342,13 @@ def _excerpt(output: str, limit: int = 40) -> str:
     return "\n".join([*before, *kept, *after])
 
 
+# What a compiler calls an error, too, but not one of the sources: a full disk, no memory.
+_PASSING = ("No space left", "Killed", "out of memory", "Cannot allocate memory", "interrupted by")
+
+
 def _run(command: list[str], folder: Path) -> None:
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -344,9 +359,19 @@ def _run(command: list[str], folder: Path) -> None:
         )
     except OSError as error:
         raise BuildError(f"cannot run {command[0]}: {error}") from error
-    if done.returncode != 0:
-        what = f"{Path(command[0]).name} exited with status {done.returncode}"
-        raise BuildError(f"compiling the C++ kernels failed ({what}):\n{_excerpt(done.stdout)}")
+    with process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:  # Ctrl-C: ninja stops its compilers, which it cannot if it is killed
+            process.terminate()
+            process.communicate()
+            raise
+    if process.returncode != 0:
+        what = f"{Path(command[0]).name} exited with status {process.returncode}"
+        rejected = "error:" in output and not any(reason in output for reason in _PASSING)
+        raise (_Rejected if rejected else BuildError)(
+            f"compiling the C++ kernels failed ({what}):\n{_excerpt(output)}"
+        )
 
 
 def compile_into(folder: Path, target: Target = KERNELS) -> BuildInfo:
@@ -447,10 +472,12 @@ def _temporary_cache_dir() -> Path:
 
 
 def _writable(folder: Path) -> bool:
+    """Whether libraries can be written to a folder, and loaded from it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return True
+            no_code = getattr(os, "ST_NOEXEC", 0)
+            return not (no_code and os.statvfs(folder).f_flag & no_code)
     except OSError:
         return False
 
@@ -504,9 +531,14 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
     """Compiles into the cache folder ``root``, unless another process has just done so."""
     _, version = find_compiler()
     entry = root / f"{key}-{_toolchain_key(version)}"
+    failure = _failure(root, key)
+    began = time.time()
     with _lock(root / f"{key}.lock"):
         if info := _read(entry, "cached", key, target):
             return info
+        with contextlib.suppress(OSError):  # of the process that had the lock
+            if failure.stat().st_mtime >= began:
+                raise BuildError(failure.read_text().strip())
         logger.info("building %s with %s (once; kept in %s)", target.lib_name, version, entry)
         try:
             scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -526,6 +558,10 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
                     return other
                 shutil.rmtree(entry, ignore_errors=True)
                 scratch.rename(entry)
+        except _Rejected as error:
+            with contextlib.suppress(OSError):
+                failure.write_text(f"{error}\n")
+            raise
         except OSError as error:
             raise BuildError(f"cannot write to the cache folder {root}: {error}") from error
         finally:
@@ -534,11 +570,16 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
     return replace(info, path=entry / target.lib_name)
 
 
+def _failure(root: Path, key: str) -> Path:
+    """What the compiler said, where it found errors in the sources of ``key``."""
+    return root / f"{key}-{_toolchain_key(find_compiler()[1])}.failed"
+
+
 _warned_about: set[Path] = set()
 
 
 def _usable_root() -> Path:
-    """The cache folder, or a temporary one, with one warning, if nothing can be written there."""
+    """The cache folder, or a temporary one, with one warning, if that cannot hold libraries."""
     root = cache_dir()
     if _writable(root):
         return root
@@ -546,8 +587,8 @@ def _usable_root() -> Path:
     if root not in _warned_about:
         _warned_about.add(root)
         logger.warning(
-            "cannot write to the cache folder %s; the compiled C++ kernels go to %s instead "
-            "(set VAE_FAST_CACHE to a folder you can write to)",
+            "cannot write to the cache folder %s, or not run code from it; the compiled C++ "
+            "kernels go to %s instead (set VAE_FAST_CACHE to a folder where that is possible)",
             root,
             fallback,
         )
@@ -566,15 +607,20 @@ def find() -> BuildInfo | None:
 def _load_library(info: BuildInfo) -> None:
     import torch
 
-    torch.ops.load_library(str(info.path))
+    try:
+        torch.ops.load_library(str(info.path))
+    except OSError as error:  # torch's, which leaves out what the loader said
+        raise OSError(str(error.__cause__ or error)) from error
 
 
 def build_eager() -> Path | None:
     """Finds or builds the shortcut for eager calls (``eager.cpp``); None where it cannot be had.
 
-    Everything works without it, small batches more slowly. A failure is remembered beside where the
-    library would be, since trying takes seconds.
+    Everything works without it, small batches more slowly; :func:`why_no_eager` tells why it is
+    not there. That the compiler rejects it is remembered beside where it would be, since trying
+    takes seconds.
     """
+    global _why_no_eager
     try:
         target = eager_target()
         key = source_key(target)
@@ -583,17 +629,24 @@ def build_eager() -> Path | None:
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
             raise BuildError("Python's headers are not installed")
         root = _usable_root()
-        failure = root / f"{key}-{_toolchain_key(find_compiler()[1])}.failed"
+        failure = _failure(root, key)
         if failure.is_file():
-            raise BuildError(f"it could not be compiled before, see {failure}")
-        try:
-            return _build_cached(root, key, target).path
-        except BuildError as error:
-            failure.write_text(f"{error}\n")
-            raise
+            raise BuildError(
+                f"it could not be compiled before: {failure} says why; delete it to try"
+            )
+        return _build_cached(root, key, target).path
     except (BuildError, OSError) as error:
+        _why_no_eager = str(error)
         logger.info("no shortcut for eager calls: %s", error)
         return None
+
+
+_why_no_eager: str | None = None
+
+
+def why_no_eager() -> str | None:
+    """What :func:`build_eager` or :func:`load_eager` had against the shortcut, if anything."""
+    return _why_no_eager
 
 
 def load_eager(
@@ -604,6 +657,7 @@ def load_eager(
     ``empty_like`` makes the gradients of ``smallest`` bytes or more (:mod:`vae_fast.buffers`);
     ``autograd`` are the ops' own Autograd kernels (:mod:`vae_fast.ops`).
     """
+    global _why_no_eager
     name = "vae_fast._eager"
     try:
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
@@ -611,6 +665,7 @@ def load_eager(
         loader.exec_module(module)
         module.connect(empty_like, smallest, autograd)
     except (ImportError, OSError, RuntimeError) as error:
+        _why_no_eager = f"cannot load {path}: {error}"
         logger.warning("cannot load %s (%s); eager calls stay in Python", path, error)
         return None
     return module

@@ -185,7 +185,7 @@ def _load(name: str, device_type: str) -> None:
 @functools.cache
 def _repeat_launches() -> None:
     """Let the ops launch again on a GPU, without Python, what was launched before."""
-    launchers = importlib.import_module("vae_fast._triton")
+    launchers = _launchers()
     repeat = importlib.import_module("vae_fast._triton.repeat")
     if addresses := repeat.driver():
         with _overriding():
@@ -218,12 +218,29 @@ def _register_triton(dispatch_key: str) -> None:
     """Make the Triton launchers the kernels of the ops for one dispatch key."""
     if dispatch_key in _triton_library:
         return
-    launchers = importlib.import_module("vae_fast._triton")
+    launchers = _launchers()
     library = torch.library.Library("vae_fast", "IMPL")
     with _overriding():  # on the CPU the C++ kernels, until it is undone
         for name in launchers.__all__:
             library.impl(name, getattr(launchers, name), dispatch_key, allow_override=True)
     _triton_library[dispatch_key] = library
+
+
+def _launchers() -> ModuleType:
+    """The package of the Triton kernels; in a checkout that is not installed, beside this one."""
+    name = "vae_fast._triton"
+    folder = Path(__file__).resolve().parent.parent / "kernels" / "triton"
+    if importlib.util.find_spec(name) is None and folder.is_dir():
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return importlib.import_module(name)
 
 
 @contextlib.contextmanager
@@ -256,7 +273,8 @@ def report() -> dict:
 
     Returns:
         A dict with ``versions`` (name to version), ``devices`` (a list of ``device``, ``backend``
-        and ``others``, a dict from backend to the reason that it does not serve the device) and
+        (``None`` where the forced one cannot serve it, for a ``reason``) and ``others``, a dict
+        from backend to the reason that it does not serve the device) and
         ``extension`` (``status``, ``path``, ``origin``, ``compiler``, ``flags``, ``seconds``,
         ``eager calls``).
     """
@@ -264,12 +282,16 @@ def report() -> dict:
         warnings.simplefilter("ignore", FallbackWarning)
         devices = []
         for device_type in _device_types():
-            backend = backend_for(device_type)
+            try:
+                backend, reason = backend_for(device_type), None
+            except (ValueError, RuntimeError, ImportError) as error:  # what is forced cannot be
+                backend, reason = None, str(error)
             devices.append(
                 {
                     "device": device_type,
                     "name": torch.cuda.get_device_name() if device_type == "cuda" else _cpu_name(),
                     "backend": backend,
+                    "reason": reason,
                     "others": {n: _why_other(n, device_type) for n in BACKENDS if n != backend},
                 }
             )
@@ -301,7 +323,8 @@ def _extension() -> dict:
     if _forced == "reference":
         eager_calls = "none, reference is forced"
     else:
-        eager_calls = "in Python" if _shortcut is None else "in C++"
+        why = _build.why_no_eager()
+        eager_calls = "in C++" if _shortcut else f"in Python: {why}" if why else "in Python"
     return {
         "status": "loaded",
         "path": str(info.path),

@@ -25,7 +25,7 @@ def render(report: Mapping[str, Any]) -> str:
     lines += ["", "Backends"]
     for entry in report.get("devices") or []:
         name = f" ({entry['name']})" if entry.get("name") else ""
-        backend = entry.get("backend") or "nothing"
+        backend = entry.get("backend") or f"nothing: {entry.get('reason')}"
         lines.append(f"  {entry.get('device', '?')}{name}: served by {backend}")
         for name, reason in (entry.get("others") or {}).items():
             lines.append(f"    {name}: {reason}")
