@@ -1,5 +1,6 @@
 """The ``vae-fast`` command, run in process."""
 
+import contextlib
 import csv
 import importlib.util
 import math
@@ -443,6 +444,53 @@ def test_train_on_a_folder_of_images(tmp_path):
     check_picture(out / "samples.png")
 
 
+def test_images_behind_links(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for index in range(6):
+            Image.new("L", (4, 4)).save(folder / f"{index}.png")
+        (tmp_path / "images" / name).symlink_to(folder)
+    (tmp_path / "a" / "around").symlink_to(tmp_path / "images")
+    data = datasets.load(str(tmp_path / "images"))
+    assert data.labels == ["a", "b"]
+    assert len(data.x) == 12
+
+
+def test_series_are_drawn_as_curves(tmp_path):
+    """A few columns of many values are no image, of which a picture could be a mile long."""
+    x = np.random.default_rng(0).random((12, 100, 3)).astype(np.float32)
+    np.savez(tmp_path / "series.npz", x=x)
+    assert (
+        main(
+            ["train", *QUICK, "--data", str(tmp_path / "series.npz"), "--out", str(tmp_path / "o")]
+        )
+        == 0
+    )
+    for picture in (tmp_path / "o").glob("*.png"):
+        with Image.open(picture) as image:
+            assert max(image.size) < 4000, picture.name
+    assert not datasets.is_image((1, 100, 3))
+    assert datasets.is_image((3, 8, 64))
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    y = torch.arange(4) % 2
+    pictures.encoded(torch.randn(4, 2), y, [r"$\foo$", "a$b"], tmp_path / "encoded.png")
+    assert (tmp_path / "encoded.png").stat().st_size > 0
+
+
+def test_the_model_of_the_run_before_is_kept_aside(tmp_path, capsys):
+    """Until the new run ends there is none beside the new metrics."""
+    out = tmp_path / "o"
+    assert main(["train", *QUICK, "--out", str(out)]) == 0
+    before = (out / "model.safetensors").read_bytes()
+    fails(capsys, "train", *QUICK, "--out", str(out), "--lr", "1e30", "--epochs", "3")
+    assert not (out / "model.safetensors").exists()
+    assert (out / "model.previous.safetensors").read_bytes() == before
+
+
 def test_an_interrupt_keeps_what_was_trained(tmp_path, monkeypatch, capsys):
     original = training._train_epoch
     epochs = []
@@ -529,6 +577,10 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     damaged[200:400] = bytes(byte ^ 0x5A for byte in damaged[200:400])
     (tmp_path / "damaged.npz").write_bytes(damaged)
     assert "cannot be read as a .npz file" in message(tmp_path / "damaged.npz")
+    encrypted = bytearray(npz(x=x).read_bytes())
+    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1  # a flag in the directory
+    (tmp_path / "encrypted.npz").write_bytes(encrypted)
+    assert "cannot be read as a .npz file" in message(tmp_path / "encrypted.npz")
     np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20))
     assert "cannot be read as a .npz file" in message(tmp_path / "objects.npz")
     (tmp_path / "table.csv").write_text("1,2")
@@ -548,6 +600,8 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     assert "00.png has more than 8 bits a channel" in message(images)
     (images / "00.png").write_text("no image")
     assert "00.png cannot be read as an image" in message(images)
+    (images / "00.png").write_bytes(b"P6\n99999999 99999999\n255\n")
+    assert "00.png cannot be read as an image" in message(images)
 
 
 @pytest.mark.parametrize(
@@ -556,6 +610,7 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--backend", "nonsense"], "--backend nonsense"),
+        (["--out", ""], "must name a folder"),
         (["--epochs", "0"], "must be at least 1"),
         (["--epochs", "x"], "must be a whole number, got x"),
         (["--lr", "fast"], "must be a number, got fast"),
@@ -585,12 +640,25 @@ def test_wrong_options_are_explained(argv, message, tmp_path, capsys):
     assert (tmp_path / "o").exists() == ("not finite" in message)
 
 
+@contextlib.contextmanager
+def forced(name):
+    """What VAE_FAST_BACKEND in the environment of a new process does."""
+    before = vae_fast.backends._forced
+    vae_fast.backends._force(name)
+    yield
+    vae_fast.backends._force(before)
+
+
 def test_a_backend_that_cannot_run_says_why(tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton runs here")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     error = fails(capsys, "train", "--out", str(tmp_path / "o"), "--backend", "triton")
     assert "--backend triton: backend 'triton' cannot run on this machine" in error
+    monkeypatch.setenv("VAE_FAST_BACKEND", "triton")
+    with forced("triton"):
+        error = fails(capsys, "train", "--out", str(tmp_path / "o"))
+    assert "VAE_FAST_BACKEND=triton: backend 'triton' cannot serve device 'cpu'" in error
 
 
 def test_an_out_that_cannot_be_written_is_explained(tmp_path, capsys):
@@ -660,6 +728,13 @@ def test_doctor_reports_what_runs_here(capsys):
         for name, reason in entry["others"].items():
             assert f"{name}: {reason}" in text
     assert str(report["extension"]["status"]) in text
+
+
+def test_doctor_tells_of_a_backend_that_cannot_be(capsys):
+    with forced("fast"):
+        assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "served by nothing: VAE_FAST_BACKEND must be one of cpp, triton, reference" in text
 
 
 def test_doctor_renders_an_unusual_report():

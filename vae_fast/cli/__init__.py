@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,11 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    alone = argv is None  # in a process of its own
+    if alone:
+        _show_builds()
     try:
         if args.command == "train":
             from vae_fast.cli.train import keep_freed_memory, train
 
-            if argv is None:  # in a process of its own
+            if alone:
                 keep_freed_memory()
             train(args)
         elif args.command == "sample":
@@ -55,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         parser.exit(130, "\nvae-fast: interrupted\n")
     return 0
+
+
+def _show_builds() -> None:
+    """Say on stderr what is compiled, since that takes minutes."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("vae-fast: %(message)s"))
+    logger = logging.getLogger("vae_fast.build")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -92,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         "(N, ...) and optionally labels y (N,); or a folder of images, whose sub-folders are then "
         "the labels. uint8 values are levels from 0 to 1, 1/255 apart",
     )
-    train.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    train.add_argument(
+        "--out", type=_folder, required=True, metavar="DIR", help="folder to write to"
+    )
     train.add_argument(
         "--image-size",
         type=_positive_int,
@@ -261,7 +276,11 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", default="auto", help="the fused one: auto, cpp or triton; see vae-fast doctor"
     )
     profile.add_argument(
-        "--out", default="runs/profile", metavar="DIR", help="folder to write the traces to"
+        "--out",
+        type=_folder,
+        default="runs/profile",
+        metavar="DIR",
+        help="folder to write the traces to",
     )
 
     commands.add_parser(
@@ -299,6 +318,12 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let the loss overwrite the decoder's output with its gradient, to save memory",
     )
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder")
+    return text
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vae_fast.cli.errors import CommandError, require
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _CHANNELS = (1, 3, 4)
 _FEWEST = 10
+_MOST_LOPSIDED = 8  # an image's longer side over the other
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ class Data:
 
 
 def is_image(event_shape: tuple[int, ...]) -> bool:
-    """Whether a data point of this shape can be drawn as an image (C, H, W)."""
-    return len(event_shape) == 3 and event_shape[0] in _CHANNELS
+    """Whether a data point of this shape can be drawn as an image (C, H, W).
+
+    A few columns of many values, a time series say, are better drawn as curves.
+    """
+    if len(event_shape) != 3 or event_shape[0] not in _CHANNELS:
+        return False
+    return max(event_shape[1:]) <= _MOST_LOPSIDED * min(event_shape[1:])
 
 
 def load(source: str, image_size: int | None = None) -> Data:
     """Read the data set that ``--data`` names."""
-    if image_size is not None and not Path(source).is_dir():
+    if image_size is not None and (source == "digits" or not Path(source).is_dir()):
         raise CommandError("--image-size goes with a folder of images")
     if source == "digits":
         return _digits()
@@ -109,7 +116,10 @@ def _npz(path: Path) -> Data:
                 raise CommandError(f"{path} has no array x; arrays found: {found}")
             x = file["x"]
             y = file.get("y")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error),
+        RuntimeError,  # encrypted, or compressed in a way that Python does not know
+    ) as error:
         raise CommandError(f"{path} cannot be read as a .npz file: {error}") from error
 
     if x.dtype.kind not in "buif":
@@ -144,7 +154,7 @@ def _folder(path: Path, image_size: int | None) -> Data:
     require("PIL")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    files = sorted(_image_files(path))
     if not files:
         raise CommandError(f"{path} has no images; looked for {', '.join(sorted(_SUFFIXES))}")
     images = []
@@ -158,7 +168,7 @@ def _folder(path: Path, image_size: int | None) -> Data:
                         "or save the values as x in an .npz file"
                     )
                 image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise CommandError(f"{file} cannot be read as an image: {error}") from error
         if image_size is not None:
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
@@ -181,6 +191,18 @@ def _folder(path: Path, image_size: int | None) -> Data:
     names = sorted(set(folders))
     y = torch.tensor([names.index(f) for f in folders])
     return Data(path.name, x, y, names, reference.X_SCALE)
+
+
+def _image_files(folder: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The images in a folder and those in it, also behind links, which may lead back."""
+    real = folder.resolve()
+    if real in around:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _image_files(entry, (*around, real))
+        elif entry.suffix.lower() in _SUFFIXES and entry.is_file():
+            yield entry
 
 
 def _size(image) -> str:

@@ -37,6 +37,7 @@ _STYLE = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.usetex": False,
     "savefig.dpi": 130,
     "savefig.facecolor": "white",
 }
@@ -254,7 +255,8 @@ def encoded(mu: Tensor, y: Tensor | None, labels: list[str] | None, path: Path) 
             colours = matplotlib.colormaps["tab10" if classes <= 10 else "tab20"]
             for index, label in enumerate(labels):
                 points = mu[y == index]
-                ax.scatter(points[:, 0], points[:, 1], color=colours(index), label=label, **style)
+                name = label.replace("$", r"\$")  # which would begin a formula
+                ax.scatter(points[:, 0], points[:, 1], color=colours(index), label=name, **style)
             ax.legend(
                 title="class", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2,
                 handletextpad=0.2,

@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -198,6 +199,11 @@ def _begin(
             for name in (checkpoint.NAME, checkpoint.MODEL):
                 _files.remove_leftovers(path.with_name(name))
             aside = None if resumed else checkpoint.make_room(path)
+            model = path.with_name(checkpoint.MODEL)
+            if not resumed and model.exists():
+                before = model.with_stem(f"{model.stem}.previous")
+                os.replace(model, before)
+                job.say(f"the model that was there is now {before}")
         except OSError as error:
             raise CommandError(f"--out {path.parent}: {error.strerror}") from error
         if aside:
@@ -316,9 +322,11 @@ def _check(vae: VAE, x: Tensor, backend: str) -> None:
         with torch.no_grad():
             vae(x)
     except (ValueError, RuntimeError) as error:
-        if backend == "auto":
+        wanted = os.environ.get("VAE_FAST_BACKEND")
+        if backend == "auto" and not wanted:
             raise
-        raise CommandError(f"--backend {backend}: {error}") from error
+        option = f"VAE_FAST_BACKEND={wanted}" if backend == "auto" else f"--backend {backend}"
+        raise CommandError(f"{option}: {error}") from error
 
 
 def _optimizer(vae: VAE, lr: float) -> torch.optim.Optimizer:
@@ -383,7 +391,7 @@ def _fit(
             initial=len(rows) * len(x_train) + state.seen,
             unit=unit,
             unit_scale=True,
-            disable=None if job.main else True,
+            disable=None if job.main and sys.stderr is not None else True,
         ) as progress,
     ):
 
