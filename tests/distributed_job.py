@@ -8,14 +8,18 @@ compare with is always the same step of one process on the whole batch.
 import contextlib
 import datetime
 import json
+import os
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -373,6 +377,22 @@ def fsdp_other_methods():
     fully_shard(root_only)
     torch.distributed.fsdp.register_fsdp_forward_method(root_only, "reconstruct")
     close(root_only.reconstruct(x), single.reconstruct(x), "reconstruct")
+
+
+@check
+def fsdp_files():
+    """Sharded weights are refused; gathered ones are saved, as docs/training.md says."""
+    model, whole = sharded(mlp()), mlp()
+    path = f"{tempfile.gettempdir()}/vae_fast_{os.getpid()}.safetensors"
+    with pytest.raises(ValueError, match=r"encoder.* is a shard"):
+        model.save(path)
+    for parameter in whole.parameters():
+        torch.nn.init.zeros_(parameter)
+    options = StateDictOptions(full_state_dict=True)
+    whole.load_state_dict(get_model_state_dict(model, options=options))
+    whole.save(path)
+    close(vae_fast.VAE.load(path).sample(5, key=KEYS[0]), mlp().sample(5, key=KEYS[0]), "file")
+    os.remove(path)
 
 
 @check

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_fast
 from vae_fast import eager
+from vae_fast.backends import backend_for
 
 pytestmark = pytest.mark.works_with("autograd (retain_graph, accumulation, hooks, anomaly mode)")
 
@@ -29,6 +30,28 @@ def shortcut(request):
 def networks(size=9, latent=3, **options):
     torch.manual_seed(1)
     return vae_fast.VAE.mlp(size, latent, hidden=(8,), **options)
+
+
+def test_what_the_gradient_of_z_is(backend):
+    """The decoder's; with a prior that is given, log p(z)'s as well. docs/training.md."""
+    x, mu, s = (torch.rand(3, n, device=backend) for n in (4, 2, 2))
+    mu.requires_grad_()
+    decoder = torch.nn.Linear(2, 8).to(backend)
+    zeros = torch.zeros(2, device=backend)
+
+    def of_z(elbo):
+        out = elbo(x, mu, s, decoder, key=KEY.to(backend))
+        return out.z.detach(), torch.autograd.grad(out.loss, out.z)[0]
+
+    leaf = of_z(vae_fast.FusedELBO())[0].requires_grad_()
+    nll = vae_fast.gaussian_nll(x, decoder(leaf), None).mean()
+    (decoders,) = torch.autograd.grad(nll, leaf)
+    for elbo, of_prior in (
+        (vae_fast.FusedELBO(), backend_for(torch.device(backend).type) == "reference"),
+        (vae_fast.FusedELBO(prior=(zeros, zeros)), True),
+    ):
+        z, got = of_z(elbo)
+        torch.testing.assert_close(got, decoders + z / 3 if of_prior else decoders)
 
 
 # ---- a graph walked more than once -----------------------------------------------------------

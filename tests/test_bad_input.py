@@ -1,5 +1,7 @@
 """Every error of the public functions, on every backend: its type, and the argument it names."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,11 @@ NLL = [
     (dict(scale="1"), TypeError, "scale must be a torch.Tensor or a number, got str"),
     (dict(scale=True), TypeError, "scale must be a torch.Tensor or a number, got bool"),
     (dict(x=t(4, 6, dtype=torch.int64)), TypeError, "x must be float16.* or uint8; got int64"),
+    (
+        dict(x=t(4, 6).bool()),
+        TypeError,
+        r"x must .* got bool: x\.float\(\) has its values",
+    ),
     (dict(clamp_mode="firm"), ValueError, "clamp_mode must be one of hard, soft; got 'firm'"),
     (dict(clamp=(-1, 1e999), clamp_mode="soft"), ValueError, "clamp must be finite with lo < hi"),
     (dict(x_scale=(0, 1)), ValueError, r"x_scale must be finite with a > 0, got \(0.0, 1.0\)"),
@@ -191,6 +198,10 @@ MODULE = [
     (dict(free_bits=0.1, capacity=1.0, kl="analytic"), ValueError, "exclude each other"),
     (dict(x_scale=(-1, 0)), ValueError, "x_scale must be finite with a > 0"),
     (dict(dequantize=True, likelihood="bernoulli"), ValueError, "dequantize=True needs a density"),
+    *(
+        (dict(x_scale=ab, likelihood="bernoulli"), ValueError, r"x_scale must .* within \[0, 1\]")
+        for ab in ((2 / 255, -1.0), (0.5, 0.6), (2.0, 0.0))
+    ),
 ]
 
 CALL = [
@@ -334,6 +345,51 @@ def test_values_are_checked_on_request(backend):
         vae_fast.validate(False)
 
 
+def test_scales_are_checked_as_the_pass_takes_them(backend):
+    """Packed ones, too, and within their bounds."""
+    x, wrong = t(4, 6).to(backend), torch.cat([t(4, 6), t(4, 6) - 1], 1).to(backend)
+    mu, s = t(4, 3).to(backend), t(4, 3).to(backend) - 1
+    elbo = vae_fast.FusedELBO(likelihood_param="std")
+    vae_fast.validate(True)
+    try:
+        for refused in (
+            lambda: vae_fast.gaussian_nll(x, wrong, None, "var"),
+            lambda: vae_fast.gaussian_nll(x, wrong, None, "var", clamp=(-2.0, 1.0)),
+            lambda: elbo(x, mu, mu, lambda z: wrong),
+            lambda: elbo(x, mu, mu, lambda z: wrong.chunk(2, 1)),
+        ):
+            with pytest.raises(ValueError, match="scale must be finite and positive, but 24 elem"):
+                refused()
+        packed = torch.where(wrong < 0, torch.inf, wrong)
+        with pytest.raises(ValueError, match="scale must be finite, but 24 elements"):
+            vae_fast.gaussian_nll(x, packed, None)
+        for mode in ("hard", "soft"):
+            bounds = {"clamp": (0.1, 10.0), "clamp_mode": mode}
+            vae_fast.gaussian_nll(x, wrong, None, "std", **bounds)
+            vae_fast.reparameterize(mu, s, "var", **bounds)
+            vae_fast.gaussian_kl(mu, s, None, "std", **bounds)
+    finally:
+        vae_fast.validate(False)
+
+
+def test_bernoulli_data_are_probabilities(backend):
+    x, mask = torch.rand(4, 6, device=backend), torch.ones(4, 6, device=backend, dtype=torch.bool)
+    levels = torch.full((4, 6), 255, dtype=torch.uint8, device=backend)
+    nll = functools.partial(vae_fast.likelihood_nll, likelihood="bernoulli")
+    vae_fast.validate(True)
+    try:
+        for data, options in ((x, {}), (levels, {}), (levels // 255, {"x_scale": (1, 0)})):
+            assert nll(data, x, **options).shape == (4,)
+        x[1, 2], x[3, 4] = -0.01, 1.01
+        for data, options, count in ((x, {}, 2), (levels, {"x_scale": (1, 0)}, 24)):
+            with pytest.raises(ValueError, match=rf"x must be within \[0, 1\] .* but {count} ele"):
+                nll(data, data.float(), **options)
+        mask[1, 2] = mask[3, 4] = False
+        nll(x, x, mask=mask)
+    finally:
+        vae_fast.validate(False)
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("scale", ["full", "packed", "row", "event", "scalar"])
 def test_values_under_a_mask_are_not_checked(scale, samples, backend):
@@ -384,6 +440,9 @@ def test_terms_and_priors_are_checked_on_request(backend):
             vae_fast.gaussian_kl(mu, mu, (mu, mu), prior_param="std")
         with pytest.raises(ValueError, match="weight must be finite"):
             elbo(mu, mu, mu, lambda z: (z, z), weight=weight)
+        for prior, what in (((bad, mu), "mu must be finite"), ((mu, -mu), "scale must be finite")):
+            with pytest.raises(ValueError, match=f"prior's {what}"):
+                vae_fast.FusedELBO(prior=prior, prior_param="std")(mu, mu, mu, lambda z: (z, z))
     finally:
         vae_fast.validate(False)
 

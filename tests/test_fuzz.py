@@ -380,10 +380,12 @@ def likelihood_cases(draw, limit=6000, elbo=False):
         "0-dim": lambda: (),
     }.get(kind, lambda: None)()
     dequantize = stored and family not in ("bernoulli", "logistic") and draw(st.booleans())
+    within = family == "bernoulli"
+    x_scales = [(0.5 / 255, 0.25)] if within else [(2 / 255, -1.0), (0.5, 3.0)]
     options = {
         "likelihood": family,
         "df": draw(st.sampled_from([0.5, 1.0, 4.0, 30.0])),
-        "x_scale": draw(st.sampled_from([None, (1 / 255, 0.0), (2 / 255, -1.0), (0.5, 3.0)])),
+        "x_scale": draw(st.sampled_from([None, (1 / 255, 0.0), *x_scales])),
         "dequantize": dequantize,
         "scale": kind,
         "mask": draw(st.sampled_from(["none", "none", "full", "any"])),

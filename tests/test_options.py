@@ -60,6 +60,7 @@ def excluded(o):
         (optimal and o["likelihood"] != "gaussian")
         or (o["likelihood"] == "bernoulli" and o["scale"] != "full")
         or (o["likelihood"] in ("bernoulli", "logistic") and o["x"] == "dequantized")
+        or (o["likelihood"] == "bernoulli" and o["x"] == "scaled")
         or (importance and o["kl"] != "monte_carlo")
         or (o["objective"] == "dreg 3" and o["scale"] in ("optimal", "optimal_channel"))
         or (o["objective"].startswith("stl") and o["kl"] != "monte_carlo")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from vae_fast.schedules import cyclical, linear, sigmoid
@@ -76,3 +77,7 @@ def test_a_rise_never_falls_nor_leaves_its_ends(beta):
 def test_wrong_schedules_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_steps_of_numpy():
+    assert linear(np.int64(4))(np.int64(1)) == cyclical(np.int64(8), np.int32(1))(1) == 0.25

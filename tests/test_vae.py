@@ -980,6 +980,58 @@ def test_a_model_of_ones_own_needs_its_networks_back(tmp_path):
     assert torch.equal(loaded(x, key=KEY).loss, vae(x, key=KEY).loss)
 
 
+def test_a_prior_that_is_set_anew(tmp_path):
+    """It is the model's as if it had been there from the start, and the old one is gone."""
+    x, path = torch.rand(4, 4), tmp_path / "model.safetensors"
+    vae = VAE.mlp(4, 2, (4,))
+    prior = nn.Parameter(torch.ones(2)), torch.zeros(2)
+    vae.elbo.prior = prior
+    assert vae.elbo.prior_mu is prior[0]
+    assert prior[0] in set(vae.parameters())
+    same = VAE.mlp(4, 2, (4,), prior=prior)
+    same.load_state_dict(vae.state_dict())
+    assert torch.equal(same(x, key=KEY).loss, vae(x, key=KEY).loss)
+    assert torch.equal(same.sample(3, key=KEY), vae.sample(3, key=KEY))
+    vae.save(path)
+    assert torch.equal(VAE.load(path)(x, key=KEY).loss, vae(x, key=KEY).loss)
+
+    vae.elbo.prior = nn.Linear(2, 1)
+    assert {"elbo.prior.weight", "elbo.prior.bias"} < set(vae.state_dict())
+    assert not hasattr(vae.elbo, "prior_mu")
+    vae.elbo.prior = None
+    assert not any("prior" in name for name in vae.state_dict())
+    vae.save(path)
+    assert torch.equal(VAE.load(path)(x, key=KEY).loss, vae(x, key=KEY).loss)
+
+
+@pytest.mark.parametrize("wrong", [3, (torch.zeros(2), 1.0), nn.Linear(2, 1)])
+def test_a_wrong_prior_leaves_the_old_one(wrong):
+    prior = nn.Parameter(torch.ones(2)), torch.zeros(2)
+    elbo = FusedELBO(prior=prior, kl="analytic")
+    with pytest.raises((TypeError, ValueError), match="prior"):
+        elbo.prior = wrong
+    assert list(elbo.named_parameters()) == [("prior_mu", prior[0])]
+    assert elbo.prior_scale is prior[1]
+    assert elbo.prior == "gaussian"
+
+
+def test_options_of_other_kinds_of_numbers_can_be_saved(tmp_path):
+    options = dict(x_scale=np.float32([0.5, -1]), posterior_clamp=(torch.tensor(-1.0), 4))
+    vae = VAE.mlp(4, 2, (4,), likelihood_clamp=(np.float32(-2), 2), **options)
+    vae.save(tmp_path / "model.safetensors")
+    assert VAE.load(tmp_path / "model.safetensors").elbo.options() == vae.elbo.options()
+
+
+def test_binary_data_of_python_s_kind():
+    vae = VAE.mlp(4, 2, (4,), likelihood="bernoulli")
+    x = torch.rand(3, 4) > 0.5
+    with pytest.raises(TypeError, match=r"x must be .* got bool: x\.float\(\) has its values"):
+        vae(x)
+    binary = VAE.mlp(4, 2, (4,), likelihood="bernoulli", x_scale=(1, 0))
+    binary.load_state_dict(vae.state_dict())
+    assert torch.equal(binary(x.byte(), key=KEY).loss, vae(x.float(), key=KEY).loss)
+
+
 def test_weights_that_share_memory_can_be_saved(tmp_path):
     shared = nn.Linear(4, 4)
     vae = VAE(shared, shared, 2)  # 4 in, mean and scale of 2; and the other way a stand-in

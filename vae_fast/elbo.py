@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ _CHOICES = {
     "estimator": ESTIMATORS,
 }
 
+_PRIOR_TENSORS = ("prior_mu", "prior_scale")
 _PAIRS = ("posterior_clamp", "likelihood_clamp", "x_scale")
 
 Prior = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
@@ -53,7 +55,9 @@ class ELBOOutput(NamedTuple):
     log_p: Tensor
     """log p(z) per row."""
     z: Tensor
-    """The latent sample, (B, *latent) or (K, B, *latent)."""
+    """The latent sample, (B, *latent) or (K, B, *latent). The gradient with respect to it is the
+    decoder's alone: the terms here are functions of the networks' outputs, none of another.
+    """
     analytic_kl: Tensor | None = None
     """KL(q‖p) per row of the batch, (B,), with ``kl="analytic"``."""
     data_shape: tuple[int, ...] = ()
@@ -80,7 +84,7 @@ class ELBOOutput(NamedTuple):
         levels. With ``dequantize=True`` that bounds the code length of the data (Theis et al. 2016,
         "A note on the evaluation of generative models", section 3.1); without, a density may rise
         at the levels themselves and bounds nothing. The masses of the Bernoulli and the logistic
-        likelihood are of levels already.
+        likelihood are of levels already. Not finite for a row that the mask hides as a whole.
         """
         rows = self.nll + self.kl
         if rows.dim() == 2:
@@ -103,7 +107,7 @@ class FusedELBO(nn.Module):
 
     Args:
         beta: weight of the KL term, a float or a 0-dim tensor; may be set anew at any step, as any
-            option but the prior, which is then checked again.
+            option, which is then checked again.
         num_samples: K, latent samples per row.
         posterior_param: what the posterior's raw scale means: ``"logvar"``, ``"logstd"``,
             ``"std"``, ``"var"`` or ``"softplus"`` (:func:`vae_fast.reparameterize`).
@@ -133,7 +137,7 @@ class FusedELBO(nn.Module):
             nll, or a prior of one's own, differentiated beside it gets its weights as well.
         prior: p(z): ``None`` for N(0, 1); (mu, scale) tensors, broadcastable to (B, *latent), for a
             Gaussian, Parameters if it is to be learned; or a callable that maps z (N, *latent) to
-            log p(z) (N,).
+            log p(z) (N,), a module if it has parameters.
         prior_param: what the prior's scale means.
         free_bits: λ nats for each latent element: the KL term is Σ_j max(λ, mean over the batch of
             KL_j) (Kingma et al. 2016, eq. 15); needs ``kl="analytic"``.
@@ -204,14 +208,19 @@ class FusedELBO(nn.Module):
         """Set an option anew, checked as at construction; of β, which may change at each step, its
         type alone.
         """
+        if name == "prior" and "_checked" in self.__dict__:
+            self._replace_prior(value)
+            return
         if name in ("beta", "capacity") and isinstance(value, nn.Parameter):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
         if name == "beta" and not isinstance(value, (int, float, Tensor)):
             raise TypeError(f"beta must be a float or a 0-dim tensor, got {type(value).__name__}")
-        if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, (str, tuple)):
-            value = tuple(value)  # which nobody changes unseen
+        if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, str):
+            with contextlib.suppress(TypeError, ValueError):  # which the checks explain
+                # Which nobody changes unseen, and which a file can hold.
+                value = tuple(v if type(v) in (int, float) else float(v) for v in value)
         checked = name in _DEFAULTS and name != "beta" and "_checked" in self.__dict__
         before = getattr(self, name) if checked else None
         super().__setattr__(name, value)
@@ -224,17 +233,30 @@ class FusedELBO(nn.Module):
 
     def _register_prior(self, prior: Prior | None) -> None:
         """A Gaussian's tensors become parameters or buffers, a module a submodule."""
-        if prior is None or callable(prior):
-            self.prior = prior
-            return
-        pair = functional._check_pair("prior", prior)
-        for name, tensor in zip(("prior_mu", "prior_scale"), pair, strict=True):
+        named: dict[str, Tensor] = {}
+        if prior is not None and not callable(prior):
+            pair = functional._check_pair("prior", prior)
+            named = dict(zip(_PRIOR_TENSORS, pair, strict=True))
+        for name, tensor in named.items():
             functional._check_tensor(name.replace("_", "'s "), tensor)
+        for name in ("prior", *_PRIOR_TENSORS):
+            if hasattr(self, name):
+                delattr(self, name)
+        for name, tensor in named.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor)
-        self.prior = "gaussian"
+        super().__setattr__("prior", "gaussian" if named else prior)
+
+    def _replace_prior(self, prior: Prior | None) -> None:
+        before = self._gaussian_prior() if self.prior == "gaussian" else self.prior
+        self._register_prior(prior)
+        try:
+            self._check_options()
+        except (TypeError, ValueError):
+            self._register_prior(before)
+            raise
 
     def _check_options(self) -> None:
         """Every option by itself, then those that exclude each other, and why."""
@@ -509,6 +531,8 @@ class FusedELBO(nn.Module):
         prior_mu, prior_scale = functional._check_pair("prior", prior)
         functional._check_tensor("prior's mu", prior_mu, like=z)
         functional._check_tensor("prior's scale", prior_scale, like=z)
+        if functional._validate:
+            functional._check_prior_values(prior, self.prior_param)
         # The density is symmetric in x and mean, and K samples may share a row of x.
         event = z.shape[len(rows) - 1 :]
         one = z[0] if len(rows) == 2 else z
@@ -645,7 +669,7 @@ def _check_weight(weight: object, rows: Tensor) -> Tensor:
             f"got {tuple(weight.shape)}"
         )
     if functional._validate:
-        functional._check_values("", weight=weight)
+        functional._check_values(weight=weight)
     return weight.to(rows.dtype)
 
 

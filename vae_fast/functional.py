@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ def validate(enabled: bool = True) -> None:
     """Turn checks of tensor *values* on or off; they are off by default.
 
     When on, NaN and infinite values of data, of the parameters of distributions and of the terms of
-    a loss, and standard deviations and variances that are not positive, raise a ``ValueError`` that
-    names the argument. What a mask hides may hold anything. Each check waits for the device.
+    a loss, standard deviations and variances that are not positive within their bounds, and data of
+    a Bernoulli likelihood outside of [0, 1] raise a ``ValueError`` that names the argument. What a
+    mask hides may hold anything. Each check waits for the device.
     """
     global _validate
     _validate = bool(enabled)
@@ -85,7 +87,9 @@ def reparameterize(
 
     Returns:
         ``z`` of shape (B, *latent) or (K, B, *latent) in ``mu``'s dtype, and ``log_q`` and
-        ``log_p`` in nats, (B,) or (K, B), fp32 (fp64 for fp64).
+        ``log_p`` in nats, (B,) or (K, B), fp32 (fp64 for fp64). To autograd each of the three is a
+        function of ``mu`` and ``scale``, and none of another: the gradient of a loss with respect
+        to z is without that of log p(z).
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
@@ -130,7 +134,8 @@ def _reparameterize(
             raise ValueError(f"key is on {key.device}, but mu is on {mu.device}")
     scale = _broadcast("scale", scale, mu)
     if _validate:
-        _check_values(ops.PARAMS[posterior[0]], mu=mu, scale=scale)
+        code, *clamp, _ = posterior
+        _check_values(ops.PARAMS[code], clamp, mu=mu, scale=scale)
 
     if backend_for(mu.device.type) == "reference":
         options = _posterior_options(posterior)
@@ -243,7 +248,7 @@ def likelihood_nll(
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, sampled)
     scale = _fit_scale(scale, mean, 2 if sampled else 1)
     if _validate:
-        _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
+        _check_likelihood_values(x, mean, scale, mask, density)
     rows = mean.shape[:2]
     if sampled:
         mean = mean.flatten(0, 1)
@@ -256,12 +261,12 @@ def _nll_of_rows(x, mean, scale, rows, density, mask, dequantize, key, first_row
     nll = _nll_in_cpp(x, mean, scale, density, mask, dequantize, rows)
     if nll is not None:
         return nll
-    likelihood, param = _names(density)
+    likelihood = ops.LIKELIHOODS[density[0]]
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=rows)
     _check_rows("log_q", rows, mean, x)
     scale = _fit_scale(scale, mean, 1)
     if _validate:
-        _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
+        _check_likelihood_values(x, mean, scale, mask, density)
     return _nll(x, mean, scale, mask, density, key, first_row).view(rows.shape)
 
 
@@ -467,8 +472,8 @@ def gaussian_kl(
             t = _broadcast(name, t, mu).expand(mu.shape)
         tensors.append(t)
     if _validate:
-        _check_values(param, mu=mu, scale=tensors[1])
-        _check_values(prior_param, **{"prior's mu": prior[0], "prior's scale": prior[1]})
+        _check_values(param, (lo, hi, soft), mu=mu, scale=tensors[1])
+        _check_prior_values(prior, prior_param)
     if backend_for(mu.device.type) == "reference":
         p = None if standard else (tensors[2], tensors[3])
         return reference.gaussian_kl(*tensors[:2], p, param, prior_param, clamp, clamp_mode)
@@ -534,7 +539,7 @@ def importance_bound(
     if nll.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"nll must be float32 or float64, got {nll.dtype}".replace("torch.", ""))
     if _validate:
-        _check_values("", nll=nll, log_q=log_q, log_p=log_p)
+        _check_values(nll=nll, log_q=log_q, log_p=log_p)
     if backend_for(nll.device.type) == "reference":
         return reference.importance_bound(nll, log_q, log_p, beta)
     if eager.suffices():
@@ -656,7 +661,7 @@ def _fused_elbo(
             nll, loss = results
             return loss, nll
 
-    likelihood, param = _names(density)
+    likelihood = ops.LIKELIHOODS[density[0]]
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=log_q)
     _check_rows("log_q", log_q, mean, x)
     if log_p is not None:
@@ -671,8 +676,8 @@ def _fused_elbo(
     inplace = inplace and (fitted is scale or fitted.dim() == 0) and eager.writes(x, mean, scale)
     scale = fitted
     if _validate:
-        _check_values(param, x=x, mean=mean, scale=scale, mask=mask)
-        _check_values(param, log_q=log_q, log_p=log_p)
+        _check_likelihood_values(x, mean, scale, mask, density)
+        _check_values(log_q=log_q, log_p=log_p)
 
     if backend_for(x.device.type) == "reference":
         nll = _reference_nll(x, mean, scale, mask, density, key, first_row).view(log_q.shape)
@@ -722,7 +727,8 @@ def _check_tensor(name: str, t: object, like: Tensor | None = None, also: str = 
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in _DTYPES:
         accepted = f"float16, bfloat16, float32{', float64 or ' + also if also else ' or float64'}"
-        raise TypeError(f"{name} must be {accepted}; got {t.dtype}".replace("torch.", ""))
+        hint = f": {name}.float() has its values" if t.dtype == torch.bool else ""
+        raise TypeError(f"{name} must be {accepted}; got {t.dtype}{hint}".replace("torch.", ""))
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}")
     if like is None:
@@ -829,6 +835,11 @@ def _density(
     code = _check_choice("likelihood", likelihood, _LIKELIHOOD_CODE)
     param_code = _check_choice("param", param, _PARAM_CODE)
     mul, add = reference.X_SCALE if x_scale is None else _check_x_scale(x_scale)
+    if likelihood == "bernoulli" and not 0.0 <= add < mul + add <= 1.0:
+        raise ValueError(
+            f'x_scale must keep the levels within [0, 1] for likelihood="bernoulli", but has '
+            f"{add:g} and {mul + add:g} for the first two"
+        )
     return code, param_code, *_clamp_options(clamp, clamp_mode), _check_df(df), mul, add
 
 
@@ -842,11 +853,6 @@ def _density_options(density: tuple) -> dict[str, Any]:
 def _scale_options(param: int, lo: float, hi: float, soft: bool) -> dict[str, Any]:
     clamp = None if (lo, hi) == _UNCLAMPED else (lo, hi)
     return {"param": ops.PARAMS[param], "clamp": clamp, "clamp_mode": "soft" if soft else "hard"}
-
-
-def _names(density: tuple) -> tuple[str, str]:
-    """Likelihood and param."""
-    return ops.LIKELIHOODS[density[0]], ops.PARAMS[density[1]]
 
 
 def _check_x_scale(x_scale: object) -> tuple[float, float]:
@@ -1069,26 +1075,50 @@ def _halves(a: Tensor, b: Tensor) -> bool:
     return gap > 0 and not _overlaps_itself(both)
 
 
-def _check_values(param: str, mask: Tensor | None = None, **tensors: Tensor | None) -> None:
+def _check_values(
+    param: str = "",
+    clamp: Sequence[float] = (*_UNCLAMPED, False),
+    mask: Tensor | None = None,
+    **tensors: Tensor | None,
+) -> None:
+    """Values that :func:`validate` promises to refuse; a scale's after its ``clamp``."""
     for name, t in tensors.items():
         if t is None or not t.is_floating_point():
             continue
         bad = ~torch.isfinite(t)
         positive = name.endswith("scale") and param in ("std", "var")
         if positive:
-            bad = bad | (t <= 0)
-        if mask is not None and t.dim() >= mask.dim():
-            bad = bad & _seen(mask, t)
-        if bool(bad.any()):
-            what = "finite and positive" if positive else "finite"
-            raise ValueError(f"{name} must be {what}, but {int(bad.sum())} elements are not")
+            lo, hi, soft = clamp
+            bad = bad | (reference.clamp_scale(t, (lo, hi), "soft" if soft else "hard") <= 0)
+        _refuse_values(name, bad, mask, "finite and positive" if positive else "finite")
+
+
+def _check_likelihood_values(
+    x: Tensor, mean: Tensor, scale: Tensor | None, mask: Tensor | None, density: tuple
+) -> None:
+    likelihood, param, *clamp, _, mul, add = density
+    if scale is None and likelihood not in ops.WITHOUT_SCALE:
+        mean, scale = mean.chunk(2, 1)
+    _check_values(ops.PARAMS[param], clamp, mask, x=x, mean=mean, scale=scale)
+    if ops.LIKELIHOODS[likelihood] == "bernoulli":
+        data = x if x.is_floating_point() else x * mul + add
+        outside = (data < 0.0) | (data > 1.0 + 1e-6)  # 255·(1/255) is rounded
+        _refuse_values("x", outside, mask, 'within [0, 1] for likelihood="bernoulli"')
+
+
+def _check_prior_values(prior: Sequence[Tensor | None], param: str) -> None:
+    _check_values(param, **{"prior's mu": prior[0], "prior's scale": prior[1]})
+
+
+def _refuse_values(name: str, bad: Tensor, mask: Tensor | None, what: str) -> None:
+    if mask is not None and bad.dim() >= mask.dim():
+        bad = bad & _seen(mask, bad)
+    if bool(bad.any()):
+        raise ValueError(f"{name} must be {what}, but {int(bad.sum())} elements are not")
 
 
 def _seen(mask: Tensor, t: Tensor) -> Tensor:
-    """A mask of x, for a tensor of the samples' rows, perhaps packed, or of shared scales."""
-    packed = mask.dim() > 1 and t.dim() == mask.dim() and t.shape[1] == 2 * mask.shape[1]
-    if packed:
-        mask = torch.cat((mask, mask), 1)
+    """A mask of x, for a tensor of the samples' rows, or of shared scales."""
     rows = t.shape[0]
     if t.dim() > mask.dim() or rows == mask.shape[0]:
         return mask

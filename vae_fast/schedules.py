@@ -12,6 +12,7 @@ Under ``torch.compile`` hold β in a 0-dim tensor and ``fill_`` it, so that noth
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 __all__ = ["cyclical", "linear", "sigmoid"]
@@ -98,5 +99,5 @@ def _fraction(step: float, steps: float) -> float:
 
 
 def _check_steps(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")

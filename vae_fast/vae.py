@@ -67,9 +67,10 @@ class VAE(nn.Module):
             gradient, as with ``torch.clamp``, unless ``likelihood_clamp_mode="soft"``. The default
             "auto" keeps the scale τ of a density p(x|z) between 0.03 and 30, in the units of x,
             which suits data scaled to [0, 1] or standardised, and that of ``"logistic"`` above a
-            tenth of a level; it sets no limit to a fixed ``likelihood_scale``. ``None`` sets no
-            limit: where the data does not vary, a learned density then narrows until the loss is
-            not finite.
+            tenth of a level; it sets no limit to a fixed ``likelihood_scale``. It is worked out
+            once: who sets the likelihood or its parameter anew sets ``elbo.likelihood_clamp`` as
+            well. ``None`` sets no limit: where the data does not vary, a learned density then
+            narrows until the loss is not finite.
         options: every other keyword of :class:`vae_fast.FusedELBO`, which documents them and has
             the same defaults: ``beta`` and ``num_samples``; ``likelihood`` and
             ``likelihood_scale``; ``posterior_param`` and ``likelihood_param``; ``kl``,
@@ -479,8 +480,16 @@ class VAE(nn.Module):
 
         Raises:
             ModuleNotFoundError: safetensors is not installed.
+            ValueError: the weights are parts of a sharded model's.
         """
         safetensors = _safetensors()
+        for name, value in self.state_dict().items():
+            if hasattr(value, "full_tensor"):  # a DTensor
+                raise ValueError(
+                    f"{name} is a shard: load what torch.distributed.checkpoint.state_dict's "
+                    "get_model_state_dict gathers, full_state_dict=True, into a VAE that is not "
+                    "sharded, and save that"
+                )
         # A copy each, because the format has no notion of tensors that share memory. A module that
         # torch.compile wraps is the module.
         weights = {
@@ -608,6 +617,8 @@ class VAE(nn.Module):
 
     def _encoder_input(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Data as the encoder sees them: uint8 in units of x, zeros for what is missing."""
+        if x.dtype == torch.bool:  # an integer may be the index of an embedding, for all we know
+            raise TypeError("x must be floating point or uint8; got bool: x.float() has its values")
         if x.dtype == torch.uint8:
             mul, add = self.elbo.x_scale or reference.X_SCALE
             x = x.to(self._where(self.encoder)[1]) * mul + add
