@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 from cases import close
-from measure import Clock, has_graph, peak_bytes, race, saved_bytes
+from measure import Clock, Wrong, has_graph, peak_bytes, race, saved_bytes
 from peers import MODES, RANDN, eager_latent, eager_likelihood
 from saved import COMPILED, GRAPHS, INPLACE, OURS
 
@@ -129,6 +129,7 @@ class Step:
 
     def __init__(self, model: Model, name: str, dtype: str, device: str) -> None:
         options, make = implementations()[name]
+        self.dtype = dtype
         self.vae = model.make(**options).to(device)
         self.loss = make(self.vae)
         self.x = torch.rand(model.batch, *model.event, device=device)
@@ -146,7 +147,10 @@ class Step:
         self.optimizer.step()
 
     def check(self) -> None:
-        """Raise Wrong unless every parameter's gradient is right."""
+        """Raise Wrong unless every parameter's gradient is right, and there is noise."""
+        # Sixteen bits may round the noise of a loss away.
+        if self.dtype == "fp32" and self.loss(self.x) == self.loss(self.x):
+            raise Wrong("a second step gave the same loss: where is the noise?")
         with narrow(self.vae):
             exact = copy.deepcopy(self.vae).double()
             plain(exact)(self.x.double()).backward()
@@ -163,8 +167,10 @@ def narrow(vae: VAE):
     last = vae.encoder[-1]
     half = last.bias.detach()[len(last.bias) // 2 :]
     half += NARROW
-    yield
-    half -= NARROW
+    try:
+        yield
+    finally:
+        half -= NARROW
 
 
 def seconds_in_products(step: Callable, device: str) -> float:

@@ -4,7 +4,9 @@
 
 A row's time is taken relative to the peers' of its group in the same run, since a shared machine is
 slower at one time than at another for all of them. Noise is how far the medians of a row's turns
-lie apart in either run. Exits with 1 if a row of ours got slower.
+lie apart in either run, and the peers' changes from one another; and of a row that changed, the
+turns of one run are all above those of the other. Exits with 1 if a row of ours got slower, or is
+missing from a group that the second run has.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import argparse
 import math
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import duration
 from benchmarks.saved import Group, is_ours, load
 
 LEAST = 0.05  # a smaller change is never called one
+# Facts of a run that say nothing of the machine.
+OF_THE_RUN = {"copy GB/s", "date", "commit", "vae_fast"}
 
 
 def spread(facts: dict) -> float:
@@ -27,28 +32,54 @@ def spread(facts: dict) -> float:
     return statistics.median(abs(turn - middle) for turn in facts["turns"]) / middle
 
 
-def drift(before: Group, after: Group) -> float:
-    """How much slower the peers that both runs have were, as the middle one of them says."""
+def drift(before: Group, after: Group) -> tuple[float, float]:
+    """How much slower the peers that both runs have were, as the middle one of them says, and the
+    typical distance of the others from it, as a share.
+    """
     shared = [n for n in before.rows if n in after.rows and not is_ours(n)]
-    ratios = [after.rows[n]["median"] / before.rows[n]["median"] for n in shared]
-    return statistics.median(ratios) if ratios else 1.0
+    ratios = [after.rows[n]["median"] / before.rows[n]["median"] for n in shared] or [1.0]
+    middle = statistics.median(ratios)
+    return middle, statistics.median(abs(ratio - middle) for ratio in ratios) / middle
 
 
-def changes(before: list[Group], after: list[Group]) -> list[tuple[str, str, float, float, float]]:
-    """(row, implementation, seconds before, change as a ratio, noise) of every row of ours."""
+@dataclass(frozen=True)
+class Change:
+    """A row of ours in two runs."""
+
+    row: str
+    implementation: str
+    before: float  #: seconds
+    ratio: float  #: of the seconds after, if the machine were as fast, to those before
+    noise: float  #: share
+    apart: bool  #: whether every turn of one run was above every one of the other
+
+    @property
+    def verdict(self) -> str:
+        beyond = 1 + max(LEAST, self.noise)
+        if not self.apart or 1 / beyond <= self.ratio <= beyond:
+            return ""
+        return "slower" if self.ratio > 1 else "faster"
+
+
+def changes(before: list[Group], after: list[Group]) -> tuple[list[Change], list[str]]:
+    """Every row of ours that both runs have; and what only the first has of a group of both."""
     known = {(g.of, g.phase, g.dtype, g.size): g for g in before}
-    found = []
+    found, missing = [], []
     for group in after:
         old = known.get((group.of, group.phase, group.dtype, group.size))
-        for name in group.ours() if old else ():
-            if name not in old.rows:
+        row = f"{group.of} {group.phase} {group.dtype} {group.size}"
+        for name in old.ours() if old else ():
+            if name not in group.rows:
+                missing.append(f"{row} {name}")
                 continue
             a, b = old.rows[name], group.rows[name]
-            noise = 3 * 1.4826 * math.hypot(spread(a), spread(b))
-            change = b["median"] / a["median"] / drift(old, group)
-            row = f"{group.of} {group.phase} {group.dtype} {group.size}"
-            found.append((row, name, a["median"], change, noise))
-    return found
+            slower, uncertain = drift(old, group)
+            noise = 3 * 1.4826 * math.hypot(spread(a), spread(b), uncertain)
+            turns = [turn / slower for turn in b["turns"]]
+            apart = min(turns) > max(a["turns"]) or max(turns) < min(a["turns"])
+            ratio = b["median"] / a["median"] / slower
+            found.append(Change(row, name, a["median"], ratio, noise, apart))
+    return found, missing
 
 
 def main() -> int:
@@ -57,23 +88,22 @@ def main() -> int:
     parser.add_argument("after", type=Path)
     args = parser.parse_args()
     (machine, before), (other, after) = load(args.before), load(args.after)
-    for fact in ("processor", "gpu", "threads", "torch"):
+    for fact in sorted((machine.keys() | other.keys()) - OF_THE_RUN):
         if machine.get(fact) != other.get(fact):
             print(f"{fact} differs: {machine.get(fact)} and {other.get(fact)}", file=sys.stderr)
-    rows = changes(before, after)
-    if not rows:
+    rows, missing = changes(before, after)
+    if not rows and not missing:
         print("the runs have no row in common", file=sys.stderr)
         return 2
-    slower = 0
-    for row, name, seconds, change, noise in sorted(rows, key=lambda r: -r[3]):
-        beyond = max(LEAST, noise)
-        verdict = "slower" if change > 1 + beyond else "faster" if change < 1 / (1 + beyond) else ""
-        slower += verdict == "slower"
-        if verdict:
-            was = f"(noise {noise:.0%}) {row} {name}, was {duration(seconds)}"
-            print(f"{verdict:7s} {change:5.2f}x {was}")
-    print(f"{len(rows)} rows, {slower} slower")
-    return 1 if slower else 0
+    for change in sorted(rows, key=lambda c: -c.ratio):
+        if change.verdict:
+            name = f"{change.row} {change.implementation}, was {duration(change.before)}"
+            print(f"{change.verdict:7s} {change.ratio:5.2f}x (noise {change.noise:.0%}) {name}")
+    for name in missing:
+        print(f"missing {name}")
+    slower = sum(change.verdict == "slower" for change in rows)
+    print(f"{len(rows)} rows, {slower} slower" + (f", {len(missing)} missing" if missing else ""))
+    return 1 if slower or missing else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,20 +183,26 @@ def race(
         return results
     turns = {name: [] for name in right}
     copy, copies = Copy(clock.device), []
-    for _ in range(TURNS):
-        for name in right:
-            turns[name].append(clock.turn(steps[name], budget / TURNS))
-        copies += Clock(clock.device).turn(copy, budget / TURNS)[0]
-    bandwidth = copy.bandwidth(copies)
-    del copy
-    for name in right:
-        if wrong := verdict(checks[name]):  # again, for what later calls do otherwise
-            results[name] = wrong
-            continue
+
+    def take_turn(name):
+        turns[name].append(clock.turn(steps[name], budget / TURNS))
+
+    def conclude(name, bandwidth):
+        checks[name]()  # again, for what later calls do otherwise
         seconds, host = zip(*turns[name], strict=True)
         median = statistics.median(itertools.chain(*seconds))
         facts = others(name, median, bandwidth)
         results[name] = {"turns": seconds, "host": min(map(min, host)), **facts}
+
+    for _ in range(TURNS):
+        for name in right:
+            results[name] = results[name] or verdict(partial(take_turn, name)) or {}
+        copies += Clock(clock.device).turn(copy, budget / TURNS)[0]
+    bandwidth = copy.bandwidth(copies)
+    del copy
+    for name in right:
+        if results[name] == {} and (wrong := verdict(partial(conclude, name, bandwidth))):
+            results[name] = wrong
     return results
 
 
@@ -263,9 +270,13 @@ def machine(device: str) -> dict[str, object]:
         "backend": vae_fast.backends.backend_for(kind),
         "compiler": _output(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
         "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "copy GB/s": round(_copy_bandwidth(device) / 1e9, 1),
         "cache MiB": round(last_level_cache(device) / 2**20, 1),
     }
+    root = str(Path(__file__).resolve().parent)
+    if commit := _output("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"):
+        facts["commit"] = commit
     if malloc := [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]:
         facts["malloc"] = " ".join(malloc)  # page faults are a part of the times
     if importlib.util.find_spec("triton"):

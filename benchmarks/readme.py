@@ -44,9 +44,11 @@ def kept_table(path: Path) -> str:
     if "malloc" not in machine:
         raise SystemExit(f"{path} is a run with the C library's defaults")
     folder = path.resolve().parent.relative_to(ROOT)
+    options = [g for g in groups if g.of == "option"]
     return (
         f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
-        f"Every row of that run: [{folder}]({folder}/README.md)."
+        + (f"{speeds(options, OURS, INPLACE)}\n\n" if options else "")
+        + f"Every row of that run: [{folder}]({folder}/README.md)."
     )
 
 

@@ -20,6 +20,7 @@ from benchmarks.saved import (
     Group,
     is_ours,
     load,
+    load_wrong,
     shrink,
 )
 
@@ -50,10 +51,11 @@ PREFACE = """\
 All implementations of a row ran in one process, on the same tensors, in turns; results were checked
 before they were timed. Times are medians. *Ratio* is the best peer's time over ours, with a tilde
 where not every turn had the same one ahead. *Of copy* is how fast the bytes which have to move were
-moved, as a share of the speed of copies that took turns with the row's implementations. It is above
-100 % where tensors fit in the caches, for which the copies' are too large; and on a CPU for what
-writes in place, where a copy reads the lines that it then writes over. *Saved* is what is kept from
-the forward to the backward pass beyond the loss's inputs, *peak* what is held beyond them at once.
+moved, as a share of the speed of copies that took turns with the row's implementations. That is no
+limit: it is above 100 % where tensors fit in the caches, for which the copies' are too large; and
+on a CPU where more is read than written, or written in place or past the caches, while a copy also
+reads the lines that it writes over. *Saved* is what is kept from the forward to the backward pass
+beyond the loss's inputs, *peak* what is held beyond them at once.
 """
 
 
@@ -71,6 +73,8 @@ def times(ratio: float) -> str:
 
 def ratio(group: Group, name: str) -> str:
     """How many times as fast as the best peer; with a tilde where the turns do not agree."""
+    if group.best_peer is None:
+        return ""
     return ("" if group.differs(name) else "~") + times(group.ratio(name))
 
 
@@ -89,13 +93,14 @@ def summary(groups: list[Group]) -> str:
 
     def line(group: Group) -> Iterable[str]:
         yield from ([] if step else [group.phase])
-        yield from (group.dtype, group.size, group.best_peer)
-        yield duration(group.rows[group.best_peer]["median"])
+        best = group.best_peer
+        yield from (group.dtype, group.size, best or "")
+        yield duration(group.rows[best]["median"]) if best else ""
         for name in variants:
             facts = group.rows.get(name)
             share = facts and facts.get("outside" if step else "share")
             yield duration(facts["median"]) if facts else ""
-            yield f"**{ratio(group, name)}**" if facts else ""
+            yield f"**{ratio(group, name)}**" if facts and best else ""
             yield f"{share:.0%}" if share is not None else ""
 
     header = [*([] if step else ["phase"]), "dtype", "size", "best peer", "its time"]
@@ -117,7 +122,7 @@ def details(groups: list[Group]) -> str:
                     duration(facts["median"]),
                     duration(facts["host"]),
                     duration(facts["replayed"]) if facts.get("replayed") else "",
-                    f"{group.ratio(name):.2f}",
+                    f"{group.ratio(name):.2f}" if group.best_peer else "",
                     "" if share is None else f"{share:.0%}",
                     size(facts["bytes"]) if facts.get("bytes") else "",
                     "" if facts["saved"] is None else size(facts["saved"]),
@@ -129,14 +134,18 @@ def details(groups: list[Group]) -> str:
     return table((*header, "to move", "saved", "peak"), lines())
 
 
-def report(machine: dict, groups: list[Group]) -> str:
+def report(machine: dict, groups: list[Group], wrong: Iterable[dict[str, str]] = ()) -> str:
     """The Markdown page."""
     by_loss = {of: [g for g in groups if g.of == of] for of in TITLES}
     by_loss = {of: found for of, found in by_loss.items() if found}
     parts = [f"# Benchmarks: {name(machine)}", PREFACE]
     parts.append(table(("machine", ""), ((str(k), str(v)) for k, v in machine.items())))
     for picture in PICTURES:
-        parts.append(f"![{picture}]({picture}.png)")
+        if drawn(groups, picture):
+            parts.append(f"![{picture}]({picture}.png)")
+    if wrong:
+        parts += ["## Wrong, and not timed"]
+        parts += [f"* {w['group']}, {w['implementation']}: {w['wrong']}" for w in wrong]
     for of, found in by_loss.items():
         parts += [f"## {TITLES[of]}", summary(found)]
     parts.append("## Every implementation")
@@ -161,10 +170,18 @@ def slug(machine: dict) -> str:
 Value = Callable[[Group, str], float | None]
 
 
+def drawn(groups: list[Group], picture: str) -> list[Group]:
+    """What a picture shows: for each loss its last phase, in fp32."""
+    without = {"pass", "option", *(("train_step",) if picture == "bandwidth" else ())}
+    kept = [g for g in groups if g.of not in without]
+    last = {g.of: g.phase for g in kept}
+    return [g for g in kept if g.dtype == "fp32" and g.phase == last[g.of]]
+
+
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
+def _lines(drawn: list[Group], value: Value, label: str, path: Path) -> None:
     """For each loss a panel: a line for each implementation, over the sizes in fp32."""
     import matplotlib
 
@@ -172,8 +189,6 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    last = {g.of: g.phase for g in groups}
-    drawn = [g for g in groups if g.dtype == "fp32" and g.phase == last[g.of]]
     losses = list(dict.fromkeys(g.of for g in drawn))
     figure, panels = plt.subplots(
         1, len(losses), figsize=(4.6 * len(losses), 4.4), squeeze=False, layout="constrained"
@@ -190,7 +205,7 @@ def _lines(groups: list[Group], value: Value, label: str, path: Path) -> None:
                 if not is_ours(n):
                     style = {"ls": "--", "marker": ".", "zorder": 3}
                 panel.plot(*zip(*points, strict=True), color=colours[n], label=n, **style)
-        panel.set_title(f"{of}, {last[of]}, fp32", fontsize=10)
+        panel.set_title(f"{of}, {own[0].phase}, fp32", fontsize=10)
         panel.set_xticks(
             range(len(own)), [g.size for g in own], rotation=30, ha="right", fontsize=8
         )
@@ -233,13 +248,9 @@ def main() -> None:
     shrink(args.run, out / "run.json")
     _, groups = load(out / "run.json")  # the same digits for whoever reports what is kept
     for picture, (label, value) in PICTURES.items():
-        shown = [
-            g
-            for g in groups
-            if g.of not in ("pass", "option") and (picture != "bandwidth" or g.of != "train_step")
-        ]
-        _lines(shown, value, label, out / f"{picture}.png")
-    (out / "README.md").write_text(report(machine, groups))
+        if shown := drawn(groups, picture):
+            _lines(shown, value, label, out / f"{picture}.png")
+    (out / "README.md").write_text(report(machine, groups, load_wrong(out / "run.json")))
     print(out / "README.md")
 
 

@@ -9,11 +9,14 @@
 # that fails or runs out of its seconds does not stop the next; the exit status says whether one did.
 # All their seconds together are less than ten minutes.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-folder=${1:-runs/gpu}
+folder=${1:-$(dirname "${BASH_SOURCE[0]}")/../runs/gpu}
 python=${PYTHON:-python3}
-mkdir -p "$folder"
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || exit 1
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# What is here afterwards is of this run.
+rm -rf "$folder"/{bench.json,report,nvidia-smi.txt} "$folder"/*.log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # what is measured is this checkout
 failed=0
 
@@ -44,7 +47,8 @@ part accuracy 110 "$python" -m pytest -v -n "$(nproc)" -k triton -p no:cacheprov
   tests/test_noise.py tests/test_passes.py tests/test_likelihoods.py tests/test_elbo.py tests/test_eager.py
 part bench 220 "$python" -m pytest benchmarks --benchmark-only -q --quick --device cuda \
   --benchmark-json="$folder/bench.json"
-part report 20 "$python" -m benchmarks.report "$folder/bench.json" --out "$folder/report"
+[ ! -s "$folder/bench.json" ] ||
+  part report 20 "$python" -m benchmarks.report "$folder/bench.json" --out "$folder/report"
 if command -v ncu >/dev/null; then
   # The card's clocks are not ours to set.
   part ncu 40 ncu --clock-control none --set basic --kernel-name-base demangled \

@@ -27,13 +27,14 @@ class Group:
     rows: dict[str, dict] = field(default_factory=dict)
 
     @property
-    def best_peer(self) -> str:
+    def best_peer(self) -> str | None:
         peers = [name for name in self.rows if not is_ours(name)]
-        return min(peers, key=lambda name: self.rows[name]["median"])
+        return min(peers, key=lambda name: self.rows[name]["median"], default=None)
 
-    def ratio(self, implementation: str) -> float:
+    def ratio(self, implementation: str) -> float | None:
         """How many times the best peer's time it fits into."""
-        return self.rows[self.best_peer]["median"] / self.rows[implementation]["median"]
+        best = self.best_peer
+        return best and self.rows[best]["median"] / self.rows[implementation]["median"]
 
     def differs(self, implementation: str) -> bool:
         """Whether it came out on the same side of the best peer in every turn."""
@@ -47,7 +48,7 @@ class Group:
 
 
 def load(path: Path) -> tuple[dict, list[Group]]:
-    """The machine's facts and the groups of a run, in its order.
+    """The machine's facts and the groups of a run, in its order, without what was wrong.
 
     Args:
         path: what ``--benchmark-json`` wrote, or ``run.json`` of a report.
@@ -61,6 +62,11 @@ def load(path: Path) -> tuple[dict, list[Group]]:
         group = groups.setdefault(bench["group"], Group(**place))
         group.rows[facts.pop("implementation")] = facts
     return saved["machine_info"]["vae_fast"], list(groups.values())
+
+
+def load_wrong(path: Path) -> list[dict[str, str]]:
+    """``group``, ``implementation`` and ``wrong``, the reason, of what was not timed for it."""
+    return json.loads(Path(path).read_text()).get("wrong", [])
 
 
 def shrink(source: Path, target: Path) -> None:
@@ -78,4 +84,5 @@ def shrink(source: Path, target: Path) -> None:
     rounded = json.loads(json.dumps(rows), parse_float=lambda text: float(f"{float(text):.4g}"))
     machine = json.dumps({"vae_fast": saved["machine_info"]["vae_fast"]}, indent=1)
     lines = ",\n".join(json.dumps(row) for row in rounded)
-    target.write_text(f'{{"machine_info": {machine},\n"benchmarks": [\n{lines}\n]}}\n')
+    wrong = f',\n"wrong": {json.dumps(saved["wrong"])}' if saved.get("wrong") else ""
+    target.write_text(f'{{"machine_info": {machine},\n"benchmarks": [\n{lines}\n]{wrong}}}\n')

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import bench_loss
 import bench_passes
+import bench_train_step
 import cases
 import measure
 import peers
@@ -231,6 +232,7 @@ def test_the_report_has_ratios_and_pictures(tmp_path, monkeypatch):
     kept = (out / "run.json").read_text()
     assert "secret" not in kept
     assert report.report(*saved.load(out / "run.json")) == text
+    assert "Wrong" not in text
     assert report.slug(saved.load(run)[0]) == "some-cpu-2-threads"
 
 
@@ -270,6 +272,94 @@ def test_comparing_finds_the_rows_that_got_slower(tmp_path, monkeypatch, capsys)
     assert printed.count("faster   0.77x") == 2
 
 
+def test_comparing_names_what_is_missing_and_where_the_machines_differ(
+    tmp_path, monkeypatch, capsys
+):
+    after = {ELBO: {n: t for n, t in TIMES[ELBO].items() if n != "vae_fast"}}
+    files = [a_run(tmp_path / "a.json", TIMES), a_run(tmp_path / "b.json", after)]
+    kept = json.loads(files[1].read_text())
+    kept["machine_info"]["vae_fast"] |= {"malloc": "MALLOC_TRIM_THRESHOLD_=1", "date": "today"}
+    files[1].write_text(json.dumps(kept))
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+    assert compare.main() == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"missing {ELBO} vae_fast\n1 rows, 0 slower, 1 missing\n"
+    assert printed.err == "malloc differs: None and MALLOC_TRIM_THRESHOLD_=1\n"
+
+
+def test_comparing_takes_peers_that_disagree_for_noise(tmp_path, monkeypatch, capsys):
+    """Of a row that did not change, where one peer got twice as fast and another did not."""
+    after = {ELBO: TIMES[ELBO] | {"eager": 2e-3}}
+    assert compared(tmp_path, TIMES, after, monkeypatch, capsys)[0] == 0
+    # And of one whose turns in the two runs overlap.
+    files = [a_run(tmp_path / "a.json", TIMES), a_run(tmp_path / "b.json", TIMES)]
+    run = json.loads(files[1].read_text())
+    for bench in run["benchmarks"]:
+        if bench["extra_info"]["implementation"] == "vae_fast":
+            bench["stats"]["median"] *= 1.5
+            bench["extra_info"]["turns"] = [bench["stats"]["median"]] * 4 + [1e-4]
+    files[1].write_text(json.dumps(run))
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+    assert compare.main() == 0
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {STEP: TIMES[STEP]},
+        {ELBO: {"vae_fast": 1e-3, "vae_fast inplace": 5e-4}},
+        {ELBO.replace("fp32", "bf16"): TIMES[ELBO]},
+    ],
+    ids=["steps alone", "no peers", "nothing to draw"],
+)
+def test_the_report_of_a_part_of_the_suite(times, tmp_path, monkeypatch):
+    run = a_run(tmp_path / "bench.json", times)
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--out", str(tmp_path / "out")])
+    report.main()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "1 ms" in text
+    pictures = {f"{p}.png" for p in report.PICTURES if f"({p}.png)" in text}
+    assert pictures == {file.name for file in (tmp_path / "out").glob("*.png")}
+
+
+def test_what_is_wrong_is_reported(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "bench.json", TIMES)
+    wrong = {"group": ELBO, "implementation": "distributions", "wrong": "loss 3, not 2"}
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"wrong": [wrong]}))
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--out", str(tmp_path / "out")])
+    report.main()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"* {ELBO}, distributions: loss 3, not 2" in text
+    assert saved.load_wrong(tmp_path / "out" / "run.json") == [wrong]
+
+
+def test_who_raises_while_timed_takes_nobody_along():
+    calls = iter(range(100))
+
+    def raises():
+        if next(calls) > 3:
+            raise RuntimeError("enough")
+
+    steps = {"good": lambda: None, "bad": raises, "bad later": lambda: None}
+    checks = dict.fromkeys(steps, lambda: None)
+
+    def others(name, median, bandwidth):
+        return {"facts": name} if name == "good" else {}[name]
+
+    results = measure.race(steps, checks, measure.Clock("cpu"), 0.01, others)
+    assert results["good"]["facts"] == "good"
+    assert str(results["bad"]) == "RuntimeError: enough"
+    assert str(results["bad later"]) == "KeyError: 'bad later'"
+
+
+def test_a_training_step_without_noise_is_found_out(monkeypatch):
+    step = bench_train_step.Step(bench_train_step.DIGITS, "eager", "fp32", "cpu")
+    step.check()
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    with pytest.raises(cases.Wrong, match="where is the noise"):
+        step.check()
+
+
 def test_comparing_forgives_a_slower_machine_and_noise(tmp_path, monkeypatch, capsys):
     for after in (changed(1.5), changed(1.04, "vae_fast")):
         code, printed = compared(tmp_path, TIMES, after, monkeypatch, capsys)
@@ -293,7 +383,8 @@ def test_the_readme_shows_the_stored_runs():
     "run", sorted(report.RESULTS.glob("*/run.json")), ids=lambda p: p.parent.name
 )
 def test_the_stored_reports_are_of_the_stored_runs(run):
-    assert (run.parent / "README.md").read_text() == report.report(*report.load(run))
+    page = report.report(*report.load(run), report.load_wrong(run))
+    assert (run.parent / "README.md").read_text() == page
 
 
 # ---- what needs a GPU --------------------------------------------------------------------------
@@ -308,29 +399,36 @@ def test_the_gpu_script_stays_below_ten_minutes():
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs the timeout of GNU's coreutils")
-@pytest.mark.parametrize("fails", ["nothing", "accuracy", "import"])
+@pytest.mark.parametrize("fails", ["nothing", "accuracy", "import", "bench"])
 def test_the_gpu_script_runs_every_part(tmp_path, fails):
     """With a Python that has a GPU, as far as the script can tell, and an ncu."""
     python, ncu = tmp_path / "bin" / "python", tmp_path / "bin" / "ncu"
     python.parent.mkdir()
     python.write_text(
         '#!/bin/sh\necho "$@"\ncase "$*" in\n*-k\\ triton*) exit $ACCURACY;;\n'
-        "*import\\ vae_fast._triton) exit $IMPORT;;\nesac\n"
+        "*import\\ vae_fast._triton) exit $IMPORT;;\n"
+        "*--benchmark-json=*) [ $BENCH = 0 ] || exit 1\n"
+        'for option; do file=${option#--benchmark-json=}; done; echo {} >"$file";;\nesac\n'
     )
     ncu.write_text('#!/bin/sh\nshift 11\nexec "$@"\n')
     for program in (python, ncu):
         program.chmod(0o755)
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     status = str(int(fails == "accuracy"))
-    environment = {**os.environ, "PATH": path, "PYTHON": str(python), "ACCURACY": status}
-    environment["IMPORT"] = str(int(fails == "import"))
-    done = subprocess.run([RUN_GPU, tmp_path / "out"], env=environment, check=False)
-    assert done.returncode == int(status)
+    environment = {**os.environ, "PATH": path, "PYTHON": "bin/python", "ACCURACY": status}
+    environment |= {name.upper(): str(int(fails == name)) for name in ("import", "bench")}
+    (tmp_path / "out").mkdir()
+    for stale in ("bench.json", "report.log"):
+        (tmp_path / "out" / stale).write_text("of a run before")
+    done = subprocess.run([RUN_GPU, "out"], env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == int(fails in ("accuracy", "bench"))
     logs = {file.stem: file.read_text() for file in (tmp_path / "out").glob("*.log")}
-    parts = {"doctor", "tests", "accuracy", "bench", "report", "ncu"}
-    assert set(logs) == (parts | {"install"} if fails == "import" else parts)
+    parts = {"doctor", "tests", "accuracy", "bench", "ncu"}
+    parts |= {"install"} if fails == "import" else set()
+    assert set(logs) == (parts if fails == "bench" else parts | {"report"})
     assert f"--benchmark-json={tmp_path}/out/bench.json" in logs["bench"]
-    assert f"benchmarks.report {tmp_path}/out/bench.json" in logs["report"]
+    if fails != "bench":
+        assert f"benchmarks.report {tmp_path}/out/bench.json" in logs["report"]
     code = logs["ncu"].removeprefix("-c ").replace('"cuda"', '"cpu"').replace("65536", "8")
     exec(code, scope := {})  # what ncu watches, on a smaller scale
     assert scope["mean"].grad.isfinite().all()

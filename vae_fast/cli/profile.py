@@ -168,12 +168,15 @@ def measure(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-    def turn(name: str, count: int) -> None:
+    def turn(name: str, count: int) -> float:
+        """Seconds that the steps took; to change the backend is not a part of them."""
         with vae_fast.use_backend(names[name]), record_function(name):
+            began = time.perf_counter()
             for _ in range(count):
                 step()
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
+            return time.perf_counter() - began
 
     key = torch.tensor([0, 0], dtype=torch.uint64).to(x.device)
     _check_losses(names, lambda: forward(key), 1e-2 if bf16 else 1e-4)
@@ -182,10 +185,9 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(ROUNDS + 1):
         for name, taken in seconds.items():
-            began = time.perf_counter()
-            turn(name, steps)
+            took = turn(name, steps)
             if round_:  # the first is a warm-up
-                taken.append((time.perf_counter() - began) / steps)
+                taken.append(took / steps)
     with _ranges(vae) as begun:
         with _recorded(x.device) as trace:
             for _ in range(ROUNDS):
