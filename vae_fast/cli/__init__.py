@@ -106,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         "the labels. uint8 values are levels from 0 to 1, 1/255 apart",
     )
     train.add_argument(
-        "--out", type=_folder, required=True, metavar="DIR", help="folder to write to"
+        "--out",
+        type=_folder,
+        required=True,
+        metavar="DIR",
+        help="folder to write to; a model that is there becomes model.previous.safetensors",
     )
     train.add_argument(
         "--image-size",
