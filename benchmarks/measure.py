@@ -274,9 +274,10 @@ def machine(device: str) -> dict[str, object]:
         "copy GB/s": round(_copy_bandwidth(device) / 1e9, 1),
         "cache MiB": round(last_level_cache(device) / 2**20, 1),
     }
-    root = str(Path(__file__).resolve().parent)
-    if commit := _output("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"):
-        facts["commit"] = commit
+    git, code = ("git", "-C", str(Path(__file__).resolve().parent.parent)), ("vae_fast", "kernels")
+    if commit := _output(*git, "log", "-1", "--format=%h", "--", *code):
+        changed = _output(*git, "status", "--porcelain", "--", *code)
+        facts["commit"] = f"{commit} and changes" if changed else commit
     if malloc := [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]:
         facts["malloc"] = " ".join(malloc)  # page faults are a part of the times
     if importlib.util.find_spec("triton"):
