@@ -406,13 +406,17 @@ def test_who_waited_for_a_build_that_failed_does_not_repeat_it(project, cache, p
     (project.csrc / "cpu.cpp").write_text(f"#error {words}\n")
     first, second = project.process(), project.process()
     second.compile_into = lambda *_: pytest.fail("compiled again")
-    run, waits = first._run, threading.Event()
+    run, lock, waits = first._run, second._lock, threading.Event()
+
+    def lock_and_tell(path):
+        waits.set()
+        return lock(path)
 
     def run_once_the_other_waits(*arguments):
-        waits.wait(20)
+        waits.wait(100)
         run(*arguments)
 
-    first._run = run_once_the_other_waits
+    first._run, second._lock = run_once_the_other_waits, lock_and_tell
     expected = pytest.fail.Exception if passing else second.BuildError
 
     def wait():
@@ -424,8 +428,6 @@ def test_who_waited_for_a_build_that_failed_does_not_repeat_it(project, cache, p
         while not list(cache.glob(".building-*")):
             time.sleep(0.01)
         waiting = pool.submit(wait)
-        time.sleep(0.3)
-        waits.set()
         with pytest.raises(first.BuildError):
             failing.result()
         waiting.result()
@@ -500,14 +502,14 @@ def test_cache_that_code_cannot_be_run_from(project, cache, tmp_path, monkeypatc
 
 def test_interrupted_build_stops_its_compilers(project, tmp_path, monkeypatch):
     """The command is asked to end, and not killed, so that ninja can end what it began."""
-    ended = tmp_path / "ended"
     module = project.process()
-    command = ["sh", "-c", f"trap 'touch {shlex.quote(str(ended))}; exit 3' TERM; sleep 9 & wait"]
+    command = ["sh", "-c", "sleep 99 & trap 'kill $!; touch ended; exit 3' TERM; touch begun; wait"]
     communicate = subprocess.Popen.communicate
 
     def interrupted(process, *arguments, **options):
         if interrupts.pop():
-            time.sleep(0.5)
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.01)
             raise KeyboardInterrupt
         return communicate(process, *arguments, **options)
 
@@ -515,7 +517,7 @@ def test_interrupted_build_stops_its_compilers(project, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module._run(command, tmp_path)
-    assert ended.exists()
+    assert (tmp_path / "ended").exists()
 
 
 @pytest.mark.parametrize(
