@@ -643,10 +643,15 @@ def test_wrong_options_are_explained(argv, message, tmp_path, capsys):
 @contextlib.contextmanager
 def forced(name):
     """What VAE_FAST_BACKEND in the environment of a new process does."""
-    before = vae_fast.backends._forced
-    vae_fast.backends._force(name)
-    yield
-    vae_fast.backends._force(before)
+    backends = vae_fast.backends
+    before, resolved = backends._forced, backends._resolved
+    backends._resolved = {}
+    try:
+        backends._force(name)
+        yield
+    finally:
+        backends._resolved = resolved
+        backends._force(before)
 
 
 def test_a_backend_that_cannot_run_says_why(tmp_path, capsys, monkeypatch):
