@@ -96,9 +96,9 @@ if sys.argv[1] == "eager":
         sys.exit("the shortcut for eager calls could not be built")
 else:
     target = _build.eager_target()
-    name = f"{_build.source_key(target)}-{_build._toolchain_key(_build.find_compiler()[1])}.failed"
-    _build.cache_dir().mkdir(parents=True, exist_ok=True)
-    (_build.cache_dir() / name).write_text("left out by tests/sanitize.py\\n")
+    failed = _build._entry(_build.cache_dir(), _build.source_key(target)).with_suffix(".failed")
+    failed.parent.mkdir(parents=True, exist_ok=True)
+    failed.write_text("left out by tests/sanitize.py\\n")
 _build._load_library = lambda info: None  # which the sanitizers' own would have to precede
 print(_build.load().path)
 """

@@ -458,6 +458,15 @@ def test_images_behind_links(tmp_path):
     assert len(data.x) == 12
 
 
+def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read all there is
+    error = fails(capsys, "train", "--out", str(tmp_path / "o"), "--data", str(tmp_path))
+    assert "cannot be read as a folder of images: [Errno 13] Permission denied" in error
+
+
 def test_series_are_drawn_as_curves(tmp_path):
     """A few columns of many values are no image, of which a picture could be a mile long."""
     x = np.random.default_rng(0).random((12, 100, 3)).astype(np.float32)

@@ -482,13 +482,19 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+def _entry(root: Path, key: str) -> Path:
+    """The folder in the cache of what the compiler at hand makes.
+
+    Beside it, with the suffix ``.failed``, is what the compiler said if it rejected the sources.
+    """
+    return root / f"{key}-{_toolchain_key(find_compiler()[1])}"
+
+
 def _find_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo | None:
     try:
-        _, version = find_compiler()
+        entries = [_entry(root, key)]
     except BuildError:  # no compiler any more: whatever was made from these sources will do
         entries = sorted(root.glob(f"{key}-????????"))
-    else:
-        entries = [root / f"{key}-{_toolchain_key(version)}"]
     for entry in entries:
         if info := _read(entry, "cached", key, target):
             return info
@@ -529,9 +535,8 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
     """Compiles into the cache folder ``root``, unless another process has just done so."""
-    _, version = find_compiler()
-    entry = root / f"{key}-{_toolchain_key(version)}"
-    failure = _failure(root, key)
+    entry = _entry(root, key)
+    failure = entry.with_suffix(".failed")
     began = time.time()
     with _lock(root / f"{key}.lock"):
         if info := _read(entry, "cached", key, target):
@@ -539,7 +544,8 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
         with contextlib.suppress(OSError):  # of the process that had the lock
             if failure.stat().st_mtime >= began:
                 raise BuildError(failure.read_text().strip())
-        logger.info("building %s with %s (once; kept in %s)", target.lib_name, version, entry)
+        compiler = find_compiler()[1]
+        logger.info("building %s with %s (once; kept in %s)", target.lib_name, compiler, entry)
         try:
             scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             scratch.mkdir()
@@ -568,11 +574,6 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
             shutil.rmtree(scratch, ignore_errors=True)
     logger.info("built %s in %.1f s", target.lib_name, info.seconds)
     return replace(info, path=entry / target.lib_name)
-
-
-def _failure(root: Path, key: str) -> Path:
-    """What the compiler said, where it found errors in the sources of ``key``."""
-    return root / f"{key}-{_toolchain_key(find_compiler()[1])}.failed"
 
 
 _warned_about: set[Path] = set()
@@ -629,7 +630,7 @@ def build_eager() -> Path | None:
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
             raise BuildError("Python's headers are not installed")
         root = _usable_root()
-        failure = _failure(root, key)
+        failure = _entry(root, key).with_suffix(".failed")
         if failure.is_file():
             raise BuildError(
                 f"it could not be compiled before: {failure} says why; delete it to try"

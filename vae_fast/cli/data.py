@@ -154,7 +154,10 @@ def _folder(path: Path, image_size: int | None) -> Data:
     require("PIL")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    files = sorted(_image_files(path))
+    try:
+        files = sorted(_image_files(path))
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read as a folder of images: {error}") from error
     if not files:
         raise CommandError(f"{path} has no images; looked for {', '.join(sorted(_SUFFIXES))}")
     images = []
