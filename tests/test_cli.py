@@ -480,6 +480,9 @@ def test_series_are_drawn_as_curves(tmp_path):
     for picture in (tmp_path / "o").glob("*.png"):
         with Image.open(picture) as image:
             assert max(image.size) < 4000, picture.name
+    columns = torch.arange(40.0).reshape(1, 1, 20, 2)
+    assert pictures._in_line(columns, 1)[0].tolist() == [*range(0, 40, 2), *range(1, 40, 2)]
+    assert pictures._in_line(columns.expand(3, 1, 1, 20, 2), 2).shape == (3, 1, 40)
     assert not datasets.is_image((1, 100, 3))
     assert datasets.is_image((3, 8, 64))
 

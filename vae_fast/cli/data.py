@@ -18,7 +18,7 @@ from vae_fast.cli.errors import CommandError, require
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _CHANNELS = (1, 3, 4)
 _FEWEST = 10
-_MOST_LOPSIDED = 8  # an image's longer side over the other
+MOST_LOPSIDED = 8  # an image's longer side over the other
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def is_image(event_shape: tuple[int, ...]) -> bool:
     """
     if len(event_shape) != 3 or event_shape[0] not in _CHANNELS:
         return False
-    return max(event_shape[1:]) <= _MOST_LOPSIDED * min(event_shape[1:])
+    return max(event_shape[1:]) <= MOST_LOPSIDED * min(event_shape[1:])
 
 
 def load(source: str, image_size: int | None = None) -> Data:

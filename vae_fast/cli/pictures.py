@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vae_fast.cli.data import is_image
+from vae_fast.cli.data import MOST_LOPSIDED, is_image
 
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -274,7 +274,7 @@ def encoded(mu: Tensor, y: Tensor | None, labels: list[str] | None, path: Path) 
 
 def _reconstructed_curves(x: Tensor, mean: Tensor, std: Tensor | None, path: Path) -> None:
     std = torch.full((), math.nan) if std is None else std  # NaN is not drawn
-    x, mean, std = x.flatten(1), mean.flatten(1), std.expand_as(mean).flatten(1)
+    x, mean, std = _in_line(x, 1), _in_line(mean, 1), _in_line(std.expand_as(mean), 1)
     position = np.arange(x.shape[1])
     columns = min(4, len(x))
     rows = math.ceil(len(x) / columns)
@@ -295,7 +295,7 @@ def _reconstructed_curves(x: Tensor, mean: Tensor, std: Tensor | None, path: Pat
 
 def _interpolated_curves(between: Tensor, path: Path, title: str) -> None:
     steps, count = between.shape[:2]
-    values = between.flatten(2)
+    values = _in_line(between, 2)
     columns = min(4, count)
     rows = math.ceil(count / columns)
     with _figure(path, (12.0, 0.8 + 2.2 * rows)) as figure:
@@ -311,12 +311,19 @@ def _interpolated_curves(between: Tensor, path: Path, title: str) -> None:
 def _curves(x: Tensor, rows: int, columns: int, path: Path, title: str) -> None:
     with _figure(path, (9.0, 0.8 + 8.0 * rows / columns)) as figure:
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-        for ax, values in zip(axes, x.flatten(1), strict=False):
+        for ax, values in zip(axes, _in_line(x, 1), strict=False):
             ax.plot(values, color=_BLUE, lw=1.0)
         for ax in axes[len(x) :]:
             ax.set_visible(False)
         _edge_labels(axes, rows, columns)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+
+
+def _in_line(x: Tensor, lead: int) -> Tensor:
+    """Each data point as one line of values: of a few long columns, one after the other."""
+    if x.dim() - lead >= 2 and x.shape[-2] > MOST_LOPSIDED * x.shape[-1]:
+        x = x.transpose(-2, -1)
+    return x.flatten(lead)
 
 
 def _edge_labels(axes: Sequence[Axes], rows: int, columns: int) -> None:
