@@ -187,15 +187,23 @@ struct MaskedLanes {
   }
 };
 
+// Whether scales have factors that are computed ahead of what needs them.
+template <class F>
+constexpr bool has_factors(Param p) {
+  return is_exponential(p) && std::is_same_v<ScalarOf<F>, float>;
+}
+
 // Writes the factors of n raw scales and returns whether all of these were moderate (math.h); else, or
 // where σ is no exponential, what is written is nothing of use. A loop of its own, since the processor
-// overlaps an exponential better with others than with what needs it.
-template <class F, Param P, Factor kFactor, class S, class Bound>
+// overlaps an exponential better with others than with what needs it. It calls meanwhile(i) for
+// every vector: what is to be fetched from memory arrives while it computes.
+template <class F, Param P, Factor kFactor, class S, class Bound, class Meanwhile>
 VAE_FAST_INLINE bool moderate_factors(int64_t n, const S* scale, const Bound& bound,
-                                      ScalarOf<F>* to) {
-  if constexpr (is_exponential(P) && std::is_same_v<ScalarOf<F>, float>) {
+                                      ScalarOf<F>* to, const Meanwhile& meanwhile) {
+  if constexpr (has_factors<F>(P)) {
     typename Traits<F>::UInt places{};
     for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+      meanwhile(at.i);
       const Scale<F, P> s(bound(at.load(scale)).kept);
       const ModerateExp<F> e(kFactor == Factor::sigma     ? s.log_sigma
                              : kFactor == Factor::inverse ? -s.log_sigma
@@ -208,17 +216,24 @@ VAE_FAST_INLINE bool moderate_factors(int64_t n, const S* scale, const Bound& bo
   return false;
 }
 
+struct Nothing {  // to do meanwhile
+  VAE_FAST_INLINE void operator()(int64_t) const {}
+};
+
 // Calls fn(row, each_scale) for some rows of n raw scales, kTile of these at most, and each_scale(body)
 // calls body(at, scale, raw) for the row's vectors, after bound(raw) has made them Bounded or
 // Unbounded. What comes of a row does not depend on others.
-template <class F, Param P, Factor kFactor, class S, class Bound, class Fn, class Each = EveryLane<F>>
+template <class F, Param P, Factor kFactor, class S, class Bound, class Fn, class Each = EveryLane<F>,
+          class Meanwhile = Nothing>
 VAE_FAST_INLINE void for_scales(int64_t rows, int64_t n, Rows<const S> scale, const Bound& bound,
-                                const Fn& fn, const Each& each = {}) {
+                                const Fn& fn, const Each& each = {},
+                                const Meanwhile& meanwhile = {}) {
   using T = ScalarOf<F>;
   alignas(64) T factors[kTile];
   bool moderate[kTile];
   for (int64_t row = 0; row < rows; ++row) {
-    moderate[row] = moderate_factors<F, P, kFactor>(n, scale[row], bound, factors + row * n);
+    T* const factor = factors + row * n;
+    moderate[row] = moderate_factors<F, P, kFactor>(n, scale[row], bound, factor, meanwhile);
   }
   for (int64_t row = 0; row < rows; ++row) {
     const T* const factor = factors + row * n;
@@ -290,9 +305,34 @@ struct LikelihoodTerms {
   T value, g_scale;
 };
 
+// Memory that is wanted next. It is fetched while noise is made, which takes long and reads none.
+struct Ahead {
+  static constexpr int kMost = 5;
+  int count = 0;
+  const char* from[kMost];
+  int64_t stretch[kMost];  // bytes for each byte of noise
+
+  // n elements of each of some rows, unless they lie too far apart.
+  template <class T>
+  void add(Rows<T> wanted, int64_t rows, int64_t n) {
+    const bool dense = rows == 1 || wanted.pitch <= n;
+    if (!wanted.data || (!dense && wanted.pitch > 2 * n)) return;
+    from[count] = reinterpret_cast<const char*>(wanted.data);
+    stretch[count++] = dense ? 1 : 2;  // half of a packed tensor
+  }
+  // What belongs to some bytes of the noise.
+  VAE_FAST_INLINE void fetch(int64_t begin, int64_t bytes) const {
+    for (int j = 0; j < count; ++j) {
+      const char* const first = from[j] + begin * stretch[j];
+      for (int64_t b = 0; b < bytes * stretch[j]; b += 64) __builtin_prefetch(first + b);
+    }
+  }
+};
+
 template <class T>
 struct LatentKernels {
-  void (*noise)(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1, T* eps);
+  void (*noise)(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1, const Ahead& ahead,
+                T* eps);
   void (*forward)(int64_t rows, int64_t n, Rows<const T> mu, Rows<const T> scale,
                   Rows<const T> eps, Rows<T> z, T* log_q, T* log_p);
   void (*backward)(int64_t rows, int64_t n, Rows<const T> mu, Rows<const T> scale,
@@ -304,19 +344,13 @@ struct LatentKernels {
 // the latter in bounds.
 enum class ScaleKind { row, each, bounded };
 
-// How a kernel goes about tensors larger than the caches: whether it writes its results past them, and
-// whether it fetches tiles ahead, which the processor does by itself only where rows follow each other.
-struct Memory {
-  bool past_caches = false, ahead = false;
-};
-
 // On elements stored as S, and data stored as X: floats, or bytes that are levels. The mask is that of
-// the elements which count, if not all do.
+// the elements which count, if not all do. Gradients may be written past the caches.
 template <class T, class S = T, class X = S>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const X> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
                                   Rows<const uint8_t> mask, Rows<const T> weight, Rows<S> g_mean,
-                                  Rows<S> g_scale, Memory memory, LikelihoodTerms<T>* terms);
+                                  Rows<S> g_scale, bool past_caches, LikelihoodTerms<T>* terms);
 // One of them.
 struct LikelihoodVariant {
   ScaleKind scale;

@@ -33,14 +33,18 @@ struct LatentOperand : Operand {
     straight |= t.numel() == 0;
   }
 
+  // The elements of each row from `begin` on, if they are T, one behind the other.
+  template <class T>
+  Rows<const T> in_place(int64_t offset, int64_t begin) const {
+    if (!*this || type != type_of<T> || strides[0] != 1) return {};
+    return {reinterpret_cast<const T*>(at(offset + begin)), row_stride};
+  }
   // n elements of each row as T: in place where they already are so, else gathered into `buffer`.
   template <class T>
   Rows<const T> load(int64_t offset, int64_t rows, int64_t begin, int64_t n, T* buffer) const {
+    if (const Rows<const T> there = in_place<T>(offset, begin); there.data) return there;
     const int64_t stride = strides[0];
     offset += begin * stride;
-    if (type == type_of<T> && stride == 1) {
-      return {reinterpret_cast<const T*>(at(offset)), row_stride};
-    }
     const bool joined = row_stride == n * stride;
     gather(*this, joined ? run_of(offset, stride, rows * n) : Block{offset, row_stride, rows, stride, n},
            buffer);
@@ -105,16 +109,18 @@ struct Latent {
     });
   }
 
-  // Calls fn(k, eps) for every sample k of a tile, with its noise.
-  template <class Fn>
-  void for_samples(int64_t b, int64_t rows, int64_t begin, const Fn& fn) const {
+  // Calls fn(k, eps) for every sample k of a tile, with its noise; ahead_of(k) is what fn will want.
+  template <class AheadOf, class Fn>
+  void for_samples(int64_t b, int64_t rows, int64_t begin, const AheadOf& ahead_of,
+                   const Fn& fn) const {
     alignas(64) T eps[kTile + 64];  // room for the last block of 16 counters
     const int64_t per_row = std::min(calls - begin / kLanes, kCalls);
     for (int64_t first = 0; first < samples; first += together) {
       const int64_t count = std::min(together, samples - first);
       const uint64_t row = (uint64_t(first_row) + b) * samples + first;
       kernels.noise(rows * count * per_row, offset + row * calls + begin / kLanes,
-                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), eps);
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), ahead_of(first),
+                    eps);
       for (int64_t k = 0; k < count; ++k) {
         const int64_t pitch = per_row * kLanes;
         fn(first + k, Rows<const T>{eps + k * pitch, count * pitch});
@@ -124,6 +130,11 @@ struct Latent {
 
   Rows<const T> load_mu(int64_t b, int64_t rows, int64_t begin, int64_t n, T* buffer) const {
     return mu.load(b * mu.row_stride, rows, begin, n, buffer);
+  }
+  // What of both is not copied into a buffer.
+  void add_to(Ahead& ahead, int64_t b, int64_t rows, int64_t begin, int64_t n) const {
+    ahead.add(mu.template in_place<T>(b * mu.row_stride, begin), rows, n);
+    ahead.add(scale.template in_place<T>(b * scale.row_stride, begin), rows, n);
   }
   // The scale within its bounds, and the derivative of that.
   Rows<const T> load_scale(int64_t b, int64_t rows, int64_t begin, int64_t n, T* buffer,
@@ -154,8 +165,15 @@ void latent_forward_as(const View& mu, const View& scale, const View& key,
     alignas(64) T mu_tile[kTile], scale_tile[kTile], slope[kTile], z_tile[kTile];
     const Rows<const T> mus = latent.load_mu(b, group, begin, n, mu_tile);
     const Rows<const T> scales = latent.load_scale(b, group, begin, n, scale_tile, slope);
-    latent.for_samples(b, group, begin, [&](int64_t k, Rows<const T> eps) {
-      const int64_t row = k * latent.batch + b, at = row * latent.size + begin;
+    const auto offset_of = [&](int64_t k) { return (k * latent.batch + b) * latent.size + begin; };
+    const auto ahead_of = [&](int64_t k) {
+      Ahead ahead;
+      latent.add_to(ahead, b, group, begin, n);
+      ahead.add(Rows<const T>{out.target(offset_of(k), nullptr), n}, group, n);
+      return ahead;
+    };
+    latent.for_samples(b, group, begin, ahead_of, [&](int64_t k, Rows<const T> eps) {
+      const int64_t row = k * latent.batch + b, at = offset_of(k);
       T* const to = out.target(at, z_tile);
       latent.kernels.forward(group, n, mus, scales, eps, {to, n}, q + row, p + row);
       out.store(at, group * n, to);
@@ -187,12 +205,18 @@ void latent_backward_as(const View& g_z, const View& g_log_q, const View& g_log_
     T* const gm = out_mu.target(at, gm_tile);
     T* const gs = latent.scalar ? gs_tile : out_scale.target(at, gs_tile);
     if (!g_z) std::fill(z_tile, z_tile + n, T(0));
-    latent.for_samples(b, group, begin, [&](int64_t k, Rows<const T> eps) {
+    const auto offset_of = [&](int64_t k) { return k * sample_stride + b * upstream.row_stride; };
+    const auto ahead_of = [&](int64_t k) {
+      Ahead ahead;
+      latent.add_to(ahead, b, group, begin, n);
+      ahead.add(upstream.template in_place<T>(offset_of(k), begin), group, n);
+      ahead.add(Rows<const T>{out_mu.target(at, nullptr), n}, group, n);
+      if (!latent.scalar) ahead.add(Rows<const T>{out_scale.target(at, nullptr), n}, group, n);
+      return ahead;
+    };
+    latent.for_samples(b, group, begin, ahead_of, [&](int64_t k, Rows<const T> eps) {
       Rows<const T> g_zs{z_tile, 0};
-      if (g_z) {
-        const int64_t from = k * sample_stride + b * upstream.row_stride;
-        g_zs = upstream.load(from, group, begin, n, z_tile);
-      }
+      if (g_z) g_zs = upstream.load(offset_of(k), group, begin, n, z_tile);
       const int64_t row = k * latent.batch + b;
       latent.kernels.backward(group, n, mus, scales, eps, g_zs, q.from(row), p.from(row), {gm, n},
                               {gs, n}, /*add=*/k > 0);

@@ -6,21 +6,23 @@
 // vector has lanes, and eps is writable up to the next multiple.
 template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
-                                float* eps) {
+                                const Ahead& ahead, float* eps) {
   using U = typename Traits<F>::UInt;
+  constexpr int64_t kBlock = 4 * Traits<F>::width;
   philox_blocks<F>(calls, counter, k0, k1, kNormalStream,
                    [&](int64_t i, U a, U b, U c, U d) VAE_FAST_LAMBDA {
+    ahead.fetch(i * kBlock * sizeof(float), kBlock * sizeof(float));
     F x, y, z, w;
     box_muller<F>(a, b, x, y);
     box_muller<F>(c, d, z, w);
-    store_transposed(x, y, z, w, eps + i * 4 * Traits<F>::width);
+    store_transposed(x, y, z, w, eps + i * kBlock);
   });
 }
 
 // fp64: eps[2·i + lane].
 template <class F>
 VAE_FAST_TARGET void noise_tile(int64_t calls, uint64_t counter, uint32_t k0, uint32_t k1,
-                                double* eps) {
+                                const Ahead&, double* eps) {
   for (int64_t i = 0; i < calls; ++i) {
     const uint64_t counters[1] = {counter + i};
     Words<uint64_t> words[1];

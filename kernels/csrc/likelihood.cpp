@@ -142,12 +142,10 @@ struct Likelihood {
     const bool half = bf16 || bf16_floats || bf16_levels;
     const bool direct = half || levels || (!g_event && reads_in_place<T, T>(gradient));
     const bool stream = gradient && (half ? streams<Bf16>() : streams<T>());
-    const bool large = half ? is_large<Bf16>() : is_large<T>();
-    const Memory memory{stream, large && !rows_follow()};
     const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end,
                               LikelihoodTerms<T>* to) {
       const auto run_all = [&](auto chosen) {
-        run_rows(chosen, gradient, first, last, begin, end, weight, memory, to);
+        run_rows(chosen, gradient, first, last, begin, end, weight, stream, to);
       };
       if (bf16) return run_all(bf16);
       if (bf16_floats) return run_all(bf16_floats);
@@ -258,17 +256,6 @@ struct Likelihood {
     return !mask || (mask.straight && (mask.strides.back() == 1 || size == 1));
   }
 
-  template <class S>
-  bool is_large() const {
-    return rows * size * static_cast<int64_t>(sizeof(S)) >= kLarge;
-  }
-
-  // Whether the rows of mean and scale lie one behind the other, or are so long that it is no matter.
-  bool rows_follow() const {
-    const bool scales_follow = scalar || sharing == Sharing::event || scale.row_stride == size;
-    return size > kPiece || (mean.row_stride == size && scales_follow);
-  }
-
   // Whether the gradients go past the caches: if they are larger, aligned, and not written in place.
   template <class S>
   bool streams() const {
@@ -277,14 +264,15 @@ struct Likelihood {
                     reinterpret_cast<uintptr_t>(g.data) % kVector == 0 &&
                     g.row_stride * sizeof(S) % kVector == 0);
     };
-    return is_large<S>() && suits(g_mean, mean) &&
+    const bool large = rows * size * static_cast<int64_t>(sizeof(S)) >= kLarge;
+    return large && suits(g_mean, mean) &&
            (scalar || sharing == Sharing::event || suits(g_scale, scale));
   }
 
   // Rows [first, last) of a batch and its samples, or a piece of each, in place.
   template <class S, class X>
   void run_rows(LikelihoodKernel<T, S, X> kernel, bool gradient, int64_t first, int64_t last,
-                int64_t begin, int64_t end, Rows<const T> weight, Memory memory,
+                int64_t begin, int64_t end, Rows<const T> weight, bool past_caches,
                 LikelihoodTerms<T>* terms) const {
     const auto at = [&](const Operand& o, int64_t row) {
       return reinterpret_cast<S*>(o.at(row * o.row_stride + begin));
@@ -301,7 +289,7 @@ struct Likelihood {
       const auto* const xs = reinterpret_cast<const X*>(x.at(b * x.row_stride + begin));
       kernel(count, end - begin, model, {xs, x.row_stride}, in(mean, n), in(scale, n),
              row_scales(n), kept, {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n),
-             memory, terms);
+             past_caches, terms);
       n += count;
       terms += count;
     }
@@ -369,7 +357,7 @@ struct Likelihood {
                                                       : event.target(g_scale, n, begin, gs_tile);
       LikelihoodTerms<T> terms;
       kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
-             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, Memory{past}, &terms);
+             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, &terms);
       if (gradient && !past) {
         store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
       }

@@ -12,7 +12,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
                                      Rows<const X> x, Rows<const S> mean, Rows<const S> scale,
                                      Rows<const ScalarOf<F>> row_scale, Rows<const uint8_t> mask,
                                      Rows<const ScalarOf<F>> weight, Rows<S> g_mean,
-                                     Rows<S> g_scale, Memory memory,
+                                     Rows<S> g_scale, bool past_caches,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
   constexpr bool kRow = kScale == ScaleKind::row;
@@ -28,14 +28,25 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       const X* const xs = x[row] + begin;
       const S* const means = mean[row] + begin;
       const S* const scales = kRow ? nullptr : scale[row] + begin;
-      const S *next_means = means, *next_scales = scales;  // fetching these costs nothing
-      if (memory.ahead) {
-        const bool same_row = begin + kTile < n;
-        const int64_t next = same_row ? row : std::min(row + 1, rows - 1);
-        const int64_t from = same_row ? begin + kTile : 0;
-        next_means = mean[next] + from;
-        if constexpr (!kRow) next_scales = scale[next] + from;
-      }
+      // Processors fetch by themselves what lies one behind the other, but stop where pages end, which a
+      // tile of each tensor about fills, and look no further ahead than a few vectors of this loop.
+      const bool same_row = begin + kTile < n;
+      const int64_t next = same_row ? row : std::min(row + 1, rows - 1);
+      const int64_t from = same_row ? begin + kTile : 0;
+      const auto fetch_tile = [&](int64_t i) VAE_FAST_LAMBDA {
+        __builtin_prefetch(xs + i);
+        __builtin_prefetch(means + i);
+      };
+      const X* const next_xs = x[next] + from;
+      const S* const next_means = mean[next] + from;
+      const S* const next_scales = kRow ? nullptr : scale[next] + from;
+      const auto fetch_next = [&](int64_t i) VAE_FAST_LAMBDA {
+        if constexpr (kRow || !has_factors<F>(P)) {
+          __builtin_prefetch(next_xs + i);
+          __builtin_prefetch(next_means + i);
+        }
+        if constexpr (!kRow) __builtin_prefetch(next_scales + i);
+      };
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
       S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{}, kept{};
@@ -43,16 +54,15 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
         if constexpr (!std::is_same_v<X, uint8_t>) return at.load(xs);
         return at.load(xs) * constants.mul + constants.add;
       };
-      const auto body = [&](auto past_caches, auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
+      const auto body = [&](auto past, auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
         const auto store = [&](S* p, F v) VAE_FAST_LAMBDA {
-          if (past_caches) {
+          if (past) {
             at.stream(p, v);
           } else {
             at.store(p, v);
           }
         };
-        __builtin_prefetch(next_means + at.i);
-        if constexpr (!kRow) __builtin_prefetch(next_scales + at.i);
+        fetch_next(at.i);
         const Element<F, family> e(datum(at), at.load(means), s, constants);
         values += at.keep(e.value);
         if constexpr (kMasked) kept += at.keep(splat<F>(T(1)));
@@ -68,21 +78,22 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
           }
         }
       };
-      const auto run_as = [&](auto past_caches, const auto& each) VAE_FAST_LAMBDA {
+      const auto run_as = [&](auto past, const auto& each) VAE_FAST_LAMBDA {
         if constexpr (kRow) {
           const F s = splat<F>(*row_scale[row]);
           const Scale<F, P> shared(s);
           each(count, [&](auto at) VAE_FAST_LAMBDA {
-            body(past_caches, at, shared, Unbounded<F>{s});
+            body(past, at, shared, Unbounded<F>{s});
           });
         } else {
           const auto run_row = [&](int64_t, const auto& each_scale) VAE_FAST_LAMBDA {
             each_scale([&](auto at, const auto& s, const auto& raw) VAE_FAST_LAMBDA {
-              body(past_caches, at, s, raw);
+              body(past, at, s, raw);
             });
           };
           const auto run_within = [&](const auto& bound) VAE_FAST_LAMBDA {
-            for_scales<F, P, kFactor>(1, count, Rows<const S>{scales, count}, bound, run_row, each);
+            for_scales<F, P, kFactor>(1, count, Rows<const S>{scales, count}, bound, run_row, each,
+                                      fetch_tile);
           };
           if constexpr (kScale == ScaleKind::bounded) {
             run_within([&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); });
@@ -94,9 +105,9 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       const auto run = [&](const auto& each) VAE_FAST_LAMBDA {
         if constexpr (kGradient && family == Family::gaussian && kScale == ScaleKind::each) {
           // The most used loop has no test in every vector; two of each would take long to compile.
-          memory.past_caches ? run_as(std::true_type{}, each) : run_as(std::false_type{}, each);
+          past_caches ? run_as(std::true_type{}, each) : run_as(std::false_type{}, each);
         } else {
-          run_as(memory.past_caches, each);
+          run_as(past_caches, each);
         }
       };
       if constexpr (kMasked) {
