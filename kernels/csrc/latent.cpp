@@ -109,7 +109,8 @@ struct Latent {
     });
   }
 
-  // Calls fn(k, eps) for every sample k of a tile, with its noise; ahead_of(k) is what fn will want.
+  // Calls fn(k, eps) for every sample k of a tile, with its noise; ahead_of(k) is what fn will
+  // want for k, the first of the samples whose noise is made at once.
   template <class AheadOf, class Fn>
   void for_samples(int64_t b, int64_t rows, int64_t begin, const AheadOf& ahead_of,
                    const Fn& fn) const {

@@ -29,7 +29,9 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       const S* const means = mean[row] + begin;
       const S* const scales = kRow ? nullptr : scale[row] + begin;
       // Processors fetch by themselves what lies one behind the other, but stop where pages end, which a
-      // tile of each tensor about fills, and look no further ahead than a few vectors of this loop.
+      // tile of each tensor about fills, and look no further ahead than a few vectors of this loop. So
+      // the loop that computes a tile's factors, which reads nothing else, fetches the rest of the tile;
+      // and the loop over elements the next tile's scales, or all of it if nothing has factors.
       const bool same_row = begin + kTile < n;
       const int64_t next = same_row ? row : std::min(row + 1, rows - 1);
       const int64_t from = same_row ? begin + kTile : 0;
