@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 
 import torch
 from cases import BOTH, CASES, FORWARD, Size
-from measure import Clock, has_graph, peak_bytes, race, saved_bytes
+from measure import Clock, has_graph, memory, race
 from peers import IMPLEMENTATIONS, OPTIONS, RANDN
 from saved import INPLACE
 
@@ -104,12 +104,12 @@ def measured(group, phase, dtype, size, names, device, budget):
 
     def others(name, median, bandwidth):
         moved = case.bytes_moved(phase)
+        case.reset()
         return {
             "bytes": moved,
             "share": moved / median / bandwidth,
             "replayed": replayed.get(name),
-            "peak": None if name in closed else peak_bytes(steps[name], case.reset, device),
-            "saved": saved_bytes(steps[name], case.reset, lambda: case.inputs),
+            **memory(steps[name], case.inputs, device, name in closed),
         }
 
     checks = {name: partial(check, step) for name, step in steps.items()}

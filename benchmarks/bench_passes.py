@@ -118,7 +118,8 @@ def measured(phase, dtype, size, device, budget):
     checks = {COPY: lambda: None, OURS: checked}
 
     def others(name, median, bandwidth):
-        peak = peak_bytes(steps[name], case.reset, device)
+        case.reset()
+        peak = peak_bytes(steps[name], device)
         facts = {"bytes": moved, "share": moved / median / bandwidth}
         return {**facts, "replayed": None, "peak": peak, "saved": None}
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import torch
 from cases import close
-from measure import Clock, Wrong, has_graph, peak_bytes, race, saved_bytes
+from measure import Clock, Wrong, has_graph, memory, race
 from peers import MODES, RANDN, eager_latent, eager_likelihood
 from saved import COMPILED, GRAPHS, INPLACE, OURS
 
@@ -213,10 +213,11 @@ def measured(dtype, model, names, device, budget):
 
     def others(name, median, bandwidth):
         step, closed = steps[name], has_graph(name, device)
+        outside = None if closed else outside_products(step, device)
+        step.optimizer.zero_grad()
         return {
-            "outside": None if closed else outside_products(step, device),
-            "peak": None if closed else peak_bytes(step, step.optimizer.zero_grad, device),
-            "saved": saved_bytes(step, lambda: None, lambda: [step.x, *step.vae.parameters()]),
+            "outside": outside,
+            **memory(step, [step.x, *step.vae.parameters()], device, closed),
         }
 
     checks = {name: step.check for name, step in steps.items()}

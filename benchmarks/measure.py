@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from saved import is_ours
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import vae_fast
@@ -25,6 +26,7 @@ from vae_fast import buffers
 TURNS = 5  # of each implementation, so that whatever else the machine does slows all of them
 WARM_UP = 2  # steps at the start of a turn that are not timed
 MOST = 100  # timed steps in a turn
+FAR = 3  # times the best peer's time: a peer that takes more, and longer than a turn, has only one
 
 Step = Callable[[], object]
 
@@ -52,8 +54,6 @@ class Clock:
             self.wait()
             once = time.perf_counter() - first
             del results
-            if once > TURNS * budget:  # more than all turns should take: this one counts
-                return [once], [once]
             if once > budget:  # whoever takes this long has nothing left to warm up
                 break
         seconds, host, events = [], [], []
@@ -176,7 +176,8 @@ def race(
         steps: by the names of the implementations.
         checks: what raises Wrong unless the step's results are right.
         clock: what times them.
-        budget: seconds to time each step for, in all its turns; 0 to check alone.
+        budget: seconds to time each step for, in all its turns; 0 to check alone. A peer that takes
+            longer than one turn is meant to, and FAR times as long as another, has no further one.
         others: further facts of a step, from its name, its median, and the bandwidth of copies that
             took turns with the steps, since other users of a machine have a part of it.
     """
@@ -197,10 +198,15 @@ def race(
         facts = others(name, median, bandwidth)
         results[name] = {"turns": seconds, "host": min(map(min, host)), **facts}
 
+    going = right
     for _ in range(TURNS):
-        for name in right:
+        for name in going:
             results[name] = results[name] or verdict(partial(take_turn, name)) or {}
         copies += Clock(clock.device).turn(copy, budget / TURNS)[0]
+        peers = [name for name in going if turns[name] and not is_ours(name)]
+        first = {name: min(turns[name][0][0]) for name in peers}
+        limit = max(budget / TURNS, FAR * min(first.values(), default=0.0))
+        going = [name for name in going if first.get(name, 0.0) <= limit]
     bandwidth = copy.bandwidth(copies)
     del copy
     for name in right:
@@ -209,9 +215,8 @@ def race(
     return results
 
 
-def peak_bytes(step: Step, reset: Callable[[], None], device: str) -> int:
+def peak_bytes(step: Step, device: str) -> int:
     """The most memory that PyTorch's allocator held for a step at once, beyond its inputs."""
-    reset()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -231,10 +236,11 @@ def peak_bytes(step: Step, reset: Callable[[], None], device: str) -> int:
     return peak
 
 
-def saved_bytes(step: Step, reset: Callable[[], None], inputs: Callable[[], list]) -> int:
-    """Memory kept from the forward pass for the backward pass, beyond what ``inputs`` returns."""
-    reset()
-    own = {t.untyped_storage().data_ptr() for t in inputs()}
+def memory(step: Step, inputs: list, device: str, closed: bool) -> dict[str, int | None]:
+    """``peak``, see :func:`peak_bytes`, None if ``closed``: nothing can look into the step; and
+    ``saved``, bytes kept from the forward pass for the backward pass, beyond ``inputs``.
+    """
+    own = {t.untyped_storage().data_ptr() for t in inputs}
     saved: dict[int, int] = {}
 
     def pack(t):
@@ -243,9 +249,13 @@ def saved_bytes(step: Step, reset: Callable[[], None], inputs: Callable[[], list
             saved[storage.data_ptr()] = storage.nbytes()
         return t
 
+    peak = None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step()
-    return sum(saved.values())
+        if closed:
+            step()
+        else:
+            peak = peak_bytes(step, device)
+    return {"peak": peak, "saved": sum(saved.values())}
 
 
 @functools.cache

@@ -57,6 +57,9 @@ on a CPU where more is read than written, or written in place or past the caches
 reads the lines that it writes over. *Saved* is what is kept from the forward to the backward pass
 beyond the loss's inputs, *peak* what is held beyond them at once.
 """
+ONE_TURN = """\
+Peers that took longer than a turn is meant to, and three times as long as the best, had only one.
+"""
 
 
 def duration(seconds: float) -> str:
@@ -138,7 +141,8 @@ def report(machine: dict, groups: list[Group], wrong: Iterable[dict[str, str]] =
     """The Markdown page."""
     by_loss = {of: [g for g in groups if g.of == of] for of in TITLES}
     by_loss = {of: found for of, found in by_loss.items() if found}
-    parts = [f"# Benchmarks: {name(machine)}", PREFACE]
+    one_turn = any(len(row["turns"]) == 1 for group in groups for row in group.rows.values())
+    parts = [f"# Benchmarks: {name(machine)}", PREFACE + ONE_TURN * one_turn]
     parts.append(table(("machine", ""), ((str(k), str(v)) for k, v in machine.items())))
     for picture in PICTURES:
         if drawn(groups, picture):

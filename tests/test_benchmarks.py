@@ -166,19 +166,47 @@ def test_a_wrong_result_is_not_timed():
     assert (results["right"]["name"], results["right"]["positive"]) == ("right", True)
 
 
-def test_a_step_that_takes_longer_than_all_turns_should_is_run_once_in_each(monkeypatch):
-    now, calls = [0.0], []
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Makes steps that take so many seconds, by a clock of their own, and count their calls."""
+    now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
-    def step():
-        calls.append(None)
-        now[0] += 2.0
+    def make(seconds):
+        def step():
+            step.calls += 1
+            now[0] += seconds
 
-    assert measure.Clock("cpu").turn(step, 1.9 / measure.TURNS) == ([2.0], [2.0])
-    assert len(calls) == 1
-    calls.clear()
+        step.calls = 0
+        return step
+
+    return make
+
+
+def test_a_step_that_takes_longer_than_its_turn_is_timed_once(slow_steps):
+    step = slow_steps(2.0)
     assert measure.Clock("cpu").turn(step, 1.9) == ([2.0], [2.0])
-    assert len(calls) == 2  # the first is a warm-up
+    assert step.calls == 2  # the first is a warm-up
+    assert measure.Clock("cpu").turn(step, 5.0) == ([2.0, 2.0], [2.0, 2.0])
+    assert step.calls == 2 + measure.WARM_UP + 2
+
+
+def test_a_peer_that_is_slow_and_far_behind_has_one_turn(slow_steps, monkeypatch):
+    copy = slow_steps(1.0)
+    copy.bandwidth = lambda seconds: 1.0
+    monkeypatch.setattr(measure, "Copy", lambda device: copy)
+
+    def turns(budget):
+        seconds = {"best": 1.0, "near": 2.9, "far": 3.1, "vae_fast": 0.1}
+        steps = {name: slow_steps(each) for name, each in seconds.items()}
+        checks = dict.fromkeys(steps, lambda: None)
+        others = lambda name, median, bandwidth: {"median": median}  # noqa: E731
+        results = measure.race(steps, checks, measure.Clock("cpu"), budget, others)
+        assert results["far"]["median"] == pytest.approx(3.1)
+        return {name: len(facts["turns"]) for name, facts in results.items()}
+
+    assert turns(3.0 * measure.TURNS) == dict.fromkeys(turns(1e3), measure.TURNS) | {"far": 1}
+    assert set(turns(3.2 * measure.TURNS).values()) == {measure.TURNS}
 
 
 def test_who_goes_wrong_while_it_is_timed_is_found_out():
