@@ -54,9 +54,9 @@ def test_tables_have_as_many_cells_in_every_row():
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 9
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(9))
 def test_snippet_runs(index):
     exec(compile(SNIPPETS[index], f"options.md[{index}]", "exec"), {})
