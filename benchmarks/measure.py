@@ -54,7 +54,7 @@ class Clock:
             self.wait()
             once = time.perf_counter() - first
             del results
-            if once > budget:  # whoever takes this long has nothing left to warm up
+            if once > budget / 10:  # whoever takes this long has nothing left to warm up
                 break
         seconds, host, events = [], [], []
         for _ in range(max(1, min(MOST, int(budget / once)))):

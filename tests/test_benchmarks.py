@@ -188,7 +188,9 @@ def test_a_step_that_takes_longer_than_its_turn_is_timed_once(slow_steps):
     assert measure.Clock("cpu").turn(step, 1.9) == ([2.0], [2.0])
     assert step.calls == 2  # the first is a warm-up
     assert measure.Clock("cpu").turn(step, 5.0) == ([2.0, 2.0], [2.0, 2.0])
-    assert step.calls == 2 + measure.WARM_UP + 2
+    assert step.calls == 2 + 1 + 2
+    assert measure.Clock("cpu").turn(step, 40.0) == ([2.0] * 20, [2.0] * 20)
+    assert step.calls == 5 + measure.WARM_UP + 20
 
 
 def test_a_peer_that_is_slow_and_far_behind_has_one_turn(slow_steps, monkeypatch):
