@@ -2,11 +2,13 @@
 
     python -m benchmarks.compare before.json after.json
 
-A row's time is taken relative to the peers' of its group in the same run, since a shared machine is
-slower at one time than at another for all of them. Noise is how far the medians of a row's turns
-lie apart in either run, and the peers' changes from one another; and of a row that changed, the
-turns of one run are all above those of the other. Exits with 1 if a row of ours got slower, or is
-missing from a group that the second run has.
+A row's time is taken relative to the peers' of its group in the same run, and to that of the copies
+which took turns with them, since a shared machine is slower at one time than at another for all of
+them. Peers alone would not do: what page faults cost them differs from run to run. Noise is how far
+the medians of a row's turns lie apart in either run, and the peers' changes from one another. A row
+changed if it did so beyond noise by both measures, and by both the turns of one run are all above
+those of the other. Exits with 1 if a row of ours got slower, or is missing from a group that the
+second run has.
 """
 
 from __future__ import annotations
@@ -42,6 +44,19 @@ def drift(before: Group, after: Group) -> tuple[float, float]:
     return middle, statistics.median(abs(ratio - middle) for ratio in ratios) / middle
 
 
+def copy_seconds(group: Group) -> float | None:
+    """What a copied byte took while the group ran; None if no row of it says."""
+    for facts in group.rows.values():
+        if facts.get("share"):
+            return facts["median"] * facts["share"] / facts["bytes"]
+    return None
+
+
+def side(before: list[float], after: list[float]) -> int:
+    """1 if every turn after was above every one before, −1 if below, 0 if neither."""
+    return (min(after) > max(before)) - (max(after) < min(before))
+
+
 @dataclass(frozen=True)
 class Change:
     """A row of ours in two runs."""
@@ -51,14 +66,14 @@ class Change:
     before: float  #: seconds
     ratio: float  #: of the seconds after, if the machine were as fast, to those before
     noise: float  #: share
-    apart: bool  #: whether every turn of one run was above every one of the other
+    sides: set[int]  #: on which the turns after are of those before, by each measure
 
     @property
     def verdict(self) -> str:
         beyond = 1 + max(LEAST, self.noise)
-        if not self.apart or 1 / beyond <= self.ratio <= beyond:
-            return ""
-        return "slower" if self.ratio > 1 else "faster"
+        if self.sides == {1} and self.ratio > beyond:
+            return "slower"
+        return "faster" if self.sides == {-1} and self.ratio < 1 / beyond else ""
 
 
 def changes(before: list[Group], after: list[Group]) -> tuple[list[Change], list[str]]:
@@ -75,10 +90,12 @@ def changes(before: list[Group], after: list[Group]) -> tuple[list[Change], list
             a, b = old.rows[name], group.rows[name]
             slower, uncertain = drift(old, group)
             noise = 3 * 1.4826 * math.hypot(spread(a), spread(b), uncertain)
-            turns = [turn / slower for turn in b["turns"]]
-            apart = min(turns) > max(a["turns"]) or max(turns) < min(a["turns"])
-            ratio = b["median"] / a["median"] / slower
-            found.append(Change(row, name, a["median"], ratio, noise, apart))
+            copies = copy_seconds(old), copy_seconds(group)
+            machine = [slower, *([copies[1] / copies[0]] if None not in copies else [])]
+            ratios = [b["median"] / a["median"] / by for by in machine]
+            ratio = min(ratios, key=lambda r: abs(math.log(r)))
+            sides = {side(a["turns"], [turn / by for turn in b["turns"]]) for by in machine}
+            found.append(Change(row, name, a["median"], ratio, noise, sides))
     return found, missing
 
 

@@ -233,8 +233,10 @@ def test_a_bernoulli_likelihood_has_no_scale_to_move():
 # ---- reports and comparisons -------------------------------------------------------------------
 
 
-def a_run(path, times, jitter=0.01):
-    """What pytest-benchmark would have written: for each group a median for each implementation."""
+def a_run(path, times, jitter=0.01, copy=None):
+    """What pytest-benchmark would have written: for each group a median for each implementation;
+    ``copy``: seconds that a copied byte took.
+    """
     benchmarks = []
     for group, medians in times.items():
         of, phase, dtype, *size = group.split()
@@ -242,7 +244,8 @@ def a_run(path, times, jitter=0.01):
             facts = dict(implementation=implementation, of=of, phase=phase, dtype=dtype)
             facts |= dict(size=" ".join(size), host=median, peak=2000000, saved=1000)
             facts |= dict(turns=[median * (1 + jitter * i) for i in (-1, 0, 1)])
-            facts |= {"outside": 0.25} if of == "train_step" else {"bytes": 500, "share": 0.5}
+            share = 500 * copy / median if copy else 0.5
+            facts |= {"outside": 0.25} if of == "train_step" else {"bytes": 500, "share": share}
             row = {"group": group, "stats": {"median": median, "data": [0.0]}, "name": "x"}
             benchmarks.append(row | {"extra_info": facts})
     machine = {"processor": "Some(R) CPU", "threads": 2, "torch": "2.13.0"}
@@ -293,8 +296,9 @@ def test_a_ratio_that_turns_disagree_on_has_a_tilde(tmp_path):
     assert report.ratio(group, "vae_fast inplace") == "0.91×"
 
 
-def compared(tmp_path, before, after, monkeypatch, capsys):
-    files = [a_run(tmp_path / "a.json", before), a_run(tmp_path / "b.json", after)]
+def compared(tmp_path, before, after, monkeypatch, capsys, copy=None):
+    files = a_run(tmp_path / "a.json", before, copy=copy and 1e-6), tmp_path / "b.json"
+    a_run(files[1], after, copy=copy)
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
     code = compare.main()
     return code, capsys.readouterr().out
@@ -409,6 +413,18 @@ def test_comparing_forgives_a_slower_machine_and_noise(tmp_path, monkeypatch, ca
     for after in (changed(1.5), changed(1.04, "vae_fast")):
         code, printed = compared(tmp_path, TIMES, after, monkeypatch, capsys)
         assert (code, printed) == (0, "4 rows, 0 slower\n")
+
+
+def test_comparing_wants_peers_and_copies_to_agree(tmp_path, monkeypatch, capsys):
+    times = {ELBO: TIMES[ELBO]}
+    slower = {ELBO: {n: t * (1.3 if "vae" in n else 1.0) for n, t in times[ELBO].items()}}
+    for copy, found in ((1e-6, 2), (1.2e-6, 2), (1.3e-6, 0), (1.5e-6, 0)):
+        _, printed = compared(tmp_path, times, slower, monkeypatch, capsys, copy)
+        assert printed.count("slower  ") == found, copy
+        assert printed.count(f"slower   {1.3e-6 / copy:.2f}x") == found
+    luck = {ELBO: {n: t * (1.0 if "vae" in n else 0.7) for n, t in times[ELBO].items()}}
+    _, printed = compared(tmp_path, times, luck, monkeypatch, capsys, copy=1e-6)
+    assert printed == "2 rows, 0 slower\n"
 
 
 def test_the_readme_shows_the_stored_runs():
