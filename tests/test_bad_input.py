@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal
 
 import vae_fast
 
@@ -179,6 +180,7 @@ MODULE = [
     (dict(capacity=t(2)), ValueError, "capacity must be a float or a 0-dim tensor"),
     (dict(beta=torch.nn.Parameter(t())), TypeError, "beta must be .* got a Parameter"),
     (dict(beta=None, objective="iwae"), TypeError, "beta must be a float or .* got NoneType"),
+    (dict(beta=float("nan")), ValueError, "beta must be finite, got nan"),
     (dict(capacity=torch.nn.Parameter(t())), TypeError, "capacity must be .* got a Parameter"),
     (dict(likelihood_scale=[1.0]), TypeError, "likelihood_scale must be a number, got list"),
     (dict(likelihood_scale=float("nan")), ValueError, "likelihood_scale must be finite, got nan"),
@@ -189,6 +191,8 @@ MODULE = [
     ),
     (dict(estimator="stl", kl="analytic"), ValueError, 'estimator="stl" needs kl="monte_carlo"'),
     (dict(prior=3), TypeError, "prior must be a pair of tensors"),
+    (dict(prior=(t(3),) * 3), TypeError, r"prior must be a pair of tensors .* got tuple of 3"),
+    (dict(prior=Normal(t(3), 1.0)), TypeError, "prior must be .* got Normal: pass its log_prob"),
     (dict(prior=(t(3), 1.0)), TypeError, "prior's scale must be a torch.Tensor"),
     (dict(prior=lambda z: z, kl="analytic"), ValueError, "needs a Gaussian prior"),
     (dict(prior_param="x"), ValueError, "prior_param must be one of"),
@@ -326,13 +330,47 @@ def test_decoder_output(output, backend):
         vae_fast.FusedELBO()(t(4, 6).to(backend), mu, mu, lambda z: output)
 
 
+def test_validate_is_a_switch_and_a_context():
+    x, broken = t(4, 6), torch.full((4, 6), torch.nan)
+    with vae_fast.validate():
+        with vae_fast.validate(False):
+            vae_fast.gaussian_nll(x, broken, x)
+        with pytest.raises(ValueError, match="mean must be finite"):
+            vae_fast.gaussian_nll(x, broken, x)
+    vae_fast.gaussian_nll(x, broken, x)
+    context = vae_fast.validate(True)
+    with context, pytest.raises(ValueError, match="mean must be finite"):
+        vae_fast.gaussian_nll(x, broken, x)
+    vae_fast.gaussian_nll(x, broken, x)
+
+
+@pytest.mark.parametrize("key", [1234, torch.Generator()])
+def test_what_is_no_key_is_told_how_to_make_one(key):
+    with pytest.raises(TypeError, match=r"key must be a torch.Tensor, got .*noise\.make_key"):
+        vae_fast.reparameterize(t(4, 3), t(4, 3), key=key)
+
+
+def test_what_is_no_generator_is_named():
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got int"):
+        vae_fast.reparameterize(t(4, 3), t(4, 3), generator=3)
+
+
+def test_of_two_tensors_the_other_one_is_named():
+    with pytest.raises(TypeError, match="mean is float32, but x is float64: float64 does not mix"):
+        vae_fast.gaussian_nll(t(4, 6).double(), t(4, 6), t(4, 6))
+
+
+def test_a_latent_of_other_rows_than_x_is_traced_to_mu():
+    with pytest.raises(ValueError, match=r"B = 4 rows of x .* got \(8,\).* rows of mu"):
+        vae_fast.FusedELBO()(t(4, 6), t(8, 3), t(8, 3), lambda z: (t(8, 6), t(8, 6)))
+
+
 def test_values_are_checked_on_request(backend):
     x = t(4, 6).to(backend)
     broken = x.clone()
     broken[1, 2] = torch.nan
     vae_fast.gaussian_nll(x, broken, x)
-    vae_fast.validate(True)
-    try:
+    with vae_fast.validate():
         with pytest.raises(ValueError, match="mean must be finite, but 1 elements are not"):
             vae_fast.gaussian_nll(x, broken, x)
         with pytest.raises(ValueError, match="scale must be finite and positive"):
@@ -341,8 +379,6 @@ def test_values_are_checked_on_request(backend):
             vae_fast.reparameterize(broken, x)
         # What the mask hides is not looked at.
         vae_fast.gaussian_nll(x, broken, x, mask=torch.isfinite(broken))
-    finally:
-        vae_fast.validate(False)
 
 
 def test_scales_are_checked_as_the_pass_takes_them(backend):
@@ -350,8 +386,7 @@ def test_scales_are_checked_as_the_pass_takes_them(backend):
     x, wrong = t(4, 6).to(backend), torch.cat([t(4, 6), t(4, 6) - 1], 1).to(backend)
     mu, s = t(4, 3).to(backend), t(4, 3).to(backend) - 1
     elbo = vae_fast.FusedELBO(likelihood_param="std")
-    vae_fast.validate(True)
-    try:
+    with vae_fast.validate():
         for refused in (
             lambda: vae_fast.gaussian_nll(x, wrong, None, "var"),
             lambda: vae_fast.gaussian_nll(x, wrong, None, "var", clamp=(-2.0, 1.0)),
@@ -368,16 +403,13 @@ def test_scales_are_checked_as_the_pass_takes_them(backend):
             vae_fast.gaussian_nll(x, wrong, None, "std", **bounds)
             vae_fast.reparameterize(mu, s, "var", **bounds)
             vae_fast.gaussian_kl(mu, s, None, "std", **bounds)
-    finally:
-        vae_fast.validate(False)
 
 
 def test_bernoulli_data_are_probabilities(backend):
     x, mask = torch.rand(4, 6, device=backend), torch.ones(4, 6, device=backend, dtype=torch.bool)
     levels = torch.full((4, 6), 255, dtype=torch.uint8, device=backend)
     nll = functools.partial(vae_fast.likelihood_nll, likelihood="bernoulli")
-    vae_fast.validate(True)
-    try:
+    with vae_fast.validate():
         for data, options in ((x, {}), (levels, {}), (levels // 255, {"x_scale": (1, 0)})):
             assert nll(data, x, **options).shape == (4,)
         x[1, 2], x[3, 4] = -0.01, 1.01
@@ -386,8 +418,6 @@ def test_bernoulli_data_are_probabilities(backend):
                 nll(data, data.float(), **options)
         mask[1, 2] = mask[3, 4] = False
         nll(x, x, mask=mask)
-    finally:
-        vae_fast.validate(False)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -410,8 +440,7 @@ def test_values_under_a_mask_are_not_checked(scale, samples, backend):
         raw[:, 2:3] = torch.nan
     log_q = torch.zeros((samples, 4) if samples > 1 else 4, device=backend)
     arguments = x, mean, None if scale == "packed" else raw, log_q
-    vae_fast.validate(True)
-    try:
+    with vae_fast.validate():
         vae_fast.fused_elbo(*arguments, mask=mask)
         mean[0, 0] = torch.nan
         with pytest.raises(ValueError, match="mean must be finite, but 1 elements are not"):
@@ -420,16 +449,13 @@ def test_values_under_a_mask_are_not_checked(scale, samples, backend):
         log_q.view(-1)[0] = torch.inf
         with pytest.raises(ValueError, match="log_q must be finite"):
             vae_fast.fused_elbo(*arguments, mask=mask)
-    finally:
-        vae_fast.validate(False)
 
 
 def test_terms_and_priors_are_checked_on_request(backend):
     mu, bad = t(4, 3).to(backend), torch.full((4, 3), torch.nan, device=backend)
     weight = torch.full((4,), torch.inf, device=backend)
     elbo = vae_fast.FusedELBO()
-    vae_fast.validate(True)
-    try:
+    with vae_fast.validate():
         with pytest.raises(ValueError, match="nll must be finite"):
             vae_fast.importance_bound(bad, mu)
         with pytest.raises(ValueError, match="log_p must be finite"):
@@ -443,8 +469,6 @@ def test_terms_and_priors_are_checked_on_request(backend):
         for prior, what in (((bad, mu), "mu must be finite"), ((mu, -mu), "scale must be finite")):
             with pytest.raises(ValueError, match=f"prior's {what}"):
                 vae_fast.FusedELBO(prior=prior, prior_param="std")(mu, mu, mu, lambda z: (z, z))
-    finally:
-        vae_fast.validate(False)
 
 
 def test_a_decoder_that_returns_too_few_rows(backend):

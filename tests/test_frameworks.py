@@ -195,9 +195,9 @@ GUIDE = (EXAMPLES.parent / "training.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
 
 
-@pytest.mark.parametrize("index", [*range(5), pytest.param(5, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("index", [*range(6), pytest.param(6, marks=pytest.mark.gpu)])
 def test_the_guides_snippets_run(index):
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     if "cuda" in SNIPPETS[index] and not torch.cuda.is_available():
         pytest.skip("no GPU")
     scope = {}

@@ -337,6 +337,20 @@ def test_uint8_data_are_scaled_for_the_encoder_and_given_to_the_loss_as_they_are
     assert half(levels).z.dtype == half.reconstruct(levels).dtype == torch.bfloat16
 
 
+def test_options_of_the_loss_are_set_on_the_loss():
+    vae = small()
+    for name, value in dict(beta=2.0, free_bits=0.1, likelihood_clamp=None).items():
+        with pytest.raises(AttributeError, match=rf"{name} is an option .* set vae\.elbo\.{name}"):
+            setattr(vae, name, value)
+    vae.elbo.beta = 2.0
+    vae.note = "anything else"
+
+    class Mine(vae_fast.VAE):
+        pass
+
+    Mine(torch.nn.Identity(), torch.nn.Identity(), 2).beta = 2.0  # it may mean what it likes
+
+
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_dequantization_is_part_of_the_loss_and_of_its_key(dequantize):
     vae = small("full", dequantize=dequantize)
@@ -757,6 +771,24 @@ def test_log_likelihood_decodes_exactly_the_samples_asked_for_a_chunk_at_a_time(
     z, log_q, log_p = vae_fast.reparameterize(mu, scale, num_samples=1, key=KEY)
     log_x = Normal(vae.decoder(z[0]), 0.4).log_prob(x).sum(1)
     torch.testing.assert_close(vae.log_likelihood(x, 1, key=KEY), (log_x + log_p - log_q)[0])
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_log_likelihood_of_a_split_batch_is_that_of_the_whole(levels):
+    options = dict(x_scale=(0.5, -64.0), dequantize=True) if levels else {}
+    vae, marginal = linear_gaussian(**options)
+    x, mask = marginal.sample((5,)), torch.rand(5, 5) < 0.8
+    if levels:
+        x = ((x + 64) / 0.5).floor().to(torch.uint8)
+    whole = vae.log_likelihood(x, 7, 3, key=KEY, mask=mask)
+    parts = [
+        vae.log_likelihood(x[a:b], 7, 3, key=KEY, mask=mask[a:b], first_row=a)
+        for a, b in ((0, 2), (2, 5))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
+    # Equal rows have noise of their own.
+    same = vae.log_likelihood(x[:1].expand(4, -1), 7, 3, key=KEY)
+    assert len(same.unique()) == 4
 
 
 def test_log_likelihood_is_the_sum_over_chunks_of_their_weights():

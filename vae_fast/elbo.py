@@ -217,6 +217,8 @@ class FusedELBO(nn.Module):
             )
         if name == "beta" and not isinstance(value, (int, float, Tensor)):
             raise TypeError(f"beta must be a float or a 0-dim tensor, got {type(value).__name__}")
+        if name == "beta" and not (isinstance(value, Tensor) or math.isfinite(value)):
+            raise ValueError(f"beta must be finite, got {value}")
         if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, str):
             with contextlib.suppress(TypeError, ValueError):  # which the checks explain
                 # Which nobody changes unseen, and which a file can hold.
@@ -235,6 +237,11 @@ class FusedELBO(nn.Module):
         """A Gaussian's tensors become parameters or buffers, a module a submodule."""
         named: dict[str, Tensor] = {}
         if prior is not None and not callable(prior):
+            if hasattr(prior, "log_prob"):
+                raise TypeError(
+                    "prior must be a pair of tensors (mu, scale) or a callable, got "
+                    f"{type(prior).__name__}: pass its log_prob, if that is one number per z"
+                )
             pair = functional._check_pair("prior", prior)
             named = dict(zip(_PRIOR_TENSORS, pair, strict=True))
         for name, tensor in named.items():
@@ -679,9 +686,10 @@ def _mean_and_scale(output: object) -> tuple[Tensor, Tensor | float | None]:
     if isinstance(output, (tuple, list)) and len(output) == 2:
         packed = _packed(output[0], output[1])
         return (output[0], output[1]) if packed is None else (packed, None)
+    many = f" of {len(output)}" if isinstance(output, (tuple, list)) else ""
     raise TypeError(
         "decoder must return (mean, scale), or one tensor packed along dimension 1; got "
-        f"{type(output).__name__}"
+        f"{type(output).__name__}{many}"
     )
 
 

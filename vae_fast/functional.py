@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +37,29 @@ _UNCLAMPED = (-math.inf, math.inf)
 _validate = False
 
 
-def validate(enabled: bool = True) -> None:
-    """Turn checks of tensor *values* on or off; they are off by default.
+def validate(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Turn checks of tensor *values* on or off, in all threads; they are off by default.
 
     When on, NaN and infinite values of data, of the parameters of distributions and of the terms of
     a loss, standard deviations and variances that are not positive within their bounds, and data of
     a Bernoulli likelihood outside of [0, 1] raise a ``ValueError`` that names the argument. What a
     mask hides may hold anything. Each check waits for the device.
+
+    Returns:
+        A context manager, for who wants it: at the end of ``with validate():`` all is as before.
     """
     global _validate
-    _validate = bool(enabled)
+    before, _validate = _validate, bool(enabled)
+    return _restore_validate(before)
+
+
+@contextlib.contextmanager
+def _restore_validate(before: bool) -> Iterator[None]:
+    global _validate
+    try:
+        yield
+    finally:
+        _validate = before
 
 
 def reparameterize(
@@ -722,7 +736,13 @@ def _is_plain(dequantize: object) -> bool:
 # ---- argument checks -----------------------------------------------------------------------
 
 
-def _check_tensor(name: str, t: object, like: Tensor | None = None, also: str = "") -> None:
+def _check_tensor(
+    name: str,
+    t: object,
+    like: Tensor | None = None,
+    also: str = "",
+    others: str = "the other tensors are",
+) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in _DTYPES:
@@ -734,10 +754,10 @@ def _check_tensor(name: str, t: object, like: Tensor | None = None, also: str = 
     if like is None:
         return
     if t.device != like.device:
-        raise ValueError(f"{name} is on {t.device}, but the other tensors are on {like.device}")
+        raise ValueError(f"{name} is on {t.device}, but {others} on {like.device}")
     if t.dtype != like.dtype and torch.float64 in (t.dtype, like.dtype):
         raise TypeError(
-            f"{name} is {t.dtype}, but the other tensors are {like.dtype}: float64 does not mix "
+            f"{name} is {t.dtype}, but {others} {like.dtype}: float64 does not mix "
             "with other dtypes".replace("torch.", "")
         )
 
@@ -868,7 +888,10 @@ def _check_x_scale(x_scale: object) -> tuple[float, float]:
 
 def _check_pair(name: str, pair: object) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"{name} must be a pair of tensors (mu, scale), got {type(pair).__name__}")
+        many = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        raise TypeError(
+            f"{name} must be a pair of tensors (mu, scale), got {type(pair).__name__}{many}"
+        )
     return pair[0], pair[1]
 
 
@@ -930,7 +953,7 @@ def _check_likelihood(
     stored = isinstance(x, Tensor) and x.dtype == torch.uint8 and x.layout == torch.strided
     if not stored:
         _check_tensor("x", x, also="uint8")
-    _check_tensor("mean", mean, like=None if stored else x)
+    _check_tensor("mean", mean, like=None if stored else x, others="x is")
     if mean.device != x.device:
         raise ValueError(f"mean is on {mean.device}, but the other tensors are on {x.device}")
     _check_batched("x", x)
@@ -1013,7 +1036,8 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
     if not rows or t.shape[-1:] != x.shape[:1] or t.numel() != mean.shape[0]:
         raise ValueError(
             f"{name} must have shape (B,) or (K, B) with B = {x.shape[0]} rows of x and K·B = "
-            f"{mean.shape[0]} rows of mean; got {tuple(t.shape)}"
+            f"{mean.shape[0]} rows of mean; got {tuple(t.shape)}. (A module's {name} has the rows "
+            "of mu.)"
         )
 
 

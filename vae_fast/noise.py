@@ -44,8 +44,11 @@ def make_key(
     Returns:
         A ``uint64`` tensor of shape ``(2,)``: (seed, offset).
     """
-    if device is None and generator is not None:
-        device = generator.device
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            got = type(generator).__name__
+            raise TypeError(f"generator must be a torch.Generator, got {got}")
+        device = generator.device if device is None else device
     bits = torch.randint(
         -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
     )
@@ -56,7 +59,8 @@ def make_key(
 def check_key(key: object) -> None:
     """Raise if ``key`` is not a ``uint64`` tensor of shape ``(2,)``."""
     if not isinstance(key, Tensor):
-        raise TypeError(f"key must be a torch.Tensor, got {type(key).__name__}")
+        got = type(key).__name__
+        raise TypeError(f"key must be a torch.Tensor, got {got}: vae_fast.noise.make_key makes one")
     if key.dtype != torch.uint64 or key.shape != (2,):
         raise ValueError(
             "key must be a uint64 tensor of shape (2,), (seed, offset); "

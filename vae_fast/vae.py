@@ -110,6 +110,12 @@ class VAE(nn.Module):
             self.elbo.likelihood_clamp = _auto_clamp(self.elbo)
         self._architecture: dict[str, Any] | None = None
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse the loss's options, which would have no effect here."""
+        if name in _OPTIONS and type(self) is VAE:  # other classes may have a use for the names
+            raise AttributeError(f"{name} is an option of the loss: set vae.elbo.{name}")
+        super().__setattr__(name, value)
+
     # ---------------------------------------------------------------- ready-made networks
 
     @classmethod
@@ -408,6 +414,7 @@ class VAE(nn.Module):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
         mask: Tensor | None = None,
+        first_row: int = 0,
     ) -> Tensor:
         """An importance-sampling estimate of log p(x), without a gradient.
 
@@ -424,6 +431,8 @@ class VAE(nn.Module):
             key: ``uint64`` tensor of shape (2,) that fixes the noise for a given chunk size.
             generator: where to draw the key from; the device's default generator if ``None``.
             mask: what of x there is, as in :meth:`forward`; the result is log p of that part.
+            first_row: global index of the batch's first row, as in :meth:`forward`: batches with
+                one key need it, or they all have the same noise.
 
         Returns:
             log p(x) in nats, (B,), fp32 (fp64 for fp64): of the mass of ``"bernoulli"`` and
@@ -457,11 +466,12 @@ class VAE(nn.Module):
                 part,
                 clamp=elbo.posterior_clamp,
                 clamp_mode=elbo.posterior_clamp_mode,
+                first_row=first_row,
             )
             rows = z.flatten(0, 1)
             if prior is not None:
                 log_p = elbo._log_prior(z, rows, prior)
-            nll = self._nll(x, rows, log_q, part, mask)
+            nll = self._nll(x, rows, log_q, part, first_row, mask)
             total = torch.logaddexp(total, torch.logsumexp((log_p - log_q - nll).double(), 0))
         return (total - math.log(num_samples)).to(ops.accumulation_dtype(mu))
 
@@ -646,16 +656,32 @@ class VAE(nn.Module):
         inside = tau * (nn.functional.softplus(first) - nn.functional.softplus(last))
         return (add + inside).to(mean.dtype)
 
-    def _nll(self, x: Tensor, z: Tensor, log_q: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    def _nll(
+        self,
+        x: Tensor,
+        z: Tensor,
+        log_q: Tensor,
+        key: Tensor,
+        first_row: int,
+        mask: Tensor | None,
+    ) -> Tensor:
         """−log p(x|z) of k samples, rows k·B + b of z, (k, B); the key dequantizes."""
-        elbo, rows = self.elbo, log_q
+        elbo, samples = self.elbo, log_q.shape[0]
         mean, scale = elbo._decode(self.decoder(z))
-        if elbo.dequantize:  # every sample has noise of its own
-            if mask is not None:
-                mask = mask.expand(x.shape).repeat(len(log_q), *(1,) * (x.dim() - 1))
-            x = x.repeat(len(log_q), *(1,) * (x.dim() - 1))
-            rows = log_q.flatten()
-        return elbo._nll(x, mean, scale, rows, key, 0, mask).view(log_q.shape)
+        if not elbo.dequantize:
+            return elbo._nll(x, mean, scale, log_q, key, first_row, mask).view(log_q.shape)
+
+        # Every sample has noise of its own. That is the noise of rows: a row's samples follow each
+        # other there, so that they are the same ones in whatever batch the row is.
+        def by_row(t):
+            rows = isinstance(t, Tensor) and t.dim() == mean.dim() and t.shape[0] == mean.shape[0]
+            return t.unflatten(0, log_q.shape).transpose(0, 1).flatten(0, 1) if rows else t
+
+        if mask is not None:
+            mask = mask.expand(x.shape).repeat_interleave(samples, 0)
+        x, scale, mean = x.repeat_interleave(samples, 0), by_row(scale), by_row(mean)
+        nll = elbo._nll(x, mean, scale, log_q.t().flatten(), key, first_row * samples, mask)
+        return nll.view(-1, samples).t()
 
     def _sample_prior(self, n: int, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Draw z, (n, *latent), from the prior."""
