@@ -287,6 +287,21 @@ def test_a_constant_scale_has_no_gradient_to_keep(shortcut):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("negated", ["x", "mean", "scale"])
+def test_inplace_has_no_effect_on_what_is_lazily_negated(negated, shortcut):
+    """Such memory holds the negatives: x*, say, of a Fourier transform."""
+    x, log_q = torch.randn(3, 5), torch.zeros(3)
+    leaves = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    want = torch.autograd.grad(vae_fast.fused_elbo(x, *leaves, log_q)[0], leaves)
+    tensors = dict(x=x, mean=leaves[0] * 1, scale=leaves[1] * 1)
+    t = tensors[negated]
+    tensors[negated] = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert tensors[negated].is_neg()
+    loss = vae_fast.fused_elbo(**tensors, log_q=log_q, inplace=True)[0]
+    for got, exact in zip(torch.autograd.grad(loss, leaves), want, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
 def test_inplace_leaves_a_constant_scale_alone(shortcut):
     x, mean, s, q, p = leaves((4, 6), (4, 6), (4, 6), (4,), (4,))
     constant, before = s.detach(), s.detach().clone()

@@ -60,13 +60,13 @@ def writes(*tensors: object) -> bool:
     """Whether a pass may write to these tensors' own memory: nobody else would make sense of it.
 
     Not for a compiler or a transform, nor where somebody sees, and may change, what PyTorch's
-    dispatcher does: a mode, or a tensor of another class.
+    dispatcher does: a mode, or a tensor of another class; nor where the memory holds the negatives.
     """
     if not suffices():
         return False
     if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
         return False
-    return not any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in tensors)
+    return not any(isinstance(t, Tensor) and (type(t) not in _PLAIN or t.is_neg()) for t in tensors)
 
 
 def _batched(g: Tensor | None) -> bool:

@@ -609,8 +609,9 @@ def fused_elbo(
             divided by the batch size would underflow before a loss scale reaches it), when x needs
             a gradient, when the rows share a scale of more than one value or each has one of its
             own, on the reference backend, under ``torch.compile`` and the transforms of
-            ``torch.func``, and where a dispatch mode or a tensor subclass watches. Hooks on the
-            overwritten tensors must be there before the loss is computed.
+            ``torch.func``, and where a dispatch mode or a tensor subclass watches or a tensor is
+            lazily negated. Hooks on the overwritten tensors must be there before the loss is
+            computed.
         likelihood, clamp_mode, df, x_scale, dequantize, key, first_row: as in
             :func:`likelihood_nll`.
 
