@@ -436,7 +436,10 @@ def likelihood_tensors(case, elbo=False):
         shape = (*lead, *event) if case.scale_shape is None else case.scale_shape
         s = raw_scales(shape, case.param, rng)
     if packed:
-        mean, s = torch.cat([mean, s], len(lead)), None
+        # What holds some values several times may make a scale of any of them.
+        repeats = case.layouts[1] in ("expanded", "overlapping")
+        first = s if repeats and case.param in ("std", "var") else mean
+        mean, s = torch.cat([first, s], len(lead)), None
     elif o["scale"] == "number" and s is not None:
         s = 0.7
     mean = lay_out(mean.to(case.dtypes[1]), case.layouts[1], rng)
