@@ -786,6 +786,16 @@ def test_log_likelihood_of_a_split_batch_is_that_of_the_whole(levels):
         for a, b in ((0, 2), (2, 5))
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
+    # Nor do scales get into other rows, in one tensor with the means or in one of their own.
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    networks = small("full")
+    packed = networks.decoder
+    for decoder in (packed, lambda z: tuple(t.clone() for t in packed(z).chunk(2, 1))):
+        learned = VAE(networks.encoder, decoder, 3, dequantize=levels)
+        whole = learned.log_likelihood(images, 7, 3, key=KEY)
+        for row in range(5):
+            part = learned.log_likelihood(images[row : row + 1], 7, 3, key=KEY, first_row=row)
+            torch.testing.assert_close(part, whole[row : row + 1], rtol=1e-5, atol=0)
     # Equal rows have noise of their own.
     same = vae.log_likelihood(x[:1].expand(4, -1), 7, 3, key=KEY)
     assert len(same.unique()) == 4

@@ -215,10 +215,12 @@ class FusedELBO(nn.Module):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
             )
-        if name == "beta" and not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"beta must be a float or a 0-dim tensor, got {type(value).__name__}")
-        if name == "beta" and not (isinstance(value, Tensor) or math.isfinite(value)):
-            raise ValueError(f"beta must be finite, got {value}")
+        if name == "beta" and not isinstance(value, Tensor):
+            if not isinstance(value, (int, float)):
+                got = type(value).__name__
+                raise TypeError(f"beta must be a float or a 0-dim tensor, got {got}")
+            if not math.isfinite(value):
+                raise ValueError(f"beta must be finite, got {value}")
         if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, str):
             with contextlib.suppress(TypeError, ValueError):  # which the checks explain
                 # Which nobody changes unseen, and which a file can hold.
@@ -686,10 +688,9 @@ def _mean_and_scale(output: object) -> tuple[Tensor, Tensor | float | None]:
     if isinstance(output, (tuple, list)) and len(output) == 2:
         packed = _packed(output[0], output[1])
         return (output[0], output[1]) if packed is None else (packed, None)
-    many = f" of {len(output)}" if isinstance(output, (tuple, list)) else ""
     raise TypeError(
         "decoder must return (mean, scale), or one tensor packed along dimension 1; got "
-        f"{type(output).__name__}{many}"
+        f"{functional._kind(output)}"
     )
 
 

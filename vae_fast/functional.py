@@ -889,11 +889,14 @@ def _check_x_scale(x_scale: object) -> tuple[float, float]:
 
 def _check_pair(name: str, pair: object) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        many = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
-        raise TypeError(
-            f"{name} must be a pair of tensors (mu, scale), got {type(pair).__name__}{many}"
-        )
+        raise TypeError(f"{name} must be a pair of tensors (mu, scale), got {_kind(pair)}")
     return pair[0], pair[1]
+
+
+def _kind(value: object) -> str:
+    """What was given in place of a pair."""
+    name = type(value).__name__
+    return f"{name} of {len(value)}" if isinstance(value, (tuple, list)) else name
 
 
 def _fit_scale(scale: Tensor | float | None, mean: Tensor, lead: int) -> Tensor | None:
@@ -956,7 +959,7 @@ def _check_likelihood(
         _check_tensor("x", x, also="uint8")
     _check_tensor("mean", mean, like=None if stored else x, others="x is")
     if mean.device != x.device:
-        raise ValueError(f"mean is on {mean.device}, but the other tensors are on {x.device}")
+        raise ValueError(f"mean is on {mean.device}, but x is on {x.device}")
     _check_batched("x", x)
     scaled = _LIKELIHOOD_CODE[likelihood] not in ops.WITHOUT_SCALE
     if isinstance(scale, bool) or (
