@@ -261,6 +261,21 @@ def test_a_schedule_recompiles_at_most_once(name, options, as_tensor):
     assert unique_graphs() <= 2
 
 
+def test_beta_may_be_set_within_what_is_compiled(key):
+    elbo = vae_fast.FusedELBO()
+    x, mu, scale, w = leaves((6, 12), (6, 4), (6, 4), (4, 24))
+    x = x.detach()
+
+    def step(beta):
+        elbo.beta = beta
+        return elbo(x, mu, scale, lambda z: (z @ w).chunk(2, 1), key=key).loss
+
+    run = compiled(step)
+    for beta in (0.1, 0.2, 0.3, 0.7):
+        same(run(beta), step(beta), [mu, scale, w])
+    assert unique_graphs() <= 2
+
+
 def test_a_changing_beta_of_the_function_recompiles_at_most_once():
     run, (x, mean, s) = compiled(vae_fast.fused_elbo), leaves(*3 * [(4, 6)])
     rows = torch.randn(2, 4)
@@ -431,3 +446,91 @@ def test_exported_samples_are_the_models(key):
     program = torch.export.export(Sampler(), (key,)).module()
     for k in (key, torch.tensor([5, 6], dtype=torch.uint64)):
         torch.testing.assert_close(program(k), vae.sample(4, key=k))
+
+
+class Loss(nn.Module):
+    """The loss of a model, which is a tensor as export wants it."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x, key):
+        return self.vae(x, key).loss
+
+
+@pytest.mark.works_with("torch.export")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_refuses_to_leave_out_a_derivative(strict, key):
+    """torch.export drops the backward pass of a torch.autograd.Function."""
+    vae = vae_fast.VAE.mlp(9, 3, (8,), num_samples=2, objective="iwae", estimator="dreg")
+    x = torch.rand(4, 9)
+    with pytest.raises(Exception, match='estimator="dreg" cannot be exported'):
+        torch.export.export(Loss(vae), (x, key), strict=strict)
+    with torch.no_grad():
+        program = torch.export.export(Loss(vae), (x, key), strict=strict).module()
+        torch.testing.assert_close(program(x, key), vae(x, key).loss)
+    vae.elbo.estimator = "standard"
+    program = torch.export.export(Loss(vae), (x, key), strict=strict).module()
+    got = torch.autograd.grad(program(x, key), list(program.parameters()))
+    want = torch.autograd.grad(vae(x, key).loss, list(vae.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.works_with("torch.export")
+def test_export_with_a_batch_as_large_as_something_else(key):
+    """Sizes of scales, priors and masks with fewer dimensions are no conditions on the batch."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = vae_fast.VAE.conv((3, 8, 8), 4, (4,), variance="channel")
+            self.elbo = vae_fast.FusedELBO(prior=(torch.zeros(4), torch.ones(4)), kl="analytic")
+
+        def forward(self, x, key, mask):
+            mu, scale = self.vae.encode(x)
+            event = self.vae(x, key, mask=mask).loss
+            return event, self.elbo(x, mu, scale, self.vae.decode, key=key).loss
+
+    model, mask = Model().eval(), torch.rand(8, 8) > 0.5
+    auto = torch.export.Dim.AUTO
+    args = torch.rand(6, 3, 8, 8), key, mask
+    dims = {0: auto}, None, None
+    program = torch.export.export(model, args, dynamic_shapes=dims).module()
+    for n in (3, 4, 8, 9):
+        x = torch.rand(n, 3, 8, 8)
+        for a, b in zip(program(x, key, mask), model(x, key, mask), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.works_with("torch.export")
+@pytest.mark.parametrize("fused", ["cpp"], indirect=True)
+def test_a_package_of_aotinductor_without_clamps(fused, tmp_path):
+    """Its files are JSON, which has no infinity."""
+
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = vae_fast.VAE.mlp(9, 3, (8,), kl="analytic")
+            self.vae.elbo.likelihood_clamp = (-9.0, float("inf"))
+
+        def forward(self, x):
+            out = self.vae(x)
+            return out.loss, out.nll, out.z
+
+    model, x = Losses(), torch.rand(6, 9)
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        packaged = torch._inductor.aoti_load_package(path)
+        for n in (6, 5):
+            x = torch.rand(n, 9)
+            torch.manual_seed(n)
+            want = model(x)
+            torch.manual_seed(n)
+            for a, b in zip(packaged(x), want, strict=True):
+                torch.testing.assert_close(a, b)

@@ -1179,6 +1179,42 @@ def test_a_network_that_was_replaced_must_be_given_to_load(nested, tmp_path):
         VAE.load(path, encoder=plain.encoder, decoder=plain.decoder)
 
 
+@pytest.mark.parametrize("change", ["appended", "replaced", "another setting"])
+def test_layers_without_weights_must_be_given_to_load_as_well(change, tmp_path):
+    path = tmp_path / "m.safetensors"
+
+    def made():
+        vae = (
+            VAE.mlp((4,), 2, (8,)) if change != "another setting" else VAE.conv((1, 8, 8), 2, (4,))
+        )
+        if change == "appended":
+            vae.decoder.append(torch.nn.Dropout(0.1))
+        elif change == "replaced":
+            vae.encoder[2] = torch.nn.ReLU()
+        else:
+            conv = next(m for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d))
+            conv.padding_mode = "circular"
+        return vae
+
+    made().save(path)
+    with pytest.raises(ValueError, match="pass both"):
+        VAE.load(path)
+    other = made()
+    VAE.load(path, encoder=other.encoder, decoder=other.decoder)
+
+
+def test_options_that_go_with_other_networks_do_not_keep_a_model_from_being_saved(tmp_path):
+    path = tmp_path / "m.safetensors"
+    vae = VAE.mlp((4,), 2, (8,))
+    vae.elbo.posterior_param = "std"  # which these networks could not be made with
+    vae.save(path)
+    with pytest.raises(ValueError, match="pass both"):
+        VAE.load(path)
+    other = VAE.mlp((4,), 2, (8,))
+    loaded = VAE.load(path, encoder=other.encoder, decoder=other.decoder)
+    assert loaded.elbo.posterior_param == "std"
+
+
 def test_files_need_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     for call in (VAE.mlp((4,), 2).save, VAE.load):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import forward_ad
 
 from vae_fast import buffers, ops
 
@@ -40,9 +41,13 @@ def shortcut() -> ModuleType | None:
 
 
 def suffices() -> bool:
-    """Whether a call may go through the functions below, not the ops' registered autograd."""
+    """Whether a call may go through the functions below, not the ops' registered autograd.
+
+    That alone knows transforms, and forward mode, which it refuses.
+    """
     return not (
         torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )

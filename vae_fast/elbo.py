@@ -219,7 +219,8 @@ class FusedELBO(nn.Module):
             if not isinstance(value, (int, float)):
                 got = type(value).__name__
                 raise TypeError(f"beta must be a float or a 0-dim tensor, got {got}")
-            if not math.isfinite(value):
+            # To torch.compile a number that changes is data.
+            if not torch.compiler.is_compiling() and not math.isfinite(value):
                 raise ValueError(f"beta must be finite, got {value}")
         if name in _PAIRS and hasattr(value, "__iter__") and not isinstance(value, str):
             with contextlib.suppress(TypeError, ValueError):  # which the checks explain
@@ -407,6 +408,11 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
+            if torch.compiler.is_exporting() and log_q.requires_grad:
+                raise NotImplementedError(
+                    'estimator="dreg" cannot be exported with its gradient, which torch.export '
+                    'would leave out: export under torch.no_grad(), or with estimator="standard"'
+                )
             beta = self.beta
             if torch.compiler.is_compiling() and not isinstance(beta, Tensor):
                 beta = log_q.new_ones(()) * beta  # a changing number becomes data, as in functional

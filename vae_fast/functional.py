@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -159,7 +160,7 @@ def _reparameterize(
     options = (num_samples or 0, first_row, *posterior)
     if eager.suffices():
         return eager.latent(mu, scale, key, options)
-    return ops.latent_forward(mu, scale, key, *options)
+    return ops.latent_forward(mu, scale, key, *_storable(options))
 
 
 def gaussian_nll(
@@ -300,7 +301,7 @@ def _nll(x, mean, scale, mask, density, key, first_row) -> Tensor:
     options = (0.0, ops.NO_LOSS, *density, key, first_row)
     if eager.suffices():
         return eager.likelihood(*tensors, options)[0]
-    return ops.likelihood_forward(*tensors, *options)[0]
+    return ops.likelihood_forward(*tensors, *_storable(options))[0]
 
 
 def _reference_nll(x, mean, scale, mask, density, key, first_row) -> Tensor:
@@ -494,7 +495,7 @@ def gaussian_kl(
     options = (code, prior_code, lo, hi, soft)
     if eager.suffices():
         return eager.gaussian_kl(*tensors, options)
-    return ops.gaussian_kl_forward(*tensors, *options)
+    return ops.gaussian_kl_forward(*tensors, *_storable(options))
 
 
 def _check_beta(beta: object) -> None:
@@ -701,7 +702,7 @@ def _fused_elbo(
     tensors = (x, mean, scale, mask, log_q, log_p)
     options = (float(beta), reduction_code, *density, key, first_row)
     if not eager.suffices():
-        nll, loss = ops.likelihood_forward(*tensors, *options)
+        nll, loss = ops.likelihood_forward(*tensors, *_storable(options))
     elif _gradient_in_forward(x, mean, scale, reduction_code, inplace):
         if inplace:
             _check_inplace(x, mean, scale, log_q, log_p)
@@ -871,6 +872,17 @@ def _density_options(density: tuple) -> dict[str, Any]:
     return _scale_options(param, lo, hi, soft) | own
 
 
+def _storable(options: tuple) -> tuple:
+    """An op's options in a program for export, whose files are JSON: that knows no infinity.
+
+    What bounds nothing becomes the largest number, which bounds no finite one.
+    """
+    if not torch.compiler.is_exporting():
+        return options
+    most = sys.float_info.max
+    return tuple(max(-most, min(o, most)) if isinstance(o, float) else o for o in options)
+
+
 def _scale_options(param: int, lo: float, hi: float, soft: bool) -> dict[str, Any]:
     clamp = None if (lo, hi) == _UNCLAMPED else (lo, hi)
     return {"param": ops.PARAMS[param], "clamp": clamp, "clamp_mode": "soft" if soft else "hard"}
@@ -908,7 +920,7 @@ def _fit_scale(scale: Tensor | float | None, mean: Tensor, lead: int) -> Tensor 
         return None
     if not isinstance(scale, Tensor):
         return torch.full((), scale, dtype=ops.accumulation_dtype(mean), device=mean.device)
-    if scale.dim() == 0 or scale.shape == mean.shape:
+    if scale.dim() == 0 or _same_shape(scale, mean):
         return scale.flatten(0, 1) if lead == 2 and scale.dim() > 0 else scale
     _broadcast("scale", scale, mean)
     if scale.numel() == 1:
@@ -926,7 +938,7 @@ def _fit_scale(scale: Tensor | float | None, mean: Tensor, lead: int) -> Tensor 
 
 def _broadcast(name: str, t: Tensor, to: Tensor) -> Tensor:
     """``t`` itself if 0-dim or of the right shape, else expanded to ``to``'s shape."""
-    if t.dim() == 0 or t.shape == to.shape:
+    if t.dim() == 0 or _same_shape(t, to):
         return t
     padded = (*(1,) * (to.dim() - t.dim()), *t.shape)
     fits = len(padded) == to.dim()
@@ -935,6 +947,11 @@ def _broadcast(name: str, t: Tensor, to: Tensor) -> Tensor:
             f"{name} of shape {tuple(t.shape)} does not broadcast to {tuple(to.shape)}"
         )
     return t.expand(to.shape)
+
+
+def _same_shape(t: Tensor, u: Tensor) -> bool:
+    # Of unequal lengths, == would still compare sizes, which torch.export takes for a condition.
+    return t.dim() == u.dim() and t.shape == u.shape
 
 
 def _check_likelihood(
@@ -1006,7 +1023,7 @@ def _check_likelihood(
             raise TypeError(f"mask must be bool, got {mask.dtype}".replace("torch.", ""))
         if mask.device != x.device:
             raise ValueError(f"mask is on {mask.device}, but the other tensors are on {x.device}")
-        if mask.shape != x.shape:
+        if not _same_shape(mask, x):
             mask = _broadcast("mask", mask, x).expand(x.shape)
     if not dequantize:
         return mask, None

@@ -483,7 +483,7 @@ class VAE(nn.Module):
         The configuration is JSON in the file's header, so nothing is pickled and the two cannot be
         separated. The file appears complete or not at all. Of a callable prior it has the weights,
         if it is a module, but not the code; nor has it that of networks that :meth:`mlp` and
-        :meth:`conv` did not make.
+        :meth:`conv` did not make, or in which layers were changed since.
 
         Args:
             path: the file to write, usually ``something.safetensors``.
@@ -611,10 +611,18 @@ class VAE(nn.Module):
         """Whether the networks are still those that :meth:`mlp` or :meth:`conv` made."""
         if self._architecture is None:
             return False
-        with torch.device("meta"):
-            made = self._of(self._architecture, self.elbo.options()).state_dict()
+        try:
+            with torch.device("meta"):
+                made = self._of(self._architecture, self.elbo.options())
+        except ValueError:  # options that go with other networks
+            return False
         ours = {name: t.shape for name, t in weights.items() if not name.startswith("elbo.")}
-        return ours == {name: t.shape for name, t in made.items()}
+        theirs = {name: t.shape for name, t in made.state_dict().items()}
+        return (
+            ours == theirs
+            and _layers(self.encoder) == _layers(made.encoder)
+            and _layers(self.decoder) == _layers(made.decoder)
+        )
 
     def _encode(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mu, scale = _pair(self.encoder(self._encoder_input(x, mask)), "encoder")
@@ -802,6 +810,11 @@ class _Contiguous(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.contiguous()
+
+
+def _layers(network: nn.Module) -> list[tuple[type, str]]:
+    """What a network's modules are and are made with; what torch.compile wraps is what counts."""
+    return [(type(m), m.extra_repr()) for m in network.modules() if not hasattr(m, "_orig_mod")]
 
 
 def _check_options(options: dict[str, Any]) -> None:
