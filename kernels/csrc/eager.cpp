@@ -946,7 +946,12 @@ class AutogradKernel final : public c10::OperatorKernel {
 PyObject* wrapped(const variable_list& tensors) {
   PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(tensors.size()));
   for (size_t i = 0; tuple != nullptr && i < tensors.size(); ++i) {
-    PyTuple_SET_ITEM(tuple, i, THPVariable_Wrap(tensors[i]));
+    PyObject* const tensor = THPVariable_Wrap(tensors[i]);
+    if (tensor == nullptr) {
+      Py_DECREF(tuple);
+      return nullptr;
+    }
+    PyTuple_SET_ITEM(tuple, i, tensor);
   }
   return tuple;
 }
