@@ -531,3 +531,27 @@ def test_another_backend_is_not_bypassed(key):
         assert eager.shortcut() is None
     assert eager.shortcut() is not None
     assert backends.report()["extension"]["eager calls"] == "in C++"
+
+
+def test_a_fixed_scale_that_is_an_integer_is_no_reason_to_refuse():
+    calls = Calls()
+    x, mu, mean = (torch.randn(4, n) for n in (9, 3, 9))
+    vae_fast.FusedELBO(likelihood_scale=-2)(x, mu, mu, lambda z: mean)
+    assert calls.taken == ["latent", "elbo"]
+
+
+def test_a_number_for_a_scale_may_be_any_that_a_float_holds():
+    x, mean = torch.randn(4, 9), torch.randn(4, 9)
+    as_int = vae_fast.gaussian_nll(x, mean, 10**30, "std")
+    assert torch.equal(as_int, vae_fast.gaussian_nll(x, mean, 1e30, "std"))
+    with pytest.raises(ValueError, match="scale must fit a float"):
+        vae_fast.gaussian_nll(x, mean, 10**400, "std")
+
+
+def test_the_reference_draws_a_key_of_its_own_too():
+    x, mean = torch.randint(0, 256, (4, 9), dtype=torch.uint8), torch.rand(4, 9)
+    results = []
+    for likelihood_nll in (vae_fast.likelihood_nll, vae_fast.reference.likelihood_nll):
+        torch.manual_seed(3)
+        results.append(likelihood_nll(x, mean, 0.0, dequantize=True))
+    torch.testing.assert_close(*results)

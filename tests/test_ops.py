@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -364,8 +365,12 @@ def test_environment_variable(value, message):
     assert message in run.stdout
 
 
-def test_a_missing_backend_warns_once_and_falls_back(monkeypatch):
+@pytest.mark.parametrize("report_keeps_it_quiet", [False, True])
+def test_a_missing_backend_warns_once_and_falls_back(report_keeps_it_quiet, monkeypatch):
+    attempts = []
+
     def broken():
+        attempts.append(1)
         raise backends._build.BuildError("no compiler")
 
     monkeypatch.setattr(backends, "_resolved", {})
@@ -374,10 +379,16 @@ def test_a_missing_backend_warns_once_and_falls_back(monkeypatch):
     monkeypatch.setattr(backends._build, "load", broken)
     monkeypatch.setattr(eager, "_shortcut", None)
     t = torch.randn(3, 4)
+    if report_keeps_it_quiet:  # who then computes is warned all the same
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.report()
+    tried = len(attempts)
     with pytest.warns(vae_fast.FallbackWarning, match="no compiler") as record:
         results = [vae_fast.gaussian_nll(t, t, t) for _ in range(2)]
     assert len(record) == 1
     assert record[0].filename == __file__
+    assert len(attempts) - tried == (0 if report_keeps_it_quiet else 1)
     torch.testing.assert_close(results[0], vae_fast.reference.gaussian_nll(t, t, t))
     (cpu,) = (d for d in backends.report()["devices"] if d["device"] == "cpu")
     assert cpu["others"]["cpp"] == "no compiler"

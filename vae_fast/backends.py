@@ -149,7 +149,7 @@ def _resolve(forced: str | None, device_type: str) -> str:
 
 def _load_default(device_type: str) -> str:
     name = DEFAULTS.get(device_type, "reference")
-    reason = why_not(name, device_type)
+    reason = _failures.get(device_type) or why_not(name, device_type)
     if reason is None:
         try:
             _load(name, device_type)
@@ -282,10 +282,13 @@ def report() -> dict:
         warnings.simplefilter("ignore", FallbackWarning)
         devices = []
         for device_type in _device_types():
+            known = (_forced, device_type) in _resolved
             try:
                 backend, reason = backend_for(device_type), None
             except (ValueError, RuntimeError, ImportError) as error:  # what is forced cannot be
                 backend, reason = None, str(error)
+            if not known and _forced is None and device_type in _failures:
+                del _resolved[None, device_type]  # whoever computes there is to be warned
             devices.append(
                 {
                     "device": device_type,

@@ -426,7 +426,7 @@ class FusedELBO(nn.Module):
             analytic_kl = self._gaussian_kl(mu, scale, prior)
 
         mean, likelihood_scale = self._decode(decoder(decoded))
-        if self.inplace and eager.writes(z, mean, likelihood_scale):
+        if self.inplace and eager.suffices():
             _check_not_latent(z, mean, likelihood_scale)
 
         term, minus, beta = log_q, log_p, self.beta  # the KL term is term − minus
@@ -524,7 +524,7 @@ class FusedELBO(nn.Module):
                 f"likelihood_scale or there is none; got {type(output).__name__}"
             )
         fixed = isinstance(self.likelihood_scale, (int, float))
-        return output, self.likelihood_scale if fixed else None
+        return output, float(self.likelihood_scale) if fixed else None  # eager.cpp takes no int
 
     # ---------------------------------------------------------------- KL
 
@@ -742,5 +742,7 @@ def _is_slice(t: Tensor, base: Tensor) -> bool:
 
 def _check_not_latent(z: Tensor, mean: Tensor, scale: Tensor | None) -> None:
     for name, t in (("mean", mean), ("scale", scale)):
-        if isinstance(t, Tensor) and functional._same_storage(t, z):
+        # What writes() asks for costs more, and is seldom asked.
+        aliases = isinstance(t, Tensor) and torch._C._is_alias_of(t, z) and t.numel() > 0
+        if aliases and eager.writes(z, t):
             raise ValueError(f"inplace=True would overwrite z, whose memory {name} shares")

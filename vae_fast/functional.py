@@ -919,7 +919,7 @@ def _fit_scale(scale: Tensor | float | None, mean: Tensor, lead: int) -> Tensor 
     if scale is None:
         return None
     if not isinstance(scale, Tensor):
-        return torch.full((), scale, dtype=ops.accumulation_dtype(mean), device=mean.device)
+        return torch.full((), float(scale), dtype=ops.accumulation_dtype(mean), device=mean.device)
     if scale.dim() == 0 or _same_shape(scale, mean):
         return scale.flatten(0, 1) if lead == 2 and scale.dim() > 0 else scale
     _broadcast("scale", scale, mean)
@@ -983,7 +983,7 @@ def _check_likelihood(
         scale is not None and not isinstance(scale, (Tensor, int, float))
     ):
         raise TypeError(f"scale must be a torch.Tensor or a number, got {type(scale).__name__}")
-    if isinstance(scale, int) and abs(scale) > 2**63:
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
         raise ValueError(f"scale must fit a float, got {scale}")
     if isinstance(scale, Tensor):
         _check_tensor("scale", scale, like=mean)

@@ -156,6 +156,7 @@ def likelihood_nll(
     if x.dtype == torch.uint8:
         levels = x.to(acc)
         if dequantize:
+            key = noise.make_key(x.device) if key is None else key
             levels = levels + noise.uniform(key, x.shape[0], x.shape[1:], first_row).to(acc)
         x = levels * mul + add
     x = x.to(acc)
