@@ -288,7 +288,7 @@ def report() -> dict:
             except (ValueError, RuntimeError, ImportError) as error:  # what is forced cannot be
                 backend, reason = None, str(error)
             if not known and _forced is None and device_type in _failures:
-                del _resolved[None, device_type]  # whoever computes there is to be warned
+                _resolved.pop((None, device_type), None)  # whoever computes there is to be warned
             devices.append(
                 {
                     "device": device_type,

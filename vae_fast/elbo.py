@@ -408,10 +408,10 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
-            if torch.compiler.is_exporting() and log_q.requires_grad:
+            if torch.compiler.is_exporting():
                 raise NotImplementedError(
-                    'estimator="dreg" cannot be exported with its gradient, which torch.export '
-                    'would leave out: export under torch.no_grad(), or with estimator="standard"'
+                    'estimator="dreg" cannot be exported: torch.export would leave out a part of '
+                    'its gradient; the loss is the same with estimator="standard"'
                 )
             beta = self.beta
             if torch.compiler.is_compiling() and not isinstance(beta, Tensor):
