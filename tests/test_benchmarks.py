@@ -1,6 +1,5 @@
 """The benchmarks' own judgement: what they refuse to time, what they report and call slower."""
 
-import functools
 import json
 import os
 import re
@@ -142,33 +141,12 @@ def test_a_wrong_pass_is_found_out(phase, monkeypatch):
         check()
 
 
-def test_a_wrong_result_is_not_timed():
-    calls = {"right": 0, "wrong": 0}
-
-    def step(name):
-        calls[name] += 1
-
-    def refuse():
-        raise measure.Wrong("loss: off by two")
-
-    results = measure.race(
-        {name: functools.partial(step, name) for name in calls},
-        {"right": lambda: None, "wrong": refuse},
-        measure.Clock("cpu"),
-        1e-3,
-        lambda name, median, bandwidth: {"name": name, "positive": min(median, bandwidth) > 0},
-    )
-    assert str(results["wrong"]) == "loss: off by two"
-    assert calls["wrong"] == 0
-    assert len(results["right"]["turns"]) == measure.TURNS
-    timed = sum(map(len, results["right"]["turns"]))
-    assert calls["right"] == timed + measure.TURNS * measure.WARM_UP
-    assert (results["right"]["name"], results["right"]["positive"]) == ("right", True)
-
-
 @pytest.fixture
 def slow_steps(monkeypatch):
-    """Makes steps that take so many seconds, by a clock of their own, and count their calls."""
+    """Makes steps that take so many seconds, by a clock of their own, and count their calls.
+
+    Copies, of 4096 bytes, take a second.
+    """
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
@@ -180,7 +158,32 @@ def slow_steps(monkeypatch):
         step.calls = 0
         return step
 
+    copy = make(1.0)
+    copy.bandwidth = measure.Copy("cpu", 4096).bandwidth
+    monkeypatch.setattr(measure, "Copy", lambda device: copy)
     return make
+
+
+def test_a_wrong_result_is_not_timed(slow_steps):
+    steps = {name: slow_steps(0.25) for name in ("right", "wrong")}
+
+    def refuse():
+        raise measure.Wrong("loss: off by two")
+
+    results = measure.race(
+        steps,
+        {"right": lambda: None, "wrong": refuse},
+        measure.Clock("cpu"),
+        5.0 * measure.TURNS,
+        lambda *facts: {"facts": facts},
+    )
+    assert str(results["wrong"]) == "loss: off by two"
+    assert steps["wrong"].calls == 0
+    assert len(results["right"]["turns"]) == measure.TURNS
+    timed = sum(map(len, results["right"]["turns"]))
+    assert timed == 20 * measure.TURNS
+    assert steps["right"].calls == timed + measure.TURNS * measure.WARM_UP
+    assert results["right"]["facts"] == ("right", 0.25, 2 * 4096.0)
 
 
 def test_a_step_that_takes_longer_than_its_turn_is_timed_once(slow_steps):
@@ -193,11 +196,7 @@ def test_a_step_that_takes_longer_than_its_turn_is_timed_once(slow_steps):
     assert step.calls == 5 + measure.WARM_UP + 20
 
 
-def test_a_peer_that_is_slow_and_far_behind_has_one_turn(slow_steps, monkeypatch):
-    copy = slow_steps(1.0)
-    copy.bandwidth = lambda seconds: 1.0
-    monkeypatch.setattr(measure, "Copy", lambda device: copy)
-
+def test_a_peer_that_is_slow_and_far_behind_has_one_turn(slow_steps):
     def turns(budget):
         seconds = {"best": 1.0, "near": 2.9, "far": 3.1, "vae_fast": 0.1}
         steps = {name: slow_steps(each) for name, each in seconds.items()}

@@ -112,7 +112,9 @@ def main(arguments: list[str] | None = None) -> LitVAE:
     (metrics,) = trainer.validate(best, digits, verbose=False)
     if trainer.is_global_zero:
         print(f"validation ELBO: {-metrics['val_loss']:.2f} nats")
-    trainer.strategy.barrier()  # or one that ends too early may abort, on gloo
+    trainer.strategy.barrier()  # or one that ends may leave another waiting
+    if torch.distributed.is_initialized():  # or gloo's threads may abort it as it ends
+        torch.distributed.destroy_process_group()
     return best
 
 
