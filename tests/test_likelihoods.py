@@ -629,6 +629,59 @@ def test_kl_broadcasts(shape, backend):
         torch.testing.assert_close(g, w)
 
 
+LAYOUTS = {
+    "short rows": lambda: torch.randn(3000, 3),
+    "rows of a vector": lambda: torch.randn(70, 16),
+    "rows and a bit": lambda: torch.randn(70, 17),
+    "a long row": lambda: torch.randn(2, 70_001),  # in chunks
+    "every other": lambda: torch.randn(70, 34)[:, ::2],
+    "rows apart": lambda: torch.randn(70, 40)[:, :17],
+    "columns": lambda: torch.randn(2_100, 70).t(),  # in chunks
+    "a few columns": lambda: torch.randn(2_100, 3).t(),
+    "columns apart": lambda: torch.randn(500, 90)[:, 5:75].t(),
+    "channels last": lambda: torch.randn(30, 5, 7, 3).permute(0, 3, 1, 2),
+    "turned": lambda: torch.randn(30, 7, 5, 3).permute(2, 3, 1, 0),
+}
+
+
+@pytest.mark.parametrize("fused", ["cpp"], indirect=True)
+@pytest.mark.parametrize("other", ["alike", "contiguous", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_kl_of_every_layout(layout, other, dtype, fused):
+    """Rows are grouped, cut, or read as columns: each has its own sum and its own gradient."""
+    torch.manual_seed(1)
+
+    def like(t):
+        if other == "shared":
+            return torch.randn_like(t[:1].contiguous()).expand(t.shape)
+        return torch.randn_like(t) if other == "alike" else torch.randn(t.shape)
+
+    mu = LAYOUTS[layout]()
+    inputs = [t.to(dtype) for t in (mu, like(mu), torch.randn_like(mu), like(mu))]
+    dims = tuple(range(1, mu.dim()))
+
+    def eager(mu, s, prior_mu, prior_s):
+        ratio = 2 * (s - prior_s)
+        square = ((mu - prior_mu) / prior_s.exp()).square()
+        return [(0.5 * (torch.expm1(ratio) - ratio + square)).sum(dims)]
+
+    def ours(mu, s, *prior):
+        return [vae_fast.gaussian_kl(mu, s, prior, "logstd", "logstd")]
+
+    upstream = [torch.randn(mu.shape[0]).double()]
+    got = results_and_gradients(ours, inputs, upstream)
+    truth = results_and_gradients(eager, [t.double() for t in inputs], upstream)
+    standard = vae_fast.gaussian_kl(*inputs[:2], None, "logstd")
+    got.append(standard)
+    zero = torch.zeros((), dtype=torch.float64)
+    truth += eager(inputs[0].double(), inputs[1].double(), zero, zero)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 8e-3}[dtype]
+    for g, t in zip(got, truth, strict=True):
+        scale = t.abs().clamp(min=1.0)  # where two terms cancel, neither is larger
+        assert ((g.double() - t).abs() / scale).max() < tolerance
+
+
 def test_kl_of_near_and_far_gaussians(backend):
     """Where log ρ² and ρ² − 1 cancel, and where ρ² is beyond fp32's range."""
     near = torch.logspace(-7, -1, 13, device=backend)[:, None]

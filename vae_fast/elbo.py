@@ -562,13 +562,8 @@ class FusedELBO(nn.Module):
             raise ValueError('kl="analytic" needs a Gaussian prior, not a callable')
         pair = None if prior is None else functional._check_pair("prior", prior)
         if transposed:
-            scale, pair = (
-                scale.expand(mu.shape),
-                None if pair is None else tuple(t.expand(mu.shape) for t in pair),
-            )
-            shape = mu.shape[0], math.prod(mu.shape[1:])
-            mu, scale = (t.reshape(shape).t() for t in (mu, scale))
-            pair = None if pair is None else tuple(t.reshape(shape).t() for t in pair)
+            pair = None if pair is None else tuple(_by_element(t, mu) for t in pair)
+            scale, mu = _by_element(scale, mu), _by_element(mu, mu)
         return functional.gaussian_kl(
             mu,
             scale,
@@ -585,7 +580,7 @@ class FusedELBO(nn.Module):
         """The two row terms whose difference is the KL term, and its weight β."""
         terms = log_q, log_p
         if analytic_kl is not None:
-            terms = analytic_kl.expand(log_q.shape), None
+            terms = analytic_kl if log_q.dim() == 1 else analytic_kl.expand(log_q.shape), None
         # Shaped, the KL term is one number for the batch, and the same in every row.
         if self.free_bits is not None:
             summed = self._gaussian_kl(mu, scale, prior, transposed=True)
@@ -659,6 +654,13 @@ class _DoublyReparameterized(torch.autograd.Function):
             None if g_log_p is None else g_log_p * weights,
             None,
         )
+
+
+def _by_element(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` of ``like``'s shape (B, *latent), or broadcast to it, as (L, B)."""
+    if not functional._same_shape(t, like):
+        t = t.expand(like.shape)
+    return (t if t.dim() == 2 else t.reshape(like.shape[0], math.prod(like.shape[1:]))).t()
 
 
 def _check_number(name: str, value: object) -> None:

@@ -297,6 +297,9 @@ def _nll(x, mean, scale, mask, density, key, first_row) -> Tensor:
     """−log p(x|z) of checked tensors, mean (N, *event) and a fitted scale; (N,)."""
     if backend_for(x.device.type) == "reference":
         return _reference_nll(x, mean, scale, mask, density, key, first_row)
+    nll = _nll_in_cpp(x, mean, scale, density, mask, key is not None)
+    if nll is not None:
+        return nll
     tensors = (x, mean, scale, mask, None, None)
     options = (0.0, ops.NO_LOSS, *density, key, first_row)
     if eager.suffices():
@@ -478,6 +481,13 @@ def gaussian_kl(
     code = _check_choice("param", param, _PARAM_CODE)
     prior_code = _check_choice("prior_param", prior_param, _PARAM_CODE)
     lo, hi, soft = _clamp_options(clamp, clamp_mode)
+    options = (code, prior_code, lo, hi, soft)
+    shortcut = None if _validate else eager.shortcut()
+    if shortcut is not None:
+        kl = shortcut.gaussian_kl(mu, scale, *prior, *options)
+        if kl is not None:
+            return kl
+
     _check_tensor("mu", mu)
     _check_batched("mu", mu)
     tensors, standard = [mu], prior[0] is None and prior[1] is None
@@ -492,7 +502,10 @@ def gaussian_kl(
     if backend_for(mu.device.type) == "reference":
         p = None if standard else (tensors[2], tensors[3])
         return reference.gaussian_kl(*tensors[:2], p, param, prior_param, clamp, clamp_mode)
-    options = (code, prior_code, lo, hi, soft)
+    if shortcut is not None:  # whose shapes the tensors have by now
+        kl = shortcut.gaussian_kl(*tensors, *options)
+        if kl is not None:
+            return kl
     if eager.suffices():
         return eager.gaussian_kl(*tensors, options)
     return ops.gaussian_kl_forward(*tensors, *_storable(options))
@@ -668,14 +681,12 @@ def _fused_elbo(
         )
     _check_beta(beta)
     reduction_code = _REDUCTION_CODE[reduction]
-    if _is_plain(dequantize) and (shortcut := eager.shortcut()):
-        scaled = density[0] not in ops.WITHOUT_SCALE
-        check = _check_inplace if inplace else None
-        options = float(beta), reduction_code, check, *density
-        results = shortcut.elbo(x, mean, scale, scaled, mask, log_q, log_p, *options)
+    options = beta, reduction_code, density
+    shortcut = eager.shortcut() if _is_plain(dequantize) else None
+    if shortcut is not None:
+        results = _elbo_in_cpp(shortcut, x, mean, scale, mask, log_q, log_p, inplace, *options)
         if results is not None:
-            nll, loss = results
-            return loss, nll
+            return results
 
     likelihood = ops.LIKELIHOODS[density[0]]
     mask, key = _check_likelihood(x, mean, scale, mask, likelihood, dequantize, key, rows_of=log_q)
@@ -698,6 +709,10 @@ def _fused_elbo(
     if backend_for(x.device.type) == "reference":
         nll = _reference_nll(x, mean, scale, mask, density, key, first_row).view(log_q.shape)
         return reference.elbo_loss(nll, log_q, log_p, beta, reduction), nll
+    if shortcut is not None:  # whose shapes the scale and the mask have by now
+        results = _elbo_in_cpp(shortcut, x, mean, scale, mask, log_q, log_p, inplace, *options)
+        if results is not None:
+            return results
     log_q, log_p, beta = _beta_as_data(log_q, log_p, beta)
     tensors = (x, mean, scale, mask, log_q, log_p)
     options = (float(beta), reduction_code, *density, key, first_row)
@@ -710,6 +725,16 @@ def _fused_elbo(
     else:
         nll, loss = eager.likelihood(*tensors, options)
     return loss, nll.view(log_q.shape) if log_q.dim() == 2 else nll
+
+
+def _elbo_in_cpp(
+    shortcut, x, mean, scale, mask, log_q, log_p, inplace, beta, reduction, density
+) -> tuple[Tensor, Tensor] | None:
+    """The loss and nll where ``eager.cpp`` serves the case."""
+    scaled = density[0] not in ops.WITHOUT_SCALE
+    options = float(beta), reduction, _check_inplace if inplace else None, *density
+    results = shortcut.elbo(x, mean, scale, scaled, mask, log_q, log_p, *options)
+    return None if results is None else (results[1], results[0])
 
 
 def _gradient_in_forward(

@@ -102,7 +102,8 @@ SCHEMAS = {
         "-> (Tensor g_mean, Tensor g_scale, Tensor g_log_q, Tensor g_log_p, Tensor g_scalar)"
     ),
     # KL(q‖p) of two diagonal Gaussians, per row; a standard normal prior if none is given. All
-    # tensors have mu's shape, and so have the gradients (empty for an absent prior).
+    # tensors have mu's shape, and so have the gradients (empty for an absent prior), each in its
+    # tensor's memory order.
     "gaussian_kl_forward": f"({_KL_ARGS}) -> Tensor kl",
     "gaussian_kl_backward": (
         f"(Tensor g_kl, {_KL_ARGS}) "
@@ -213,7 +214,7 @@ def _(mu, *args):
 @torch.library.register_fake("vae_fast::gaussian_kl_backward", lib=_LIBRARY)
 def _(g_kl, mu, scale, prior_mu, prior_scale, *options):
     def gradient(t):
-        return mu.new_empty((0,)) if t is None else t.new_empty(t.shape)
+        return mu.new_empty((0,)) if t is None else torch.empty_like(t)
 
     return gradient(mu), gradient(scale), gradient(prior_mu), gradient(prior_scale)
 

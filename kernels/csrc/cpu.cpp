@@ -74,6 +74,7 @@ const vae_fast::Passes* vae_fast_passes() {
       vae_fast::is_straight,         vae_fast::latent_forward,
       vae_fast::latent_backward,     vae_fast::likelihood_forward,
       vae_fast::likelihood_backward, vae_fast::likelihood_forward_grad,
-      vae_fast::likelihood_rescale,  vae_fast::advise_huge_pages};
+      vae_fast::likelihood_rescale,  vae_fast::gaussian_kl_forward,
+      vae_fast::gaussian_kl_backward, vae_fast::advise_huge_pages};
   return &passes;
 }

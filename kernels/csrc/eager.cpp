@@ -484,6 +484,8 @@ struct Ops {
   c10::OperatorHandle likelihood_forward_grad_ = find("likelihood_forward_grad_");
   c10::OperatorHandle likelihood_rescale_ = find("likelihood_rescale_");
   c10::OperatorHandle likelihood_rescale = find("likelihood_rescale");
+  c10::OperatorHandle gaussian_kl_forward = find("gaussian_kl_forward");
+  c10::OperatorHandle gaussian_kl_backward = find("gaussian_kl_backward");
 };
 const Ops& ops() {
   static const Ops ops;
@@ -907,6 +909,58 @@ struct Elbo {
   }
 };
 
+// KL(q‖p); of N(0, 1), the prior's tensors are undefined.
+struct GaussianKl {
+  using State = KlOptions;
+  static constexpr const char* kName = "vae_fast::GaussianKlBackward";
+  static constexpr size_t kSaved = 4, kGradients = 4;
+
+  static Tensor recorded(const variable_list& t, const State& state) {
+    const auto node = record<GaussianKl>(t[0], t[1], t[2], t[3]);
+    const Tensor kl = run(t, state);
+    node->keep(state, {t[0], t[1], t[2], t[3]});
+    torch::autograd::set_history(variable_list{kl}, node);
+    return kl;
+  }
+
+  static Tensor run(const variable_list& t, const State& state) {
+    if (!passes_serve(t[0])) {
+      return call(ops().gaussian_kl_forward, stack_of(t, state))[0].toTensor();
+    }
+    const Tensor kl = empty({t[0].size(0)}, row_type(t[0]));
+    passes->gaussian_kl_forward(view(t[0]), view(t[1]), view(t[2]), view(t[3]), state, view(kl));
+    return kl;
+  }
+
+  static variable_list backward(const State& state, const variable_list& saved,
+                                const variable_list& g) {
+    refuse_graph();
+    variable_list gradients(kGradients);
+    if (!is_for_passes(g) || !is_for_passes(saved)) {
+      torch::jit::Stack stack = stack_of(saved, state);
+      stack.insert(stack.begin(), g[0]);
+      gradients = tensors(call(ops().gaussian_kl_backward, std::move(stack)));
+      for (size_t i = 0; i < kGradients; ++i) {
+        if (!saved[i].defined()) gradients[i] = Tensor();
+      }
+      return gradients;
+    }
+    for (size_t i = 0; i < kGradients; ++i) {
+      gradients[i] = gradient_like(saved[i]);
+    }
+    passes->gaussian_kl_backward(view(g[0]), view(saved[0]), view(saved[1]), view(saved[2]),
+                                 view(saved[3]), state, view(gradients[0]), view(gradients[1]),
+                                 view(gradients[2]), view(gradients[3]));
+    return gradients;
+  }
+
+ private:
+  static torch::jit::Stack stack_of(const variable_list& t, const State& state) {
+    return {t[0],     t[1],     optional(t[2]), optional(t[3]), state.param, state.prior_param,
+            state.lo, state.hi, state.soft != 0};
+  }
+};
+
 // An op with a derivative, above autograd. Where nothing is to be differentiated, as in code that
 // torch.compile made, it goes on to the kernel below; else vae_fast/ops.py records it.
 class AutogradKernel final : public c10::OperatorKernel {
@@ -1133,6 +1187,39 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// (mu, scale, prior's mu and scale or None, param, prior_param, lo, hi, soft) -> KL(q‖p) or None
+PyObject* gaussian_kl(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 9, "gaussian_kl takes 9 arguments, got ", count);
+  variable_list given;
+  for (int i = 0; i < 4; ++i) {
+    const Tensor* const t = plain(objects[i]);
+    if (t == nullptr) Py_RETURN_NONE;
+    given.push_back(*t);
+  }
+  const Tensor& mu = given[0];
+  if (!unwatched() || !is_data(mu) || !given[1].defined() ||
+      given[2].defined() != given[3].defined()) {
+    Py_RETURN_NONE;
+  }
+  for (const Tensor& t : given) {
+    if (t.defined() && (!mixes(t, mu) || t.sizes() != mu.sizes())) Py_RETURN_NONE;
+  }
+  const KlOptions options{PyLong_AsLongLong(objects[4]), PyLong_AsLongLong(objects[5]),
+                          PyFloat_AsDouble(objects[6]), PyFloat_AsDouble(objects[7]),
+                          PyObject_IsTrue(objects[8]) == 1};
+  if (PyErr_Occurred()) return nullptr;
+  Tensor kl;
+  {
+    py::gil_scoped_release no_gil;
+    const bool graph = at::GradMode::is_enabled() &&
+                       std::any_of(given.begin(), given.end(), differentiable);
+    kl = graph ? GaussianKl::recorded(given, options) : GaussianKl::run(given, options);
+  }
+  return THPVariable_Wrap(kl);
+  END_HANDLE_TH_ERRORS
+}
+
 // connect(empty_like, smallest, autograd): what makes gradients of `smallest` bytes or more on the CPU,
 // and the Autograd kernels of vae_fast/ops.py by op.
 PyObject* connect(PyObject*, PyObject* arguments) {
@@ -1200,6 +1287,8 @@ PyMethodDef methods[] = {
      nullptr},
     {"nll", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(nll)), METH_FASTCALL, nullptr},
     {"elbo", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(elbo)), METH_FASTCALL, nullptr},
+    {"gaussian_kl", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(gaussian_kl)),
+     METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "vae_fast._eager", nullptr, -1, methods, nullptr,
                       nullptr,               nullptr,           nullptr};

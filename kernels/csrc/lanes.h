@@ -366,10 +366,13 @@ struct Stored {
 
 template <class T>
 struct KlKernels {
-  void (*forward)(int64_t n, const T* mu, const T* log_scale, const T* prior_mu,
-                  const T* prior_log_scale, T* kl);
-  void (*backward)(int64_t n, T weight, const T* mu, const T* log_scale, const T* prior_mu,
-                   const T* prior_log_scale, T* g_mu, T* g_log_scale, T* g_prior_log_scale);
+  void (*terms)(int64_t n, const T* mu, const T* log_scale, const T* prior_mu,
+                const T* prior_log_scale, T* terms);
+  void (*add_rows)(int64_t rows, int64_t n, const T* terms, T* sums);
+  void (*add_columns)(int64_t rows, int64_t n, const T* terms, T* sums);
+  void (*gradient)(int64_t n, const T* weights, const T* mu, const T* log_scale,
+                   const T* scale_slope, const T* prior_mu, const T* prior_log_scale, T* g_mu,
+                   T* g_scale, T* g_prior_log_scale);
 };
 
 template <class T>

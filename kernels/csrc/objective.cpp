@@ -6,20 +6,22 @@
 #include "parallel.h"
 #include "passes.h"
 
+#include <algorithm>
+#include <array>
 #include <vector>
 
 namespace vae_fast {
 namespace {
 
 template <class T>
-KlKernels<T> kl_kernels();
+KlKernels<T> kl_kernels(bool prior);
 template <>
-KlKernels<double> kl_kernels() {
-  return base::kl_kernels<double>();
+KlKernels<double> kl_kernels(bool prior) {
+  return base::kl_kernels<double>(prior);
 }
 template <>
-KlKernels<float> kl_kernels() {
-  VAE_FAST_SELECT(kl_kernels)
+KlKernels<float> kl_kernels(bool prior) {
+  VAE_FAST_SELECT(kl_kernels, prior)
 }
 
 template <class T>
@@ -33,15 +35,29 @@ ImportanceKernel<float> importance_kernel() {
   VAE_FAST_SELECT(importance_kernel)
 }
 
-// q and p by rows, tile by tile, with both scales as log σ. Without a prior, p = N(0, 1).
+// Elements that are worked on at once, kTile of these at most: `n` of each of `rows` rows.
+struct Area {
+  int64_t row, rows, begin, n;
+  int64_t count() const { return rows * n; }
+};
+
+// q and p by areas, with both scales as log σ.
+//
+// An area's elements lie row by row, and short rows are grouped; or, where the rows of all tensors are
+// columns in memory, element by element of a few columns. Threads share out groups of rows, and of
+// long ones chunks, whose length does not depend on who is there to help.
 template <class T>
 struct Kl {
+  static constexpr int64_t kColumns = 64, kChunk = 32 * kTile;
+
   Operand mu, scale, prior_mu, prior_scale, g_mu, g_scale, g_prior_mu, g_prior_scale;
   Event event;
   int64_t rows, size;
   Clamp clamp;
   TileKernels<T> posterior, prior;
-  KlKernels<T> kernels = kl_kernels<T>();
+  KlKernels<T> kernels;
+  bool by_columns = false;
+  int64_t together, length, chunks;  // rows and elements of an area, areas' worth of a group of rows
 
   Kl(const View& mu_, const View& scale_, const View& prior_mu_, const View& prior_scale_,
      const KlOptions& options)
@@ -50,55 +66,108 @@ struct Kl {
         event(event_of(mu_)),
         rows(mu_.sizes[0]),
         size(event.numel()),
-        clamp{options.lo, options.hi, options.soft},
+        clamp{options.lo, options.hi, options.soft != 0},
         posterior(tile_kernels<T>(static_cast<Param>(options.param))),
-        prior(tile_kernels<T>(static_cast<Param>(options.prior_param))) {
+        prior(tile_kernels<T>(static_cast<Param>(options.prior_param))),
+        kernels(kl_kernels<T>(prior_mu_.present)) {
     if (prior_mu_) prior_mu = operand(prior_mu_);
     if (prior_scale_) prior_scale = operand(prior_scale_);
   }
 
   void fuse() {
-    event.fuse<8>({&mu, &scale, &prior_mu, &prior_scale, &g_mu, &g_scale, &g_prior_mu,
-                   &g_prior_scale},
-                  /*reorder=*/true);
+    const std::array<Operand*, 8> all{&mu,   &scale,   &prior_mu,   &prior_scale,
+                                      &g_mu, &g_scale, &g_prior_mu, &g_prior_scale};
+    event.fuse(all, /*reorder=*/true);
+    by_columns = rows > 1 && mu.row_stride < mu.strides.back() &&
+                 std::all_of(all.begin(), all.end(), [](Operand* o) { return !*o || o->straight; });
+    together = by_columns ? std::min(rows, kColumns)
+                          : std::max<int64_t>(kTile / std::max<int64_t>(size, 1), 1);
+    length = kTile / together;
+    chunks = std::max<int64_t>((size * together + kChunk - 1) / kChunk, 1);
   }
 
-  // The operands of n elements of a row, and the derivatives of the two log σ by the raw scales.
+  // The operands of an area, and the derivatives of the two log σ by the raw scales.
   struct Tile {
     alignas(64) T mu_buffer[kTile], log_scale[kTile], slope[kTile];
     alignas(64) T prior_mu_buffer[kTile], prior_log_scale[kTile], prior_slope[kTile];
-    const T *mu, *prior_mu;
+    const T *mu, *prior_mu = nullptr;
   };
 
+  // Calls fn(tile, area, chunk), in order within a chunk of a group of rows.
   template <class Fn>
-  void for_rows(const Fn& fn) const {
-    parallel_parts(rows, size, [&](const auto& parts) {
+  void for_areas(const Fn& fn) const {
+    const int64_t groups = (rows + together - 1) / together;
+    const int64_t areas = (size + length - 1) / length;  // of a group
+    parallel_parts(groups * chunks, together * size / chunks, [&](const auto& parts) {
       Tile tile;
-      std::fill(tile.prior_mu_buffer, tile.prior_mu_buffer + kTile, T(0));
-      std::fill(tile.prior_log_scale, tile.prior_log_scale + kTile, T(0));
-      tile.prior_mu = tile.prior_mu_buffer;
       parts([&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-          for (int64_t begin = 0; begin < size; begin += kTile) {
-            const int64_t n = std::min(size - begin, kTile);
-            load(tile, row, begin, n);
-            fn(tile, row, begin, n);
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t row = i / chunks * together, chunk = i % chunks;
+          const int64_t end = std::min(areas * (chunk + 1) / chunks * length, size);
+          for (int64_t begin = areas * chunk / chunks * length; begin < end; begin += length) {
+            const Area area{row, std::min(together, rows - row), begin,
+                            std::min(end - begin, length)};
+            load(tile, area);
+            fn(tile, area, chunk);
           }
         }
       });
     });
   }
 
+  // Where an area's elements may be written: where they belong or in `buffer`, then store().
+  T* target(const Operand& o, const Area& a, T* buffer) const {
+    return joined(o, a) && o.type == type_of<T> ? reinterpret_cast<T*>(o.at(start(o, a))) : buffer;
+  }
+  void store(const Operand& o, const Area& a, const T* from) const {
+    if (target(o, a, nullptr) == from) return;
+    for_blocks(o, a, [&](const Block& b, int64_t first) { scatter(o, b, from + first); });
+  }
+
  private:
-  void load(Tile& tile, int64_t row, int64_t begin, int64_t n) const {
-    tile.mu = event.load(mu, row, begin, n, tile.mu_buffer);
-    const T* const raw = event.load(scale, row, begin, n, tile.log_scale);
-    posterior.prepare_scale(n, clamp, true, raw, tile.log_scale, tile.slope);
+  void load(Tile& tile, const Area& a) const {
+    tile.mu = load(mu, a, tile.mu_buffer);
+    posterior.prepare_scale(a.count(), clamp, true, load(scale, a, tile.log_scale), tile.log_scale,
+                            tile.slope);
     if (!prior_mu) return;
     constexpr Clamp kUnclamped{-INFINITY, INFINITY, false};
-    tile.prior_mu = event.load(prior_mu, row, begin, n, tile.prior_mu_buffer);
-    const T* const prior_raw = event.load(prior_scale, row, begin, n, tile.prior_log_scale);
-    prior.prepare_scale(n, kUnclamped, true, prior_raw, tile.prior_log_scale, tile.prior_slope);
+    tile.prior_mu = load(prior_mu, a, tile.prior_mu_buffer);
+    prior.prepare_scale(a.count(), kUnclamped, true, load(prior_scale, a, tile.prior_log_scale),
+                        tile.prior_log_scale, tile.prior_slope);
+  }
+
+  const T* load(const Operand& o, const Area& a, T* buffer) const {
+    const T* const there = target(o, a, buffer);
+    if (there != buffer) return there;
+    for_blocks(o, a, [&](const Block& b, int64_t first) { gather(o, b, buffer + first); });
+    return buffer;
+  }
+
+  static int64_t start(const Operand& o, const Area& a) {
+    return a.row * o.row_stride + a.begin * o.strides.back();
+  }
+  // Whether an area's elements lie in memory as they do in a tile.
+  bool joined(const Operand& o, const Area& a) const {
+    const int64_t row = o.row_stride, element = o.strides.back();
+    if (!o.straight) return false;
+    return by_columns ? row == 1 && (a.n == 1 || element == a.rows)
+                      : (a.n == 1 || element == 1) && (a.rows == 1 || row == a.n);
+  }
+
+  // Calls fn(block, first) for the blocks of an area; `first` is the place of a block's first element.
+  template <class Fn>
+  void for_blocks(const Operand& o, const Area& a, const Fn& fn) const {
+    if (o.straight) {
+      const int64_t row = o.row_stride, element = o.strides.back();
+      return fn(joined(o, a)  ? run_of(start(o, a), 1, a.count())
+                : by_columns ? Block{start(o, a), element, a.n, row, a.rows}
+                             : Block{start(o, a), row, a.rows, element, a.n},
+                0);
+    }
+    for (int64_t i = 0; i < a.rows; ++i) {
+      event.blocks(o, a.row + i, a.begin, a.n,
+                   [&](const Block& b, int64_t first) { fn(b, i * a.n + first); });
+    }
   }
 };
 
@@ -108,11 +177,16 @@ void kl_forward_as(const View& mu, const View& scale, const View& prior_mu, cons
   Kl<T> pass(mu, scale, prior_mu, prior_scale, options);
   pass.fuse();
   T* const out = data_of<T>(kl);
+  std::vector<T> rest((pass.chunks - 1) * pass.rows, T(0));  // the sums of all chunks but the first
   std::fill(out, out + pass.rows, T(0));
-  pass.for_rows([&](const typename Kl<T>::Tile& tile, int64_t row, int64_t, int64_t n) {
-    pass.kernels.forward(n, tile.mu, tile.log_scale, tile.prior_mu, tile.prior_log_scale,
-                         out + row);
+  const auto add = pass.by_columns ? pass.kernels.add_columns : pass.kernels.add_rows;
+  pass.for_areas([&](const typename Kl<T>::Tile& tile, const Area& a, int64_t chunk) {
+    alignas(64) T terms[kTile];
+    pass.kernels.terms(a.count(), tile.mu, tile.log_scale, tile.prior_mu, tile.prior_log_scale,
+                       terms);
+    add(a.rows, a.n, terms, a.row + (chunk == 0 ? out : rest.data() + (chunk - 1) * pass.rows));
   });
+  for (int64_t i = 0; i < static_cast<int64_t>(rest.size()); ++i) out[i % pass.rows] += rest[i];
 }
 
 template <class T>
@@ -128,21 +202,28 @@ void kl_backward_as(const View& g_kl, const View& mu, const View& scale, const V
   }
   pass.fuse();
   const RowValues<T> weight(g_kl, pass.rows);
-  pass.for_rows([&](const typename Kl<T>::Tile& tile, int64_t row, int64_t begin, int64_t n) {
-    alignas(64) T mu_tile[kTile], scale_tile[kTile], prior_tile[kTile];
-    pass.kernels.backward(n, weight[row], tile.mu, tile.log_scale, tile.prior_mu,
-                          tile.prior_log_scale, mu_tile, scale_tile, prior_tile);
-    const auto store = [&](const Operand& to, const T* from) {
-      pass.event.store(to, row, begin, n, from);
-    };
-    store(pass.g_mu, mu_tile);
-    scale_by(tile.slope, n, scale_tile);
-    store(pass.g_scale, scale_tile);
+  pass.for_areas([&](const typename Kl<T>::Tile& tile, const Area& a, int64_t) {
+    alignas(64) T weights[kTile], mu_tile[kTile], scale_tile[kTile], prior_tile[kTile];
+    const int64_t n = a.count();
+    for (int64_t i = 0, at = 0; at < n; ++i) {
+      if (pass.by_columns) {
+        for (int64_t row = 0; row < a.rows; ++row) weights[at++] = weight[a.row + row];
+      } else {
+        std::fill_n(weights + at, a.n, weight[a.row + i]);
+        at += a.n;
+      }
+    }
+    T* const to_mu = pass.target(pass.g_mu, a, mu_tile);
+    T* const to_scale = pass.target(pass.g_scale, a, scale_tile);
+    pass.kernels.gradient(n, weights, tile.mu, tile.log_scale, tile.slope, tile.prior_mu,
+                          tile.prior_log_scale, to_mu, to_scale, prior_tile);
+    pass.store(pass.g_mu, a, to_mu);
+    pass.store(pass.g_scale, a, to_scale);
     if (!prior_mu) return;
-    for (int64_t i = 0; i < n; ++i) mu_tile[i] = -mu_tile[i];
-    store(pass.g_prior_mu, mu_tile);
+    for (int64_t i = 0; i < n; ++i) mu_tile[i] = -to_mu[i];
+    pass.store(pass.g_prior_mu, a, mu_tile);
     scale_by(tile.prior_slope, n, prior_tile);
-    store(pass.g_prior_scale, prior_tile);
+    pass.store(pass.g_prior_scale, a, prior_tile);
   });
 }
 

@@ -2,44 +2,86 @@
 //
 // Included once per instruction set (each_isa.h).
 
-// Adds Σ ½(e^t − 1 − t) + ½d² to kl, with t = 2·log(σ_q/σ_p) and d = (μ_q − μ_p)/σ_p.
-template <class F>
-VAE_FAST_TARGET void kl_tile(int64_t n, const ScalarOf<F>* mu, const ScalarOf<F>* log_scale,
-                             const ScalarOf<F>* prior_mu, const ScalarOf<F>* prior_log_scale,
-                             ScalarOf<F>* kl) {
+// What q is to p, which is N(0, 1) unless kPrior: t = 2·log(σ_q/σ_p), d = (μ_q − μ_p)/σ_p and d/σ_p.
+template <class F, bool kPrior>
+struct Ratio {
   using T = ScalarOf<F>;
-  F sum{};
-  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-    const F log_p = at.load(prior_log_scale);
-    const ExpMinusOne<F> ratio((at.load(log_scale) - log_p) * T(2));
-    const F d = exp_of(-log_p).times(at.load(mu) - at.load(prior_mu));
-    sum += at.keep((ratio.minus_t + d * d) * T(0.5));
-  });
-  *kl += sum_lanes(sum);
-}
+  F t, d, slope;
+  template <class At>
+  VAE_FAST_INLINE Ratio(const At& at, const T* mu, const T* log_scale, const T* prior_mu,
+                        const T* prior_log_scale) {
+    if constexpr (kPrior) {
+      const F log_p = at.load(prior_log_scale);
+      const auto inverse = exp_of(-log_p);
+      t = (at.load(log_scale) - log_p) * T(2);
+      d = inverse.times(at.load(mu) - at.load(prior_mu));
+      slope = inverse.times(d);
+    } else {
+      t = at.load(log_scale) * T(2);
+      d = slope = at.load(mu);
+    }
+  }
+};
 
-// ∂μ_q = d/σ_p, which is −∂μ_p, ∂(log σ_q) = e^t − 1 and ∂(log σ_p) = −(e^t − 1) − d², all times the
-// row's weight.
-template <class F>
-VAE_FAST_TARGET void kl_gradient_tile(int64_t n, ScalarOf<F> weight, const ScalarOf<F>* mu,
-                                      const ScalarOf<F>* log_scale, const ScalarOf<F>* prior_mu,
-                                      const ScalarOf<F>* prior_log_scale, ScalarOf<F>* g_mu,
-                                      ScalarOf<F>* g_log_scale, ScalarOf<F>* g_prior_log_scale) {
-  using T = ScalarOf<F>;
+// ½(e^t − 1 − t) + ½d².
+template <class F, bool kPrior>
+VAE_FAST_TARGET void kl_terms(int64_t n, const ScalarOf<F>* mu, const ScalarOf<F>* log_scale,
+                              const ScalarOf<F>* prior_mu, const ScalarOf<F>* prior_log_scale,
+                              ScalarOf<F>* terms) {
   for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-    const F log_p = at.load(prior_log_scale);
-    const ExpMinusOne<F> ratio((at.load(log_scale) - log_p) * T(2));
-    const auto inverse = exp_of(-log_p);
-    const F d = inverse.times(at.load(mu) - at.load(prior_mu));
-    at.store(g_mu, inverse.times(d) * weight);
-    at.store(g_log_scale, ratio.value * weight);
-    at.store(g_prior_log_scale, (ratio.value + d * d) * -weight);
+    const Ratio<F, kPrior> q(at, mu, log_scale, prior_mu, prior_log_scale);
+    at.store(terms, (ExpMinusOne<F>(q.t).minus_t + q.d * q.d) * ScalarOf<F>(0.5));
   });
 }
 
+// Adds n terms of each row to its sum: rows one behind the other,
 template <class F>
-KlKernels<ScalarOf<F>> kl_kernels() {
-  return {kl_tile<F>, kl_gradient_tile<F>};
+VAE_FAST_TARGET void add_rows(int64_t rows, int64_t n, const ScalarOf<F>* terms,
+                              ScalarOf<F>* sums) {
+  for (int64_t row = 0; row < rows; ++row, terms += n) {
+    if (n < Traits<F>::width) {
+      ScalarOf<F> sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += terms[i];
+      sums[row] += sum;
+    } else {
+      F sum{};
+      for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA { sum += at.load(terms); });
+      sums[row] += sum_lanes(sum);
+    }
+  }
+}
+// or the first terms of all rows, then the second.
+template <class F>
+VAE_FAST_TARGET void add_columns(int64_t rows, int64_t n, const ScalarOf<F>* terms,
+                                 ScalarOf<F>* sums) {
+  for_lanes<F>(rows, [&](auto at) VAE_FAST_LAMBDA {
+    F sum{};
+    for (int64_t i = 0; i < n; ++i) sum += at.load(terms + i * rows);
+    at.store(sums, at.load(sums) + sum);
+  });
+}
+
+// ∂μ_q = d/σ_p, which is −∂μ_p, ∂(log σ_q) = e^t − 1, times its slope by the raw scale, and
+// ∂(log σ_p) = −(e^t − 1) − d², all times a weight.
+template <class F, bool kPrior>
+VAE_FAST_TARGET void kl_gradient(int64_t n, const ScalarOf<F>* weights, const ScalarOf<F>* mu,
+                                 const ScalarOf<F>* log_scale, const ScalarOf<F>* scale_slope,
+                                 const ScalarOf<F>* prior_mu, const ScalarOf<F>* prior_log_scale,
+                                 ScalarOf<F>* g_mu, ScalarOf<F>* g_scale,
+                                 ScalarOf<F>* g_prior_log_scale) {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    const Ratio<F, kPrior> q(at, mu, log_scale, prior_mu, prior_log_scale);
+    const F weight = at.load(weights), ratio = ExpMinusOne<F>(q.t).value;
+    at.store(g_mu, q.slope * weight);
+    at.store(g_scale, product_or_zero(ratio * weight, at.load(scale_slope)));
+    if constexpr (kPrior) at.store(g_prior_log_scale, (ratio + q.d * q.d) * -weight);
+  });
+}
+
+template <class F>
+KlKernels<ScalarOf<F>> kl_kernels(bool prior) {
+  const auto terms = prior ? kl_terms<F, true> : kl_terms<F, false>;
+  return {terms, add_rows<F>, add_columns<F>, prior ? kl_gradient<F, true> : kl_gradient<F, false>};
 }
 
 // weights[k·pitch + i] holds log w on entry and softmax_k of it afterwards; bound = −log mean_k w.

@@ -190,14 +190,10 @@ Tensor gaussian_kl_forward_op(Tensor mu, Tensor scale, OptionalTensor prior_mu,
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward_op(
     Tensor g_kl, Tensor mu, Tensor scale, OptionalTensor prior_mu, OptionalTensor prior_scale,
     int64_t param, int64_t prior_param, double lo, double hi, bool soft) {
-  const auto gradient = [&](const Tensor& t) {
-    const auto sizes = mu.sizes();
-    return empty(Sizes(sizes.begin(), sizes.end()), t.scalar_type());
-  };
   const auto optional = [&](const OptionalTensor& t) {
-    return t ? gradient(*t) : none(mu.scalar_type());
+    return t ? gradient_like(*t) : none(mu.scalar_type());
   };
-  const Tensor g_mu = gradient(mu), g_scale = gradient(scale);
+  const Tensor g_mu = gradient_like(mu), g_scale = gradient_like(scale);
   const Tensor g_prior_mu = optional(prior_mu), g_prior_scale = optional(prior_scale);
   gaussian_kl_backward(view(g_kl), view(mu), view(scale), view(prior_mu), view(prior_scale),
                        {param, prior_param, lo, hi, soft}, view(g_mu), view(g_scale),

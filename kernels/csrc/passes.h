@@ -58,7 +58,7 @@ struct LikelihoodOptions {
 struct KlOptions {
   int64_t param, prior_param;
   double lo, hi;
-  bool soft;
+  int64_t soft;  // a flag, as wide as the rest
 };
 
 // Whether the latent pass can read a tensor in place: its elements lie along one stride per row. The
@@ -91,7 +91,7 @@ void likelihood_rescale(const View& g_mean, const View& g_scale, const View& g_s
                         int64_t samples, int64_t batch, const View& g_log_q, const View& g_log_p,
                         const View& g_scalar);
 
-// All contiguous, but for mu, scale and the prior's, which are absent for N(0, 1).
+// kl is contiguous. The prior's tensors are absent for N(0, 1).
 void gaussian_kl_forward(const View& mu, const View& scale, const View& prior_mu,
                          const View& prior_scale, const KlOptions& options, const View& kl);
 void gaussian_kl_backward(const View& g_kl, const View& mu, const View& scale, const View& prior_mu,
@@ -113,6 +113,8 @@ struct Passes {
   decltype(&vae_fast::likelihood_backward) likelihood_backward;
   decltype(&vae_fast::likelihood_forward_grad) likelihood_forward_grad;
   decltype(&vae_fast::likelihood_rescale) likelihood_rescale;
+  decltype(&vae_fast::gaussian_kl_forward) gaussian_kl_forward;
+  decltype(&vae_fast::gaussian_kl_backward) gaussian_kl_backward;
   decltype(&vae_fast::advise_huge_pages) advise_huge_pages;
 };
 

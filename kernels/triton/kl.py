@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from torch import Tensor
 
 import triton
@@ -190,15 +191,23 @@ def gaussian_kl_backward(
     g_kl: Tensor, mu: Tensor, scale: Tensor, prior_mu: Tensor | None, prior_scale: Tensor | None,
     param: int, prior_param: int, lo: float, hi: float, soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """∂μ and ∂s of q and of p, contiguous; empty for an absent prior."""
+    """∂μ and ∂s of q and of p; empty for an absent prior."""
     tensors = mu, scale, prior_mu, prior_scale
     gradients = tuple(mu.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
     if mu.numel() == 0:
-        return gradients
+        return tuple(map(_ordered, gradients, tensors))
 
     where, layouts, clamp = place(mu), tuple(map(layout, tensors)), clamp_code(lo, hi, soft)
     plan = _plan(where, layouts, layout(g_kl), param, prior_param, clamp)
     with on_device(where, "kl backward"):
         reads = plan.read(*tensors)
         plan.launch(kl_backward_kernel, (g_kl, *reads, *gradients), lo, hi)
-    return gradients
+    return tuple(map(_ordered, gradients, tensors))
+
+
+def _ordered(g: Tensor, t: Tensor | None) -> Tensor:
+    """A contiguous gradient in the memory order of its tensor."""
+    if t is None or t.is_contiguous():
+        return g
+    ordered = torch.empty_like(t)
+    return g if ordered.stride() == g.stride() else ordered.copy_(g)
