@@ -1,11 +1,12 @@
-"""The latent pass, the likelihood pass, its options and the whole loss, against what people use.
+"""The latent pass, the KL term, the likelihood pass with its options, and the whole loss.
 
     pytest benchmarks --benchmark-only [--quick] [--device cuda] [-k "elbo and fp32"]
 
-All implementations of a row run in this process on the same tensors, each drawing its own noise
-inside its time, and take turns. A result is checked before it is timed and after; one that is wrong
-is reported, and not timed. torch.compile's max-autotune chooses between matrix products and GPU
-kernels: on a CPU a loss has nothing to choose, so there only one group shows it, in fp32.
+Against what people use: all implementations of a row run in this process on the same tensors, each
+drawing its own noise inside its time, and take turns. A result is checked before it is timed and
+after; one that is wrong is reported, and not timed. torch.compile's max-autotune chooses between
+matrix products and GPU kernels: on a CPU a loss has nothing to choose, so there only one group
+shows it, in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import lru_cache, partial
 import torch
 from cases import BOTH, CASES, FORWARD, Size
 from measure import Clock, has_graph, memory, race
-from peers import IMPLEMENTATIONS, OPTIONS, RANDN
+from peers import IMPLEMENTATIONS, KL, OPTIONS, RANDN
 from saved import INPLACE
 
 SMALL = Size(64, 16, 784)
@@ -30,6 +31,7 @@ SIZES = (
 GPU_SIZES = (*SIZES, Size(65536, 256, 3072), Size(256, 4096, 196608))
 # Sizes that are also timed on uint8 data, and the only ones of the likelihood's options.
 FEW = (Size(1024, 64, 784), Size(4096, 128, 3072))
+KL_SIZES = (SMALL, Size(16384, 10, 784), Size(4096, 128, 3072))
 NOISY = ("latent", "elbo")  # who draw noise
 QUICK_SIZES = (SMALL, *FEW)
 QUICK_GPU_SIZES = (SMALL, Size(4096, 128, 3072), Size(65536, 256, 3072))
@@ -54,7 +56,7 @@ class Row:
 def dtypes(group: str, size: Size, quick: bool) -> tuple[str, ...]:
     if group in OPTIONS:
         return ("uint8",) if group == "logistic" else ("fp32",)
-    if quick:
+    if quick or group in KL:
         return ("fp32",)
     return ("fp32", "bf16", *(("uint8",) if group != "latent" and size in FEW else ()))
 
@@ -66,10 +68,10 @@ def rows(quick: bool, device: str) -> list[Row]:
     return [
         Row(group, phase, dtype, size, implementation)
         for group, implementations in IMPLEMENTATIONS.items()
-        if not (quick and group in OPTIONS)
-        for size in (FEW if group in OPTIONS else sizes)
+        if not (quick and group in (*OPTIONS, *KL))
+        for size in (FEW if group in OPTIONS else KL_SIZES if group in KL else sizes)
         for dtype in dtypes(group, size, quick)
-        for phase in ((BOTH,) if quick or group in OPTIONS else (FORWARD, BOTH))
+        for phase in ((BOTH,) if quick or group in (*OPTIONS, *KL) else (FORWARD, BOTH))
         for implementation in implementations
         # Without gradients there is nothing to write in place.
         if not (implementation == INPLACE and phase == FORWARD)
@@ -122,4 +124,6 @@ def test_loss(row, names, device, budget, hand_in):
     of, size = row.group, str(row.size)
     if of in OPTIONS:
         of, size = "option", f"{of} {size}"
+    if of in KL:
+        of, size = "kl", f"{of} {size}"
     hand_in(row, result, of=of, phase=row.phase, dtype=row.dtype, size=size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from measure import Wrong, last_level_cache
-from peers import LOG_2PI, OPTIONS
+from peers import FREE_BITS, LOG_2PI, OPTIONS
 from torch import Tensor
 
 from vae_fast import reference
@@ -56,6 +56,7 @@ class Case:
     """
 
     group: str
+    decoded = True  # whether a decoder's output is part of it
 
     def __init__(self, size: Size, dtype: str, device: str) -> None:
         torch.manual_seed(0)
@@ -66,8 +67,7 @@ class Case:
         if self.group != "likelihood":
             self.mu = self._randn(small).requires_grad_()
             self.logvar = (self._randn(small) - 1).requires_grad_()
-        if self.group == "latent":
-            self.upstream = self._randn(small), *torch.randn(2, size.batch, device=device)
+        if not self.decoded:
             return
         x, self._mean, self._logvar_x = self._make(large, dtype)
         copies = 1
@@ -90,7 +90,7 @@ class Case:
 
     def reset(self) -> None:
         """Before every step: new decoder outputs, since one may have been overwritten."""
-        if self.group == "latent":
+        if not self.decoded:
             return
         self.x, self.mean, self.logvar_x = next(self._sets)
         with torch.no_grad():
@@ -169,6 +169,12 @@ class Latent(Case):
     """Sampling, log q(z|x) and log p(z); backward from gradients of all three."""
 
     group = "latent"
+    decoded = False
+
+    def __init__(self, size, dtype, device):
+        super().__init__(size, dtype, device)
+        rows = torch.randn(2, size.batch, device=device)
+        self.upstream = self._randn((size.batch, size.latent)), *rows
 
     def step(self, function, phase):
         inputs = self.mu, self.logvar
@@ -202,6 +208,43 @@ class Latent(Case):
     def bytes_moved(self, phase):
         """μ and the scale in, z out; for the backward pass those and z's gradient in, two out."""
         return (3 if phase == FORWARD else 8) * self.mu.nbytes
+
+
+class KL(Case):
+    """KL(q‖N(0, 1)): the mean over the batch, or with free bits the sum over latent elements."""
+
+    group = "kl"
+    decoded = False
+    free_bits = 0.0
+
+    def step(self, function, phase):
+        inputs = self.mu, self.logvar
+        if phase == FORWARD:
+            return torch.no_grad()(lambda: function(*inputs))
+
+        def both():
+            value = function(*inputs)
+            return value, *torch.autograd.grad(value, inputs)
+
+        return both
+
+    def check(self, step, phase):
+        value, *gradients = step() if phase == BOTH else [step()]
+        mu, logvar = self.mu.detach().double(), self.logvar.detach().double()
+        elements = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(0)
+        close("kl", value.detach(), elements.clamp(min=self.free_bits).sum(), self.exact_sum)
+        if gradients:
+            paid = (elements > self.free_bits) / self.size.batch
+            close("mu", gradients[0], mu * paid, self.exact)
+            close("logvar", gradients[1], 0.5 * torch.expm1(logvar) * paid, self.exact)
+
+    def bytes_moved(self, phase):
+        """μ and the scale in; for the backward pass once more, and two out."""
+        return (2 if phase == FORWARD else 6) * self.mu.nbytes
+
+
+class FreeBits(KL):
+    free_bits = FREE_BITS
 
 
 class Likelihood(Case):
@@ -311,5 +354,5 @@ class Option(Likelihood):
         return super().bytes_moved(phase) - absent * self.mean.nbytes
 
 
-CASES = {case.group: case for case in (Latent, Likelihood, ELBO)}
+CASES = {case.group: case for case in (Latent, Likelihood, ELBO, KL)} | {"free bits": FreeBits}
 CASES |= {option: functools.partial(Option, option) for option in OPTIONS}

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from saved import COMPILE, INPLACE, OURS
-from torch.distributions import Bernoulli, Laplace, Normal, StudentT
+from torch.distributions import Bernoulli, Laplace, Normal, StudentT, kl_divergence
 from torch.nn import functional as F
 
 import vae_fast
@@ -53,6 +53,33 @@ def nll_loss_likelihood(x, mean, logvar):
     """PyTorch's own loss, which takes a variance."""
     x = scaled(x, mean)
     return F.gaussian_nll_loss(mean, x, torch.exp(logvar), full=True, reduction="none").sum(1)
+
+
+def elements_kl(mu, logvar):
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
+
+
+def eager_kl(mu, logvar):
+    return elements_kl(mu, logvar).sum(1).mean()
+
+
+def distributions_kl(mu, logvar):
+    q = Normal(mu, torch.exp(0.5 * logvar), validate_args=False)
+    p = Normal(torch.zeros_like(mu), torch.ones_like(mu), validate_args=False)
+    return kl_divergence(q, p).sum(1).mean()
+
+
+FREE_BITS = 0.8  # about half of the elements of cases.KL have more
+
+
+def eager_free_bits(mu, logvar):
+    return elements_kl(mu, logvar).mean(0).clamp(min=FREE_BITS).sum()
+
+
+def fused_free_bits(mu, logvar):
+    """What FusedELBO does: the rows of the transposed tensors are the latent's elements."""
+    summed = vae_fast.gaussian_kl(mu.t(), logvar.t())
+    return (summed / len(mu)).clamp(min=FREE_BITS).sum()
 
 
 def scaled(x, mean):
@@ -191,7 +218,18 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
         OURS: lambda: fused(inplace=False),
         INPLACE: lambda: fused(inplace=True),
     },
+    "kl": {
+        **made(eager=eager_kl, distributions=distributions_kl),
+        **compiled(eager_kl),
+        OURS: lambda: lambda mu, logvar: vae_fast.gaussian_kl(mu, logvar).mean(),
+    },
+    "free bits": {
+        **made(eager=eager_free_bits),
+        **compiled(eager_free_bits),
+        OURS: lambda: fused_free_bits,
+    },
 }
+KL = ("kl", "free bits")
 
 #: Options of the likelihood: those of ours, then how others write it.
 OPTIONS: dict[str, tuple[dict, Callable, Callable | None]] = {

@@ -55,12 +55,15 @@ def kept_table(path: Path) -> str:
 def benchmark_table(path: Path) -> str:
     machine, groups = load(path)
     options = [g for g in groups if g.of == "option"]
+    kl = [g for g in groups if g.of == "kl"]
     steps = [g for g in groups if g.of == "train_step"]
     folder = path.resolve().parent.relative_to(ROOT)
     return (
         f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
         "The likelihood alone, for what is asked of it besides a free Gaussian:\n\n"
         f"{speeds(options, OURS, INPLACE)}\n\n"
+        "The analytic KL term alone, by rows and with free bits for each latent element:\n\n"
+        f"{speeds(kl, OURS)}\n\n"
         "Whole training steps, where matrix products or convolutions take two fifths of the time "
         "or more for all; *compiled* is the module under `torch.compile`, as the best peer is:\n\n"
         f"{speeds(steps, OURS, COMPILED)}\n\n"

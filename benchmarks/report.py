@@ -28,6 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
     "pass": "Each pass alone, against a copy of as many bytes",
     "latent": "Latent pass: z, log q(z|x), log p(z)",
+    "kl": "KL(q‖N(0, 1)): the batch's mean, and the sum over latent elements with free bits",
     "likelihood": "Likelihood pass: the mean of −log p(x|z)",
     "option": "Likelihood pass: other densities, and a clamped scale",
     "elbo": "Whole loss, given the decoder's output",
@@ -176,7 +177,7 @@ Value = Callable[[Group, str], float | None]
 
 def drawn(groups: list[Group], picture: str) -> list[Group]:
     """What a picture shows: for each loss its last phase, in fp32."""
-    without = {"pass", "option", *(("train_step",) if picture == "bandwidth" else ())}
+    without = {"pass", "option", "kl", *(("train_step",) if picture == "bandwidth" else ())}
     kept = [g for g in groups if g.of not in without]
     last = {g.of: g.phase for g in kept}
     return [g for g in kept if g.dtype == "fp32" and g.phase == last[g.of]]

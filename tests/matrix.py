@@ -11,6 +11,7 @@ status is 0 if all cells are well.
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -66,6 +67,7 @@ class Cell:
     backend: str = "cpp"
     options: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    zig: str | None = None  # a version of the ziglang package, for the Clang in it
 
 
 CELLS = {
@@ -75,6 +77,8 @@ CELLS = {
     # Triton 3.6's interpreter converts arrays of one element, which NumPy 2.4 refuses.
     "torch-2.11.0": Cell("2.11.0", "3.6.0", packages=("numpy<2.4",)),
     "torch-2.10.0": Cell("2.10.0", "3.6.0", packages=("numpy<2.4",)),
+    "clang-22": Cell("2.13.0", "3.7.1", zig="0.17.1"),
+    "clang-13": Cell("2.13.0", "3.7.1", zig="0.9.1"),
     "no-triton": Cell("2.13.0", None),
     "no-compiler": Cell(
         *("2.13.0", "3.7.1", WITHOUT_COMPILER, {"CXX": "no-such-compiler"}, "reference"),
@@ -100,6 +104,7 @@ def install(folder, cell, everything):
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     wanted = [*PACKAGES, *cell.packages, f"torch=={cell.torch}"]
     wanted += [f"triton=={cell.triton}"] if cell.triton else []
+    wanted += [f"ziglang=={cell.zig}"] if cell.zig else []
     subprocess.run([*pip, "install", "--constraint", constraints(), *wanted], check=True)
     # From a copy: a build writes into the folder that it runs in.
     source = folder / "source"
@@ -115,6 +120,14 @@ def install(folder, cell, everything):
     return python
 
 
+def clang(folder):
+    """The command of the Clang in the ziglang package, as it is beside GCC's library and linker."""
+    (zig,) = folder.glob("lib/python*/site-packages/ziglang")
+    headers = f"-nobuiltininc -isystem {zig}/lib/include"
+    target = f"--target={platform.machine()}-linux-gnu"
+    return f"{zig}/zig clang --driver-mode=g++ {target} {headers} -Wno-unused-command-line-argument"
+
+
 def run(name, cell, everything):
     """What pytest says at its end, and whether the cell is well."""
     folder = FOLDER / name
@@ -124,6 +137,7 @@ def run(name, cell, everything):
         return f"cannot be installed ({error})", False
     left_out = ("PYTHONPATH", "VAE_FAST_BACKEND", "VAE_FAST_CXXFLAGS", "VIRTUAL_ENV")
     env = {n: v for n, v in os.environ.items() if n not in left_out} | cell.environment
+    env |= {"CXX": clang(folder)} if cell.zig else {}
     env |= {"TRITON_INTERPRET": "1", "VAE_FAST_CACHE": str(folder / "cache")}
     missing = "None" if cell.triton else "Triton is not installed"
     check = subprocess.run([python, "-c", CHECK, cell.backend, missing], env=env, cwd=folder)

@@ -68,7 +68,20 @@ def _without_kl(x, mu, logvar, mean, logvar_x):
     return peers.eager_likelihood(x, mean, logvar_x).mean()
 
 
+def _free_bits_of_rows(mu, logvar):
+    return peers.elements_kl(mu, logvar).clamp(min=peers.FREE_BITS).mean(0).sum()
+
+
+def _free_bits_for_all(mu, logvar):
+    """The right value, with the gradient of the KL itself."""
+    value, kl = peers.eager_free_bits(mu, logvar), peers.eager_kl(mu, logvar)
+    return value.detach() + kl - kl.detach()
+
+
 WRONG = [
+    ("kl", _free_bits_of_rows, cases.FORWARD),
+    ("free bits", _free_bits_of_rows, cases.FORWARD),
+    ("free bits", _free_bits_for_all, cases.BOTH),
     ("latent", _without_noise, cases.FORWARD),
     ("latent", _half_noise, cases.FORWARD),
     ("likelihood", peers.mean_of(_no_constant), cases.FORWARD),

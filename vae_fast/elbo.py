@@ -88,7 +88,8 @@ class ELBOOutput(NamedTuple):
         """
         rows = self.nll + self.kl
         if rows.dim() == 2:
-            rows = _bound(rows) if self.objective == "iwae" else rows.mean(0)
+            iwae = self.objective == "iwae"
+            rows = reference.importance_bound(rows, 0.0) if iwae else rows.mean(0)
         if self.mask is None:
             size: Tensor | int = math.prod(self.data_shape[1:])
         else:
@@ -462,10 +463,15 @@ class FusedELBO(nn.Module):
             self.objective,
         )
 
+    @property
+    def levels(self) -> tuple[float, float]:
+        """(a, b), where a uint8 x stands for a·x + b."""
+        return self._density[-2:]
+
     def _bin_width(self) -> float:
         """Distance of the levels of x, where the likelihood is a density and no mass of them."""
         mass = self.likelihood in functional._DISCRETE
-        return 1.0 if mass else (self.x_scale or reference.X_SCALE)[0]
+        return 1.0 if mass else self.levels[0]
 
     def _fused(
         self, x, mean, scale, log_q, log_p, beta, reduction, key, first_row, mask
@@ -666,11 +672,6 @@ def _by_element(t: Tensor, like: Tensor) -> Tensor:
 def _check_number(name: str, value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _bound(rows: Tensor) -> Tensor:
-    """−log mean_k e^(−rows)."""
-    return math.log(rows.shape[0]) - torch.logsumexp(-rows, 0)
 
 
 def _check_weight(weight: object, rows: Tensor) -> Tensor:

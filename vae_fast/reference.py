@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae_fast import noise
+from vae_fast import noise, ops
 
 __all__ = [
     "elbo_loss",
@@ -26,10 +26,6 @@ __all__ = [
 X_SCALE = (1.0 / 255.0, 0.0)  # what a uint8 x means by default: [0, 1]
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 _LINEAR = 80.0  # softplus(s) is s from here on, to fp64 rounding, and e^s is still an fp32 number
-
-
-def _accumulation(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def log_scale_and_scale(s: Tensor, param: str) -> tuple[Tensor, Tensor]:
@@ -96,7 +92,7 @@ def reparameterize(
     Args:
         eps: use this noise instead of the key's, shape of the returned z.
     """
-    acc = _accumulation(mu)
+    acc = ops.accumulation_dtype(mu)
     if eps is None:
         if key is None:
             key = noise.make_key(mu.device, generator)
@@ -146,7 +142,7 @@ def likelihood_nll(
     first_row: int = 0,
 ) -> Tensor:
     """Reference for :func:`vae_fast.likelihood_nll`, which documents the arguments."""
-    acc = _accumulation(mean)
+    acc = ops.accumulation_dtype(mean)
     mul, add = X_SCALE if x_scale is None else x_scale
     event = tuple(range(mean.dim() - x.dim() + 1, mean.dim()))
     with_scale = likelihood not in ("bernoulli", "squared_error")
@@ -266,7 +262,7 @@ def gaussian_kl(
     clamp_mode: str = "hard",
 ) -> Tensor:
     """Reference for :func:`vae_fast.gaussian_kl`, which documents the arguments."""
-    acc = _accumulation(mu)
+    acc = ops.accumulation_dtype(mu)
     log_q, _ = log_scale_and_scale(clamp_scale(scale.to(acc), clamp, clamp_mode), param)
     if prior is None:
         log_p, delta = 0.0, mu.to(acc)

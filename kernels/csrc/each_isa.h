@@ -1,6 +1,7 @@
 // Includes the header VAE_FAST_KERNELS once per instruction set, into a namespace of its own, so that
 // its loops are compiled for each. VAE_FAST_TARGET is the target attribute of its functions; the
-// element functions of math.h are inlined into them.
+// element functions of math.h are inlined into them. To Clang, a vector that such a function passes by
+// value to one without the attribute, or gets from it, is an error; not from one lambda to the next.
 //
 // VAE_FAST_SELECT(fn, args) then returns fn<F>(args) of the best set that this machine has, F being
 // its vector of floats.
@@ -9,7 +10,11 @@
 
 namespace vae_fast {
 #if defined(__x86_64__)
+#if defined(__clang__)  // it does not know the preference, has it anyhow, and would drop all of this
+#define VAE_FAST_TARGET __attribute__((target("arch=x86-64-v4")))
+#else
 #define VAE_FAST_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#endif
 namespace avx512 {
 #include VAE_FAST_KERNELS
 }  // namespace avx512

@@ -18,7 +18,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
   constexpr bool kRow = kScale == ScaleKind::row;
   constexpr Factor kFactor = family == Family::gaussian ? Factor::precision : Factor::inverse;
   const Model<T> constants = model;
-  const F lo = splat<F>(model.lo), hi = splat<F>(model.hi);
+  const F lo = F{} + model.lo, hi = F{} + model.hi;
   for (int64_t row = 0; row < rows; ++row) {
     const T w = kGradient ? *weight[row] : T(0);
     LikelihoodTerms<T> sum{T(0), T(0)};

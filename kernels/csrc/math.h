@@ -69,15 +69,15 @@ VAE_FAST_VECTOR(16, 8)
 #undef VAE_FAST_VECTOR
 
 // Sums of the lanes, as fixed trees.
-VAE_FAST_INLINE float sum_lanes(f32x4 v) {
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
-  return v[0] + v[1];
+VAE_FAST_INLINE float sum_lanes(const f32x4& v) {
+  const f32x4 w = v + __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  return w[0] + w[1];
 }
-VAE_FAST_INLINE float sum_lanes(f32x8 v) {
+VAE_FAST_INLINE float sum_lanes(const f32x8& v) {
   return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
                    __builtin_shufflevector(v, v, 4, 5, 6, 7));
 }
-VAE_FAST_INLINE float sum_lanes(f32x16 v) {
+VAE_FAST_INLINE float sum_lanes(const f32x16& v) {
   return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
@@ -133,7 +133,11 @@ VAE_FAST_INLINE f32x16 pick(f32x16 table, u32x16 index) {
 // larger than the caches, and an aligned p. finish_stream() must follow before others read them.
 template <class T, class V>
 VAE_FAST_INLINE void store_past_caches(T* p, V v) {
+#if defined(__x86_64__) && defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<V*>(p));
+#else
   std::memcpy(p, &v, sizeof(v));
+#endif
 }
 VAE_FAST_INLINE void finish_stream() {
 #if defined(__x86_64__)

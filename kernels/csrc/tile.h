@@ -23,9 +23,9 @@ template <class F, Param P, bool kLog>
 VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf<F>* from,
                                    ScalarOf<F>* to, ScalarOf<F>* slope) {
   using T = ScalarOf<F>;
-  const F lo = splat<F>(static_cast<T>(clamp.lo)), hi = splat<F>(static_cast<T>(clamp.hi));
-  const F middle = splat<F>(static_cast<T>(0.5 * (clamp.lo + clamp.hi)));
-  const F reach = splat<F>(static_cast<T>(0.5 * (clamp.hi - clamp.lo)));
+  const F lo = F{} + static_cast<T>(clamp.lo), hi = F{} + static_cast<T>(clamp.hi);
+  const F middle = F{} + static_cast<T>(0.5 * (clamp.lo + clamp.hi));
+  const F reach = F{} + static_cast<T>(0.5 * (clamp.hi - clamp.lo));
   const auto soft = [&](F s) VAE_FAST_LAMBDA { return SoftlyBounded<F>(s, middle, reach); };
   const auto hard = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
   // One loop each: GCC takes the vectors of one that chooses apart.
