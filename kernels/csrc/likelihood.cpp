@@ -407,15 +407,19 @@ struct Likelihood {
 
   // The blocks' sums of a shared event, added up in order.
   void store_event(const std::vector<T>& sums, int64_t blocks, const Operand& to) const {
-    T tile[kTile];
-    for (int64_t begin = 0; begin < size; begin += kTile) {
-      const int64_t count = std::min(size - begin, kTile);
-      std::fill(tile, tile + count, T(0));
-      for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t i = 0; i < count; ++i) tile[i] += sums[block * size + begin + i];
-      }
-      event.store(to, 0, begin, count, static_cast<const T*>(tile));
-    }
+    parallel_parts((size + kTile - 1) / kTile, kTile * blocks, [&](const auto& parts) {
+      T tile[kTile];
+      parts([&](int64_t first, int64_t last) {
+        for (int64_t begin = first * kTile; begin < std::min(last * kTile, size); begin += kTile) {
+          const int64_t count = std::min(size - begin, kTile);
+          std::fill(tile, tile + count, T(0));
+          for (int64_t block = 0; block < blocks; ++block) {
+            for (int64_t i = 0; i < count; ++i) tile[i] += sums[block * size + begin + i];
+          }
+          event.store(to, 0, begin, count, static_cast<const T*>(tile));
+        }
+      });
+    });
   }
 };
 

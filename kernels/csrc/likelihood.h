@@ -134,7 +134,7 @@ LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(bool gradient) {
 }
 template <class F, class S, class X, Family family, Param P, ScaleKind kScale>
 LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(LikelihoodVariant variant) {
-  if constexpr (std::is_same_v<X, ScalarOf<F>> && kScale != ScaleKind::each) {
+  if constexpr (std::is_same_v<S, X> && std::is_same_v<X, ScalarOf<F>> && kScale != ScaleKind::each) {
     if (variant.masked) {
       return likelihood_kernel<F, S, X, family, P, kScale, true>(variant.gradient);
     }
