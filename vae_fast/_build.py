@@ -523,7 +523,7 @@ def _lock(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not waiting:
-                    logger.info("waiting for another process that builds the C++ kernels")
+                    logger.warning("waiting for another process that compiles the C++ kernels")
                 waiting = True
                 if time.monotonic() > deadline:
                     break
@@ -545,7 +545,10 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
             if failure.stat().st_mtime >= began:
                 raise BuildError(failure.read_text().strip())
         compiler = find_compiler()[1]
-        logger.info("building %s with %s (once; kept in %s)", target.lib_name, compiler, entry)
+        # Seen without any set-up: a program that stands still for no reason is a broken one.
+        level = logging.WARNING if target is KERNELS else logging.INFO
+        what = "compiling %s with %s: once, a minute or two; kept in %s"
+        logger.log(level, what, target.lib_name, compiler, entry)
         try:
             scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             scratch.mkdir()
