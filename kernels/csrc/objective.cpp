@@ -78,7 +78,7 @@ struct Kl {
     const std::array<Operand*, 8> all{&mu,   &scale,   &prior_mu,   &prior_scale,
                                       &g_mu, &g_scale, &g_prior_mu, &g_prior_scale};
     event.fuse(all, /*reorder=*/true);
-    by_columns = rows > 1 && mu.row_stride < mu.strides.back() &&
+    by_columns = rows > 1 && mu.row_stride > 0 && mu.row_stride < mu.strides.back() &&
                  std::all_of(all.begin(), all.end(), [](Operand* o) { return !*o || o->straight; });
     together = by_columns ? std::min(rows, kColumns)
                           : std::max<int64_t>(kTile / std::max<int64_t>(size, 1), 1);
