@@ -664,15 +664,16 @@ struct Latent {
   }
 };
 
-// Memory for a gradient of t.
-Tensor gradient_like(const Tensor& t) {
+// New memory for a gradient of t.
+Tensor empty_like(const Tensor& t) {
   if (!t.defined()) return {};
-  if (!t.device().is_cpu()) return at::empty_like(t.detach());
-  if (t.nbytes() < smallest_reused) {
-    return t.is_non_overlapping_and_dense()
-               ? Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
-               : at::empty_like(t.detach());
-  }
+  if (!t.device().is_cpu() || !t.is_non_overlapping_and_dense()) return at::empty_like(t.detach());
+  return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
+}
+
+// Memory for a gradient of the data's size, which may have been another's.
+Tensor gradient_like(const Tensor& t) {
+  if (!t.defined() || !t.device().is_cpu() || t.nbytes() < smallest_reused) return empty_like(t);
   const py::gil_scoped_acquire gil;
   PyObject* const argument = THPVariable_Wrap(t);
   PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
@@ -946,7 +947,8 @@ struct GaussianKl {
       return gradients;
     }
     for (size_t i = 0; i < kGradients; ++i) {
-      gradients[i] = gradient_like(saved[i]);
+      gradients[i] = empty_like(saved[i]);
+      passes->advise_huge_pages(view(gradients[i]));
     }
     passes->gaussian_kl_backward(view(g[0]), view(saved[0]), view(saved[1]), view(saved[2]),
                                  view(saved[3]), state, view(gradients[0]), view(gradients[1]),
