@@ -665,7 +665,7 @@ struct Latent {
 };
 
 // New memory for a gradient of t.
-Tensor empty_like(const Tensor& t) {
+Tensor new_like(const Tensor& t) {
   if (!t.defined()) return {};
   if (!t.device().is_cpu() || !t.is_non_overlapping_and_dense()) return at::empty_like(t.detach());
   return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
@@ -673,7 +673,7 @@ Tensor empty_like(const Tensor& t) {
 
 // Memory for a gradient of the data's size, which may have been another's.
 Tensor gradient_like(const Tensor& t) {
-  if (!t.defined() || !t.device().is_cpu() || t.nbytes() < smallest_reused) return empty_like(t);
+  if (!t.defined() || !t.device().is_cpu() || t.nbytes() < smallest_reused) return new_like(t);
   const py::gil_scoped_acquire gil;
   PyObject* const argument = THPVariable_Wrap(t);
   PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
@@ -947,7 +947,7 @@ struct GaussianKl {
       return gradients;
     }
     for (size_t i = 0; i < kGradients; ++i) {
-      gradients[i] = empty_like(saved[i]);
+      gradients[i] = new_like(saved[i]);
       passes->advise_huge_pages(view(gradients[i]));
     }
     passes->gaussian_kl_backward(view(g[0]), view(saved[0]), view(saved[1]), view(saved[2]),
