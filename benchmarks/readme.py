@@ -62,9 +62,13 @@ def benchmark_table(path: Path) -> str:
         f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
         "The likelihood alone, for what is asked of it besides a free Gaussian:\n\n"
         f"{speeds(options, OURS, INPLACE)}\n\n"
-        "The analytic KL term alone, by rows and with free bits for each latent element:\n\n"
-        f"{speeds(kl, OURS)}\n\n"
-        "Whole training steps, where matrix products or convolutions take two fifths of the time "
+        + (
+            "The analytic KL term alone, by rows and with free bits for each latent element:\n\n"
+            f"{speeds(kl, OURS)}\n\n"
+            if kl
+            else ""
+        )
+        + "Whole training steps, where matrix products or convolutions take two fifths of the time "
         "or more for all; *compiled* is the module under `torch.compile`, as the best peer is:\n\n"
         f"{speeds(steps, OURS, COMPILED)}\n\n"
         f"![Speed relative to the best peer]({folder}/ratio.png)\n\n"

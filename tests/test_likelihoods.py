@@ -637,6 +637,7 @@ LAYOUTS = {
     "every other": lambda: torch.randn(70, 34)[:, ::2],
     "rows apart": lambda: torch.randn(70, 40)[:, :17],
     "columns": lambda: torch.randn(2_100, 70).t(),  # in chunks
+    "more columns than at once": lambda: torch.randn(90, 600).t(),
     "a few columns": lambda: torch.randn(2_100, 3).t(),
     "columns apart": lambda: torch.randn(500, 90)[:, 5:75].t(),
     "channels last": lambda: torch.randn(30, 5, 7, 3).permute(0, 3, 1, 2),

@@ -48,7 +48,7 @@ struct Area {
 // long ones chunks, whose length does not depend on who is there to help.
 template <class T>
 struct Kl {
-  static constexpr int64_t kColumns = 64, kChunk = 32 * kTile;
+  static constexpr int64_t kColumns = kTile / 4, kChunk = 32 * kTile;
 
   Operand mu, scale, prior_mu, prior_scale, g_mu, g_scale, g_prior_mu, g_prior_scale;
   Event event;
@@ -205,14 +205,9 @@ void kl_backward_as(const View& g_kl, const View& mu, const View& scale, const V
   pass.for_areas([&](const typename Kl<T>::Tile& tile, const Area& a, int64_t) {
     alignas(64) T weights[kTile], mu_tile[kTile], scale_tile[kTile], prior_tile[kTile];
     const int64_t n = a.count();
-    for (int64_t i = 0, at = 0; at < n; ++i) {
-      if (pass.by_columns) {
-        for (int64_t row = 0; row < a.rows; ++row) weights[at++] = weight[a.row + row];
-      } else {
-        std::fill_n(weights + at, a.n, weight[a.row + i]);
-        at += a.n;
-      }
-    }
+    const int64_t each = pass.by_columns ? 1 : a.n, turn = a.rows * each;
+    for (int64_t i = 0; i < a.rows; ++i) std::fill_n(weights + i * each, each, weight[a.row + i]);
+    for (int64_t at = turn; at < n; at += turn) std::copy_n(weights, turn, weights + at);
     T* const to_mu = pass.target(pass.g_mu, a, mu_tile);
     T* const to_scale = pass.target(pass.g_scale, a, scale_tile);
     pass.kernels.gradient(n, weights, tile.mu, tile.log_scale, tile.slope, tile.prior_mu,
