@@ -57,7 +57,7 @@ struct Kl {
   TileKernels<T> posterior, prior;
   KlKernels<T> kernels;
   bool by_columns = false;
-  int64_t together, length, chunks;  // rows and elements of an area, areas' worth of a group of rows
+  int64_t together, length, chunks;  // rows of an area and their elements; chunks of a group of rows
 
   Kl(const View& mu_, const View& scale_, const View& prior_mu_, const View& prior_scale_,
      const KlOptions& options)
