@@ -91,6 +91,14 @@ def test_what_is_kept_is_bounded():
     assert len(buffers._kept) == buffers.MOST
 
 
+def test_kl_leaves_the_buffers_to_the_likelihood():
+    """Its gradients are the latent's, and would drive those of the data's size out."""
+    mu, s, *prior = (torch.randn(1 << 10, 1 << 9, requires_grad=True) for _ in range(4))
+    vae_fast.gaussian_kl(mu, s, tuple(prior)).sum().backward()
+    assert mu.grad.nbytes > buffers.SMALLEST
+    assert not buffers._kept
+
+
 def test_small_tensors_are_left_to_pytorch():
     buffers.empty_like(like(8))
     assert not buffers._kept

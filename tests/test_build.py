@@ -470,7 +470,7 @@ def test_unwritable_cache_falls_back_to_a_temporary_folder(project, tmp_path, mo
     assert tmp_path / "tmp" in info.path.parents
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
     assert "VAE_FAST_CACHE" in caplog.messages[0]
-    assert "once, a minute or two" in caplog.messages[1]  # nobody takes it for a program that hangs
+    assert "a minute or two, once" in caplog.messages[1]  # nobody takes it for a program that hangs
     caplog.clear()
     assert project.process().load().origin == "cached"
 
@@ -681,7 +681,7 @@ def test_fallback_to_the_reference_warns_once(compiler, says, package, tmp_path)
         surroundings = {"CXX": str(script)}
     backend, warned = package(**surroundings)
     assert backend == "reference"
-    announced = [text for text in warned if "once, a minute or two" in text]
+    announced = [text for text in warned if "a minute or two, once" in text]
     assert len(announced) == (says not in ("no C++ compiler", "exited with status 3"))
     warned = [text for text in warned if text not in announced]
     assert len(warned) == 1, warned

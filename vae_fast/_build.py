@@ -547,7 +547,7 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
         compiler = find_compiler()[1]
         # Seen without any set-up: a program that stands still for no reason is a broken one.
         level = logging.WARNING if target is KERNELS else logging.INFO
-        what = "compiling %s with %s: once, a minute or two; kept in %s"
+        what = "compiling %s with %s, which takes a minute or two, once; kept in %s"
         logger.log(level, what, target.lib_name, compiler, entry)
         try:
             scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -33,8 +33,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     # In the same folder, because only there can it be renamed without a copy; and not by tempfile,
     # whose files nobody else may read.
     temporary = path.with_name(_prefix(path) + uuid.uuid4().hex[:8])
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()

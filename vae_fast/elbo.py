@@ -464,14 +464,14 @@ class FusedELBO(nn.Module):
         )
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def _levels(self) -> tuple[float, float]:
         """(a, b), where a uint8 x stands for a·x + b."""
         return self._density[-2:]
 
     def _bin_width(self) -> float:
         """Distance of the levels of x, where the likelihood is a density and no mass of them."""
         mass = self.likelihood in functional._DISCRETE
-        return 1.0 if mass else self.levels[0]
+        return 1.0 if mass else self._levels[0]
 
     def _fused(
         self, x, mean, scale, log_q, log_p, beta, reduction, key, first_row, mask

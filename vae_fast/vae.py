@@ -638,7 +638,7 @@ class VAE(nn.Module):
         if x.dtype == torch.bool:  # an integer may be the index of an embedding, for all we know
             raise TypeError("x must be floating point or uint8; got bool: x.float() has its values")
         if x.dtype == torch.uint8:
-            mul, add = self.elbo.levels
+            mul, add = self.elbo._levels
             x = x.to(self._where(self.encoder)[1]) * mul + add
         if mask is None:
             return x
@@ -656,7 +656,7 @@ class VAE(nn.Module):
             return mean
         # ∫ t·p(t) dt with what lies outside the levels moved to the nearest one: the integral of
         # σ((m − t)/τ) over their range. The mean of the levels is its midpoint rule.
-        mul, add = self.elbo.levels
+        mul, add = self.elbo._levels
         acc = ops.accumulation_dtype(mean)
         _, tau = reference.log_scale_and_scale(scale.to(acc), self.elbo.likelihood_param)
         first = (mean.to(acc) - add) / tau
@@ -891,7 +891,7 @@ def _auto_clamp(elbo: FusedELBO) -> tuple[float, float] | None:
         return None
     bounds = _MIN_STD, _MAX_STD
     if elbo.likelihood == "logistic":
-        level, _ = elbo.levels
+        level, _ = elbo._levels
         bounds = tuple(level * n for n in _LOGISTIC_LEVELS)
     lo, hi = (_raw_scale(std, elbo.likelihood_param) for std in bounds)
     return lo, hi
@@ -922,7 +922,7 @@ def _draw(elbo: FusedELBO, mean: Tensor, scale: Tensor | None, key: Tensor) -> T
             draw = torch.logit(u)
     x = mean.to(acc) + tau * draw.to(acc)
     if elbo.likelihood == "logistic":
-        mul, add = elbo.levels
+        mul, add = elbo._levels
         x = torch.round((x - add) / mul).clamp(0.0, 255.0) * mul + add
     return x.to(mean.dtype)
 

@@ -663,7 +663,7 @@ def _plain_loss(elbo, x: Tensor, posterior: Any, decoder: Callable[[Tensor], Any
         scale = scale.unflatten(0, (k, -1)) if full else scale
         mean = mean.unflatten(0, (k, -1))
     if elbo.dequantize:
-        x = x + elbo.levels[0] * torch.rand_like(x)
+        x = x + elbo._levels[0] * torch.rand_like(x)
     nll = reference.likelihood_nll(
         x,
         mean,
