@@ -4,9 +4,9 @@
     python tests/matrix.py [--all] [CELL ...]
 
 For each cell a fresh virtual environment in .matrix/ and a fresh cache of compiled kernels, the
-package installed as users do, and the FAST tests below, or all of them with --all. Builds of
-PyTorch for GPUs need CUDA's libraries to be imported: some 6 GB for a cell, and minutes. The exit
-status is 0 if all cells are well.
+package installed as users do, with prebuilt kernels in some, and the FAST tests below, or all of
+them with --all. Builds of PyTorch for GPUs need CUDA's libraries to be imported: some 6 GB for a
+cell, and minutes. The exit status is 0 if all cells are well.
 """
 
 import argparse
@@ -49,9 +49,11 @@ assert "site-packages" in vae_fast.__file__, vae_fast.__file__
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     backend = backends.backend_for("cpu")
-assert [backend, str(backends.why_not("triton", "cpu"))] == sys.argv[1:], (backend, sys.argv)
+extension = backends.report()["extension"]
+found = backend, backends.why_not("triton", "cpu"), extension.get("origin")
+assert [str(fact) for fact in found] == sys.argv[1:], (found, sys.argv)
 assert len(seen) == (backend == "reference"), seen
-shortcut = backends.report()["extension"].get("eager calls")
+shortcut = extension.get("eager calls")
 assert shortcut == (None if backend == "reference" else "in C++"), shortcut
 """
 
@@ -67,6 +69,7 @@ class Cell:
     backend: str = "cpp"
     options: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    prebuilt: bool = False  # compiled at installation, for every instruction set
     zig: str | None = None  # a version of the ziglang package, for the Clang in it
 
 
@@ -77,9 +80,9 @@ CELLS = {
     # Triton 3.6's interpreter converts arrays of one element, which NumPy 2.4 refuses.
     "torch-2.11.0": Cell("2.11.0", "3.6.0", packages=("numpy<2.4",)),
     "torch-2.10.0": Cell("2.10.0", "3.6.0", packages=("numpy<2.4",)),
-    "clang-22": Cell("2.13.0", "3.7.1", zig="0.17.1"),
+    "clang-22": Cell("2.13.0", "3.7.1", prebuilt=True, zig="0.17.1"),
     "clang-13": Cell("2.13.0", "3.7.1", zig="0.9.1"),
-    "no-triton": Cell("2.13.0", None),
+    "no-triton": Cell("2.13.0", None, prebuilt=True),
     "no-compiler": Cell(
         *("2.13.0", "3.7.1", WITHOUT_COMPILER, {"CXX": "no-such-compiler"}, "reference"),
         options=("-k", "not compile and not opcheck"),
@@ -97,7 +100,7 @@ def constraints():
     return path
 
 
-def install(folder, cell, everything):
+def install(folder, cell, everything, env):
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
@@ -114,10 +117,13 @@ def install(folder, cell, everything):
     options = (
         ["--constraint", constraints(), f"{source}[test]"] if everything else ["--no-deps", source]
     )
-    subprocess.run([*pip, "install", *options], check=True)
+    if cell.prebuilt:
+        options.append("--no-build-isolation")
+    env = env | ({"CXX": clang(folder)} if cell.zig else {})
+    subprocess.run([*pip, "install", *options], env=env, check=True)
     if cell.triton is None:
         subprocess.run([*pip, "uninstall", "--yes", "triton"], check=True)
-    return python
+    return python, env
 
 
 def clang(folder):
@@ -131,16 +137,17 @@ def clang(folder):
 def run(name, cell, everything):
     """What pytest says at its end, and whether the cell is well."""
     folder = FOLDER / name
-    try:
-        python = install(folder, cell, everything)
-    except subprocess.CalledProcessError as error:
-        return f"cannot be installed ({error})", False
     left_out = ("PYTHONPATH", "VAE_FAST_BACKEND", "VAE_FAST_CXXFLAGS", "VIRTUAL_ENV")
     env = {n: v for n, v in os.environ.items() if n not in left_out} | cell.environment
-    env |= {"CXX": clang(folder)} if cell.zig else {}
     env |= {"TRITON_INTERPRET": "1", "VAE_FAST_CACHE": str(folder / "cache")}
+    try:
+        python, env = install(folder, cell, everything, env)
+    except subprocess.CalledProcessError as error:
+        return f"cannot be installed ({error})", False
     missing = "None" if cell.triton else "Triton is not installed"
-    check = subprocess.run([python, "-c", CHECK, cell.backend, missing], env=env, cwd=folder)
+    origin = "prebuilt" if cell.prebuilt else "built now" if cell.backend == "cpp" else "None"
+    facts = (cell.backend, missing, origin)
+    check = subprocess.run([python, "-c", CHECK, *facts], env=env, cwd=folder)
     if check.returncode != 0:
         return "is not what it should be", False
     tests = [f"tests/test_{test}.py" for test in cell.tests]

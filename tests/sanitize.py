@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from vae_fast import _build
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "sanitize"
 FLAGS = (
@@ -24,9 +26,11 @@ FLAGS = (
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
     "-g1",
+    "-UVAE_FAST_X86_64_LEVEL",
 )
-# What the kernels ask the processor for when they choose their loops, answered at compile time. A
-# name's fourth letter tells avx512f, avx512bw, ... from avx2, fma and bmi2.
+# All of them in one library, as in a prebuilt one. What the kernels ask the processor for to choose
+# their loops is answered at compile time: a name's fourth letter tells avx512f, avx512bw, ... from
+# avx2, fma and bmi2.
 ISAS = {
     "base": "-D__builtin_cpu_supports(name)=0",
     "avx2": "-D__builtin_cpu_supports(name)=((name)[3]!='5')",
@@ -72,9 +76,8 @@ def here():
     """The instruction sets that this machine has."""
     if platform.machine() != "x86_64":
         return ["base"]
-    words = set(Path("/proc/cpuinfo").read_text().split())
-    needed = {"base": set(), "avx2": {"avx2", "fma", "bmi2"}, "avx512": {"avx512bw", "avx512vl"}}
-    return [isa for isa in ISAS if needed[isa] <= words]
+    levels = {"base": 1, "avx2": 3, "avx512": 4}
+    return [isa for isa in ISAS if levels[isa] <= (_build.x86_64_level() or 1)]
 
 
 def environment(isa, with_eager):

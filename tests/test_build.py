@@ -148,7 +148,7 @@ def test_built_once_then_cached(project, cache, with_ninja):
     built = module.load()
     assert built.origin == "built now"
     assert built.path.parent.parent == cache
-    assert built.key == module.source_key()
+    assert built.key == module.source_key(module.native_kernels())
     assert built.seconds > 0
     assert set(module.CXX_FLAGS) <= set(built.flags)
     assert module.load() is built
@@ -290,12 +290,12 @@ def test_flags_from_the_environment(project, cache, monkeypatch):
     monkeypatch.setenv("VAE_FAST_CXXFLAGS", "-DEXTRA='(1 + 1)' -g")
     module = project.process()
     info = module.load()
-    assert info.flags[: len(module.CXX_FLAGS) + 2][-2:] == ("-DEXTRA=(1 + 1)", "-g")
-    assert info.key != plain.source_key() or info.key == module.source_key()
+    own = module._compile_flags(module.native_kernels())
+    assert info.flags[: len(own)] == own
+    assert own[-2:] == ("-DEXTRA=(1 + 1)", "-g")
     commands = module._commands(("c++",), module.KERNELS)
     assert all("-g" in command for _, _, command in commands)
     monkeypatch.delenv("VAE_FAST_CXXFLAGS")
-    assert project.process().source_key() != info.key
     assert project.process().find() is None
 
 
@@ -351,6 +351,95 @@ def test_key_of_the_eager_shortcut_follows_torch_and_python(monkeypatch):
         keys.append(_build.source_key(_build.eager_target()))
     kernels = _build.source_key()
     assert len({*keys, kernels}) == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Instruction sets
+# ------------------------------------------------------------------------------------------------
+
+X86_64_LINUX = sys.platform == "linux" and os.uname().machine == "x86_64"
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [
+        (["avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma bmi2"] * 2, 4),
+        (["avx512f avx512bw avx512cd avx512dq avx512vl", "avx2 fma bmi2"], 1),  # not on every core
+        (["avx512f avx512cd avx2 fma bmi2"], 3),
+        (["avx2 fma"], 1),
+        ([], None),
+    ],
+)
+def test_level_of_a_processor(flags, level, project, monkeypatch):
+    text = "".join(f"processor: 0\nflags\t\t: sse2 {words}\nbugs: avx2\n\n" for words in flags)
+    monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/cpuinfo": text}[str(path)])
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr(_build.platform, "machine", lambda: machine)  # noqa: B023
+        assert project.process().x86_64_level() == (level if machine == "x86_64" else None)
+
+
+def test_level_where_nothing_tells_it(project, monkeypatch):
+    def absent(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    module = project.process()
+    assert module.x86_64_level() is None
+    assert module.native_kernels() is module.KERNELS
+
+
+def test_the_levels_are_those_that_the_kernels_know():
+    chosen = (_build.csrc_dir() / "cpu.cpp").read_text()
+    compiled = (_build.csrc_dir() / "each_isa.h").read_text()
+    features = re.findall(r'__builtin_cpu_supports\("(\w+)"\)', chosen)
+    levels = _build.X86_64_LEVELS
+    assert sorted(features) == sorted(feature for level in levels.values() for feature in level)
+    assert [int(n) for n in re.findall(r"if VAE_FAST_X86_64_LEVEL == (\d)", compiled)] == [*levels]
+
+
+@needs_compiler
+@pytest.mark.skipif(not X86_64_LINUX, reason="levels of x86-64")
+def test_level_is_what_the_compiler_finds(tmp_path):
+    conditions = (
+        (level, " && ".join(["1", *(f'__builtin_cpu_supports("{name}")' for name in features)]))
+        for level, features in _build.X86_64_LEVELS.items()
+    )
+    body = "".join(f"if ({condition}) return {level};" for level, condition in conditions)
+    (tmp_path / "level.cpp").write_text(f"int main() {{ __builtin_cpu_init(); {body} }}\n")
+    subprocess.run(
+        [*_build.find_compiler()[0], "level.cpp", "-o", "level"], cwd=tmp_path, check=True
+    )
+    assert subprocess.run([tmp_path / "level"]).returncode == _build.x86_64_level()
+
+
+@needs_compiler
+@pytest.mark.skipif(not X86_64_LINUX, reason="levels of x86-64")
+def test_machines_that_share_a_cache_do_not_mix_up_their_libraries(project, cache, monkeypatch):
+    (project.csrc / "cpu.cpp").write_text(SOURCE.replace("VALUE;", "VAE_FAST_X86_64_LEVEL;"))
+    better, lesser = project.process(), project.process()
+    monkeypatch.setattr(better, "x86_64_level", lambda: 4)
+    monkeypatch.setattr(lesser, "x86_64_level", lambda: 3)
+    ours = better.load()
+    assert "-DVAE_FAST_X86_64_LEVEL=4" in ours.flags
+    assert lesser.find() is None
+    with monkeypatch.context() as without_compiler:
+        without_compiler.setenv("CXX", "no-such-compiler")
+        assert lesser.find() is None
+        assert project.process().find() is None or _build.x86_64_level() == 4
+    theirs = lesser.load()
+    assert (theirs.origin, theirs.path.parent.parent) == ("built now", cache)
+    assert len(entries(cache)) == 2
+    assert better.find().path == ours.path
+
+
+@needs_compiler
+def test_prebuilt_kernels_are_for_every_machine(project, monkeypatch):
+    folder = project.prebuild()
+    assert "LEVEL" not in (folder / _build.INFO_NAME).read_text()
+    for level in (1, 4, None):
+        module = project.process()
+        monkeypatch.setattr(module, "x86_64_level", lambda: level)  # noqa: B023
+        assert module.find().origin == "prebuilt"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -470,7 +559,7 @@ def test_unwritable_cache_falls_back_to_a_temporary_folder(project, tmp_path, mo
     assert tmp_path / "tmp" in info.path.parents
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
     assert "VAE_FAST_CACHE" in caplog.messages[0]
-    assert "a minute or two, once" in caplog.messages[1]  # nobody takes it for a program that hangs
+    assert "a minute or so, once" in caplog.messages[1]  # nobody takes it for a program that hangs
     caplog.clear()
     assert project.process().load().origin == "cached"
 
@@ -681,7 +770,7 @@ def test_fallback_to_the_reference_warns_once(compiler, says, package, tmp_path)
         surroundings = {"CXX": str(script)}
     backend, warned = package(**surroundings)
     assert backend == "reference"
-    announced = [text for text in warned if "a minute or two, once" in text]
+    announced = [text for text in warned if "a minute or so, once" in text]
     assert len(announced) == (says not in ("no C++ compiler", "exited with status 3"))
     warned = [text for text in warned if text not in announced]
     assert len(warned) == 1, warned
@@ -692,11 +781,12 @@ def test_fallback_to_the_reference_warns_once(compiler, says, package, tmp_path)
 @needs_compiler
 def test_unwritable_cache_warns_once(package, tmp_path):
     """The kernels in use now, where the package will look once it cannot use its cache folder."""
+    info = _build.load()
+    if info.origin == "prebuilt":
+        pytest.skip("the package has its kernels, and keeps none")
     user = tmp_path / "tmp" / f"vae_fast-{os.getuid()}"
     user.mkdir(parents=True, mode=0o700)
-    info, key = _build.load(), _build.source_key()
-    entry = user / f"{key}-{_build._toolchain_key(_build.find_compiler()[1])}"
-    shutil.copytree(info.path.parent, entry)
+    shutil.copytree(info.path.parent, _build._entry(user, info.key))
     if eager := _build.build_eager():
         shutil.copytree(eager.parent, user / eager.parent.name)
     (tmp_path / "file").touch()

@@ -1,13 +1,14 @@
 """Builds and finds the C++ (CPU) kernels.
 
 The one place that knows their sources, flags, compiler, build key and cache folder. The library is
-written against PyTorch's stable ABI, so one binary serves every torch from 2.10 on. Most of a build
-is the optimizer's work on every kernel for every instruction set, a minute or two on two cores. It
-comes from one of three places, in this order:
+written against PyTorch's stable ABI, so one binary serves every torch from 2.10 on. It comes from
+one of three places, in this order:
 
-1. *prebuilt*: ``setup.py`` compiled it into ``vae_fast/_lib`` (if torch was importable then);
+1. *prebuilt*: ``setup.py`` compiled it into ``vae_fast/_lib`` (if torch was importable then), for
+   every instruction set, so that it may go to other machines: a minute or two on two cores;
 2. *cached*: an earlier process compiled it into the cache folder, ``$VAE_FAST_CACHE`` or a default;
-3. *built now*: compiled into the cache folder, once, at first use.
+3. *built now*: compiled into the cache folder, once, at first use, for this machine's instruction
+   set alone, which is part of the key: machines that share the folder do not mix theirs up.
 
 A library is used only if it was made from the very sources and flags that this package has now.
 ``$CXX`` chooses the compiler. ``$VAE_FAST_CXXFLAGS`` adds flags, quoted as in a shell, to every
@@ -70,7 +71,7 @@ PREBUILT_DIR = "_lib"  # inside the package; not a package itself
 
 # Symbols up to torch 2.10 may be used and none from later, so that one binary serves them all.
 DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x030a0000")
-# No -march: the kernels choose their instruction set when they run.
+# No -march: only the kernels' loops are for an instruction set, which they choose when they run.
 # No -ffast-math: NaN and infinity must survive.
 CXX_FLAGS = (
     "-std=c++17",
@@ -86,6 +87,12 @@ CXX_FLAGS = (
 # Python's symbols are in the process that loads the library.
 LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 LOCK_TIMEOUT_S = 600.0
+# The features by which the kernels choose (cpu.cpp), best first, by level of the x86-64 psABI.
+X86_64_LEVELS = {
+    4: {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    3: {"avx2", "fma", "bmi2"},
+    1: set(),
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,30 @@ KERNELS = Target(
     ("cpu.cpp", "latent.cpp", "likelihood.cpp", "objective.cpp", "ops.cpp", "stored.cpp"),
     ("torch_cpu",),
 )
+
+
+def native_kernels() -> Target:
+    """The kernels for this machine's instruction set alone; for all if it cannot be told."""
+    level = x86_64_level()
+    if level is None:
+        return KERNELS
+    return replace(KERNELS, cxx_flags=(*CXX_FLAGS, f"-DVAE_FAST_X86_64_LEVEL={level}"))
+
+
+@lru_cache(maxsize=1)
+def x86_64_level() -> int | None:
+    """The highest of ``X86_64_LEVELS`` that every core here has; None but on x86-64 Linux."""
+    if platform.machine() != "x86_64":
+        return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    cores = [set(line.split()) for line in lines if line.startswith("flags")]
+    if not cores:
+        return None
+    here = set.intersection(*cores)
+    return next(level for level, features in X86_64_LEVELS.items() if features <= here)
 
 
 def eager_target() -> Target:
@@ -490,7 +521,7 @@ def _entry(root: Path, key: str) -> Path:
     return root / f"{key}-{_toolchain_key(find_compiler()[1])}"
 
 
-def _find_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo | None:
+def _find_cached(root: Path, key: str, target: Target) -> BuildInfo | None:
     try:
         entries = [_entry(root, key)]
     except BuildError:  # no compiler any more: whatever was made from these sources will do
@@ -533,7 +564,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
+def _build_cached(root: Path, key: str, target: Target) -> BuildInfo:
     """Compiles into the cache folder ``root``, unless another process has just done so."""
     entry = _entry(root, key)
     failure = entry.with_suffix(".failed")
@@ -546,8 +577,8 @@ def _build_cached(root: Path, key: str, target: Target = KERNELS) -> BuildInfo:
                 raise BuildError(failure.read_text().strip())
         compiler = find_compiler()[1]
         # Seen without any set-up: a program that stands still for no reason is a broken one.
-        level = logging.WARNING if target is KERNELS else logging.INFO
-        what = "compiling %s with %s, which takes a minute or two, once; kept in %s"
+        level = logging.WARNING if target.lib_name == LIB_NAME else logging.INFO
+        what = "compiling %s with %s, which takes a minute or so, once; kept in %s"
         logger.log(level, what, target.lib_name, compiler, entry)
         try:
             scratch = root / f".building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -601,11 +632,13 @@ def _usable_root() -> Path:
 
 def find() -> BuildInfo | None:
     """The library that :func:`load` would use without building one, or None; changes nothing."""
+    target = native_kernels()
     try:
-        key = source_key()
+        if info := _read(PACKAGE_DIR / PREBUILT_DIR, "prebuilt", source_key()):
+            return info
+        return _find_cached(cache_dir(), source_key(target), target)
     except BuildError:  # can_build() says why
         return None
-    return _read(PACKAGE_DIR / PREBUILT_DIR, "prebuilt", key) or _find_cached(cache_dir(), key)
 
 
 def _load_library(info: BuildInfo) -> None:
@@ -700,7 +733,8 @@ def load() -> BuildInfo:
     with _load_lock:
         if _loaded is not None:
             return _loaded
-        key = source_key()
+        target = native_kernels()
+        key = source_key(target)
         info = find()
         if info is not None:
             try:
@@ -713,7 +747,7 @@ def load() -> BuildInfo:
                 logger.debug("loaded %s (%s)", info.path, info.origin)
                 _loaded = info
                 return info
-        info = _build_cached(_usable_root(), key)
+        info = _build_cached(_usable_root(), key, target)
         try:
             _load_library(info)
         except OSError as error:
