@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from vae_fast import _build
 
@@ -373,9 +374,20 @@ X86_64_LINUX = sys.platform == "linux" and os.uname().machine == "x86_64"
 def test_level_of_a_processor(flags, level, project, monkeypatch):
     text = "".join(f"processor: 0\nflags\t\t: sse2 {words}\nbugs: avx2\n\n" for words in flags)
     monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/cpuinfo": text}[str(path)])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(_build.platform, "machine", lambda: machine)  # noqa: B023
         assert project.process().x86_64_level() == (level if machine == "x86_64" else None)
+
+
+@pytest.mark.parametrize(("asked", "level"), [("AVX512", 4), ("AVX2", 3), ("DEFAULT", 1)])
+def test_level_is_no_higher_than_what_pytorch_finds(asked, level, project, monkeypatch):
+    """Emulators may show the features of the machine that they run on."""
+    text = "flags: " + " ".join(set().union(*_build.X86_64_LEVELS.values()))
+    monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/cpuinfo": text}[str(path)])
+    monkeypatch.setattr(_build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: asked)
+    assert project.process().x86_64_level() == level
 
 
 def test_level_where_nothing_tells_it(project, monkeypatch):
@@ -422,14 +434,98 @@ def test_machines_that_share_a_cache_do_not_mix_up_their_libraries(project, cach
     ours = better.load()
     assert "-DVAE_FAST_X86_64_LEVEL=4" in ours.flags
     assert lesser.find() is None
-    with monkeypatch.context() as without_compiler:
-        without_compiler.setenv("CXX", "no-such-compiler")
-        assert lesser.find() is None
-        assert project.process().find() is None or _build.x86_64_level() == 4
     theirs = lesser.load()
     assert (theirs.origin, theirs.path.parent.parent) == ("built now", cache)
     assert len(entries(cache)) == 2
     assert better.find().path == ours.path
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert (better.find().path, lesser.find().path) == (ours.path, theirs.path)
+    shutil.rmtree(theirs.path.parent)
+    assert lesser.find() is None, "what is above this machine must not be loaded"
+
+
+@needs_compiler
+@pytest.mark.skipif(not X86_64_LINUX, reason="levels of x86-64")
+@pytest.mark.parametrize("made", [1, 3, None])
+def test_without_a_compiler_what_is_for_lesser_machines_serves(made, project, monkeypatch):
+    lesser, better = project.process(), project.process()
+    monkeypatch.setattr(lesser, "x86_64_level", lambda: made)
+    monkeypatch.setattr(better, "x86_64_level", lambda: 4)
+    built = lesser.load()
+    assert better.find() is None, "it can make a better one"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert better.find().path == built.path
+    assert better.load().origin == "cached"
+
+
+@needs_compiler
+def test_without_a_compiler_every_library_is_tried_and_none_deleted(project, cache, monkeypatch):
+    """They are other machines' as well."""
+    built = project.process().load()
+    bad = built.path.parent.with_name(built.path.parent.name[:-8] + "00000000")
+    shutil.copytree(built.path.parent, bad)
+    (bad / built.path.name).write_bytes(b"x" * built.path.stat().st_size)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    module = project.process()
+    info = module.load()
+    assert (info.origin, info.path) == ("cached", built.path)
+    assert bad.exists()
+
+
+@needs_compiler
+def test_options_of_the_compiler_make_another_library(project, cache, monkeypatch):
+    command = " ".join(_build.find_compiler()[0])
+    for number, options in enumerate(("", " -O0", " -g", " -O0"), 1):
+        monkeypatch.setenv("CXX", command + options)
+        assert project.process().load().origin == ("cached" if number == 4 else "built now")
+        assert len(entries(cache)) == min(number, 3)
+
+
+@needs_compiler
+def test_what_a_compiler_rejected_is_not_tried_again(project, cache, monkeypatch):
+    (project.csrc / "cpu.cpp").write_text("#error wrong\n")
+    first = project.process()
+    with pytest.raises(first.BuildError, match="error wrong"):
+        first.load()
+    again = project.process()
+    again.compile_into = lambda *_: pytest.fail("compiled again")
+    with pytest.raises(
+        again.BuildError, match=r"could not be compiled before: .* says why"
+    ) as told:
+        again.load()
+    (kept,) = (cache / name for name in entries(cache))
+    assert str(kept) in str(told.value)
+    kept.unlink()
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        again.load()
+
+
+@needs_compiler
+def test_leftovers_of_killed_builds_are_deleted_the_next_day(project, cache):
+    cache.mkdir()
+    old, new = cache / ".building-1-old", cache / ".building-1-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "some.o").touch()
+    os.utime(old, (time.time() - 1e5,) * 2)
+    project.process().load()
+    assert not old.exists()
+    assert new.exists()
+
+
+@needs_compiler
+def test_compilers_speak_english(project, cache, tmp_path, monkeypatch):
+    """By their words it is known who is to blame for a failure."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$LC_ALL" = C ] && echo "a.cpp:1: error: no" && exit 1\necho 1.0\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    module = project.process()
+    with pytest.raises(module._Rejected, match="error: no"):
+        module.load()
 
 
 @needs_compiler

@@ -80,6 +80,7 @@ CXX_FLAGS = (
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=fast",  # GCC's default; a product that is rounded costs accuracy, and time
     "-fopenmp-simd",
     "-Wno-psabi",  # wide vectors are passed only between functions that are inlined
     *DEFINES,
@@ -116,14 +117,20 @@ KERNELS = Target(
 def native_kernels() -> Target:
     """The kernels for this machine's instruction set alone; for all if it cannot be told."""
     level = x86_64_level()
-    if level is None:
-        return KERNELS
+    return KERNELS if level is None else _for_level(level)
+
+
+def _for_level(level: int) -> Target:
     return replace(KERNELS, cxx_flags=(*CXX_FLAGS, f"-DVAE_FAST_X86_64_LEVEL={level}"))
 
 
 @lru_cache(maxsize=1)
 def x86_64_level() -> int | None:
-    """The highest of ``X86_64_LEVELS`` that every core here has; None but on x86-64 Linux."""
+    """The highest of ``X86_64_LEVELS`` that every core here has; None but on x86-64 Linux.
+
+    Linux lists the features, and PyTorch, asking the processor itself, must agree: an emulator may
+    lack some of those of the machine that it runs on.
+    """
     if platform.machine() != "x86_64":
         return None
     try:
@@ -133,8 +140,12 @@ def x86_64_level() -> int | None:
     cores = [set(line.split()) for line in lines if line.startswith("flags")]
     if not cores:
         return None
+    import torch
+
     here = set.intersection(*cores)
-    return next(level for level, features in X86_64_LEVELS.items() if features <= here)
+    listed = next(level for level, features in X86_64_LEVELS.items() if features <= here)
+    asked = torch.backends.cpu.get_cpu_capability()
+    return min(listed, 4 if asked.startswith("AVX512") else 3 if asked.startswith("AVX2") else 1)
 
 
 def eager_target() -> Target:
@@ -273,12 +284,14 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
     )
 
 
-def _toolchain_key(compiler: str) -> str:
-    """Hash of what may change the binary without changing what it does; 8 hex digits."""
+def _toolchain_key() -> str:
+    """Hash of what may change the binary without changing what it should do; 8 hex digits."""
+    (_, *options), compiler = find_compiler()
     libc = ""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not glibc
         libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
-    return hashlib.sha256(f"{compiler}\0{libc}".encode()).hexdigest()[:8]
+    facts = "\0".join((compiler, libc, *options))
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
 def _torch_dir() -> Path:
@@ -385,6 +398,7 @@ def _run(command: list[str], folder: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env=os.environ | {"LC_ALL": "C"},  # an error is one in English
             text=True,
             errors="replace",
         )
@@ -518,18 +532,19 @@ def _entry(root: Path, key: str) -> Path:
 
     Beside it, with the suffix ``.failed``, is what the compiler said if it rejected the sources.
     """
-    return root / f"{key}-{_toolchain_key(find_compiler()[1])}"
+    return root / f"{key}-{_toolchain_key()}"
 
 
-def _find_cached(root: Path, key: str, target: Target) -> BuildInfo | None:
+def _cached(root: Path, target: Target) -> Iterator[BuildInfo]:
+    """What the compiler at hand made; without one, whatever was made from these sources."""
+    key = source_key(target)
     try:
         entries = [_entry(root, key)]
-    except BuildError:  # no compiler any more: whatever was made from these sources will do
+    except BuildError:
         entries = sorted(root.glob(f"{key}-????????"))
     for entry in entries:
         if info := _read(entry, "cached", key, target):
-            return info
-    return None
+            yield info
 
 
 @contextlib.contextmanager
@@ -575,6 +590,12 @@ def _build_cached(root: Path, key: str, target: Target) -> BuildInfo:
         with contextlib.suppress(OSError):  # of the process that had the lock
             if failure.stat().st_mtime >= began:
                 raise BuildError(failure.read_text().strip())
+        if failure.is_file():  # trying takes seconds, in every process
+            raise BuildError(
+                f"{target.lib_name} could not be compiled before: {failure} says why; delete it to "
+                "try again"
+            )
+        _sweep(root)
         compiler = find_compiler()[1]
         # Seen without any set-up: a program that stands still for no reason is a broken one.
         level = logging.WARNING if target.lib_name == LIB_NAME else logging.INFO
@@ -610,6 +631,14 @@ def _build_cached(root: Path, key: str, target: Target) -> BuildInfo:
     return replace(info, path=entry / target.lib_name)
 
 
+def _sweep(root: Path) -> None:
+    """Delete what builds left that were killed, a day ago or more."""
+    for scratch in root.glob(".building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > 86400.0:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
 _warned_about: set[Path] = set()
 
 
@@ -631,14 +660,26 @@ def _usable_root() -> Path:
 
 
 def find() -> BuildInfo | None:
-    """The library that :func:`load` would use without building one, or None; changes nothing."""
-    target = native_kernels()
+    """The library that :func:`load` would try first without building one; changes nothing."""
     try:
-        if info := _read(PACKAGE_DIR / PREBUILT_DIR, "prebuilt", source_key()):
-            return info
-        return _find_cached(cache_dir(), source_key(target), target)
+        return next(_found(), None)
     except BuildError:  # can_build() says why
         return None
+
+
+def _found() -> Iterator[BuildInfo]:
+    """The libraries that serve here, best first."""
+    if info := _read(PACKAGE_DIR / PREBUILT_DIR, "prebuilt", source_key()):
+        yield info
+    root, native = cache_dir(), native_kernels()
+    yield from _cached(root, native)
+    try:
+        find_compiler()
+    except BuildError:  # another machine's, if it does for this one
+        yield from _cached(root, KERNELS)
+        for level in X86_64_LEVELS if native is not KERNELS else ():
+            if level < x86_64_level():
+                yield from _cached(root, _for_level(level))
 
 
 def _load_library(info: BuildInfo) -> None:
@@ -654,24 +695,17 @@ def build_eager() -> Path | None:
     """Finds or builds the shortcut for eager calls (``eager.cpp``); None where it cannot be had.
 
     Everything works without it, small batches more slowly; :func:`why_no_eager` tells why it is
-    not there. That the compiler rejects it is remembered beside where it would be, since trying
-    takes seconds.
+    not there.
     """
     global _why_no_eager
     try:
         target = eager_target()
         key = source_key(target)
-        if info := _find_cached(cache_dir(), key, target):
+        if info := next(_cached(cache_dir(), target), None):
             return info.path
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
             raise BuildError("Python's headers are not installed")
-        root = _usable_root()
-        failure = _entry(root, key).with_suffix(".failed")
-        if failure.is_file():
-            raise BuildError(
-                f"it could not be compiled before: {failure} says why; delete it to try"
-            )
-        return _build_cached(root, key, target).path
+        return _build_cached(_usable_root(), key, target).path
     except (BuildError, OSError) as error:
         _why_no_eager = str(error)
         logger.info("no shortcut for eager calls: %s", error)
@@ -735,14 +769,14 @@ def load() -> BuildInfo:
             return _loaded
         target = native_kernels()
         key = source_key(target)
-        info = find()
-        if info is not None:
+        for info in _found():
             try:
                 _load_library(info)
-            except OSError as error:  # made for another machine, or cut short: make a new one
-                logger.warning("cannot load %s (%s); building it anew", info.path, error)
-                if info.origin == "cached":
-                    shutil.rmtree(info.path.parent, ignore_errors=True)
+            except OSError as error:  # made for another machine, or cut short
+                logger.warning("cannot load %s (%s)", info.path, error)
+                with contextlib.suppress(BuildError):  # without a compiler, there is no other
+                    if info.path.parent == _entry(cache_dir(), info.key):
+                        shutil.rmtree(info.path.parent, ignore_errors=True)
             else:
                 logger.debug("loaded %s (%s)", info.path, info.origin)
                 _loaded = info
