@@ -132,7 +132,7 @@ struct MaskedAt : At<F, kPart> {
 template <int kFrom, int kRun, class F, int... i>
 VAE_FAST_INLINE F interleave(F a, F b, std::integer_sequence<int, i...>) {
   constexpr int w = Traits<F>::width;
-  return __builtin_shufflevector(
+  return VAE_FAST_SHUFFLE(
       a, b, (i / 4 * 4 + kFrom + (kRun == 1 ? i % 4 / 2 + i % 2 * w : i % 2 + i % 4 / 2 * w))...);
 }
 

@@ -12,6 +12,13 @@
 
 #define VAE_FAST_INLINE inline __attribute__((always_inline))
 
+// The lanes of a and, from the number of those on, b by their numbers.
+#if defined(__clang__) || __GNUC__ >= 12
+#define VAE_FAST_SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define VAE_FAST_SHUFFLE(A, B, ...) __builtin_shuffle(A, B, decltype((A) == (B)){__VA_ARGS__})
+#endif
+
 namespace vae_fast {
 
 // The order is the op schema's integer code; vae_fast/ops.py holds the same list.
@@ -70,16 +77,18 @@ VAE_FAST_VECTOR(16, 8)
 
 // Sums of the lanes, as fixed trees.
 VAE_FAST_INLINE float sum_lanes(const f32x4& v) {
-  const f32x4 w = v + __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  const f32x4 w = v + VAE_FAST_SHUFFLE(v, v, 2, 3, 0, 1);
   return w[0] + w[1];
 }
 VAE_FAST_INLINE float sum_lanes(const f32x8& v) {
-  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
-                   __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  f32x4 halves[2];
+  std::memcpy(halves, &v, sizeof(halves));
+  return sum_lanes(halves[0] + halves[1]);
 }
 VAE_FAST_INLINE float sum_lanes(const f32x16& v) {
-  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  f32x8 halves[2];
+  std::memcpy(halves, &v, sizeof(halves));
+  return sum_lanes(halves[0] + halves[1]);
 }
 
 VAE_FAST_INLINE double square_root(double v) { return sqrt(v); }
@@ -201,9 +210,9 @@ VAE_FAST_INLINE i32x4 widen_bytes<f32x4>(const uint8_t* p) {
   uint32_t word;
   std::memcpy(&word, p, sizeof(word));
   const u8x16 bytes = (u8x16)u32x4{word, 0, 0, 0}, zero{};
-  const u16x8 halves = (u16x8)__builtin_shufflevector(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
+  const u16x8 halves = (u16x8)VAE_FAST_SHUFFLE(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
                                                       5, 21, 6, 22, 7, 23);
-  return (i32x4)__builtin_shufflevector(halves, u16x8{}, 0, 8, 1, 9, 2, 10, 3, 11);
+  return (i32x4)VAE_FAST_SHUFFLE(halves, u16x8{}, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 template <>
 VAE_FAST_INLINE i32x8 widen_bytes<f32x8>(const uint8_t* p) {
@@ -774,11 +783,11 @@ struct SoftlyBounded {
   VAE_FAST_INLINE SoftlyBounded(F s, F middle, F reach) {
     const F y = (s - middle) / reach;
     const Negative<F> negative(y);
-    const F w = exp_any(negative.choose(y, -y) * T(2));  // e^(−2|y|)
-    const F rest = splat<F>(T(1)) / (w + T(1));
-    const F size = (T(1) - w) * rest;
+    const F less = ExpMinusOne<F>(negative.choose(y, -y) * T(2)).value;  // e^(−2|y|) − 1
+    const F rest = splat<F>(T(1)) / (less + T(2));
+    const F size = -less * rest;
     kept = negative.choose(-size, size) * reach + middle;
-    slope = w * rest * rest * T(4);
+    slope = (less + T(1)) * rest * rest * T(4);
   }
   VAE_FAST_INLINE F gradient(F g) const { return slope * g; }
 };

@@ -38,30 +38,30 @@ VAE_FAST_INLINE U multiply_low(U a, uint32_t b) {
 VAE_FAST_INLINE uint64_t high_half(uint64_t v) { return v >> 32; }
 VAE_FAST_INLINE u64x2 high_half(u64x2 v) {
   const u32x4 u = bits_as<u32x4>(v);
-  return bits_as<u64x2>(__builtin_shufflevector(u, u, 1, 1, 3, 3));
+  return bits_as<u64x2>(VAE_FAST_SHUFFLE(u, u, 1, 1, 3, 3));
 }
 VAE_FAST_INLINE u64x4 high_half(u64x4 v) {
   const u32x8 u = bits_as<u32x8>(v);
-  return bits_as<u64x4>(__builtin_shufflevector(u, u, 1, 1, 3, 3, 5, 5, 7, 7));
+  return bits_as<u64x4>(VAE_FAST_SHUFFLE(u, u, 1, 1, 3, 3, 5, 5, 7, 7));
 }
 VAE_FAST_INLINE u64x8 high_half(u64x8 v) {
   const u32x16 u = bits_as<u32x16>(v);
-  return bits_as<u64x8>(__builtin_shufflevector(u, u, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13,
+  return bits_as<u64x8>(VAE_FAST_SHUFFLE(u, u, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13,
                                                 15, 15));
 }
 
 // The low halves of `low` and of `high`, each of the latter above one of the former. Shuffles again;
 // for AVX-512 one with a mask, where GCC sees two.
 VAE_FAST_INLINE u32x4 join_low_halves(u64x2 low, u64x2 high) {
-  return __builtin_shufflevector(bits_as<u32x4>(low), bits_as<u32x4>(high), 0, 4, 2, 6);
+  return VAE_FAST_SHUFFLE(bits_as<u32x4>(low), bits_as<u32x4>(high), 0, 4, 2, 6);
 }
 VAE_FAST_INLINE u32x8 join_low_halves(u64x4 low, u64x4 high) {
-  return __builtin_shufflevector(bits_as<u32x8>(low), bits_as<u32x8>(high), 0, 8, 2, 10, 4, 12, 6, 14);
+  return VAE_FAST_SHUFFLE(bits_as<u32x8>(low), bits_as<u32x8>(high), 0, 8, 2, 10, 4, 12, 6, 14);
 }
 VAE_FAST_INLINE u32x16 join_low_halves(u64x8 low, u64x8 high) {
   const u32x16 u = bits_as<u32x16>(high);
-  const u32x16 above = __builtin_shufflevector(u, u, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
-  return __builtin_shufflevector(bits_as<u32x16>(low), above, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27,
+  const u32x16 above = VAE_FAST_SHUFFLE(u, u, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+  return VAE_FAST_SHUFFLE(bits_as<u32x16>(low), above, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27,
                                  12, 29, 14, 31);
 }
 
