@@ -359,6 +359,27 @@ def test_mask_hides_nan(family, shape, fused):
     assert all(torch.all(torch.isfinite(g)) for g in gradients)
 
 
+@pytest.mark.parametrize("reach", [1.0, 30.0, 1000.0])
+def test_soft_clamp_is_exact_in_the_middle_of_its_range(reach, fused):
+    """tanh of next to nothing, too."""
+    s = torch.linspace(-3.0, 3.0, 1201, device=fused)[:, None]
+    x, zero = torch.ones_like(s), torch.zeros_like(s)
+    bounds = {"clamp": (-reach, reach), "clamp_mode": "soft"}
+
+    def gradients(x, zero, s):
+        s = s.detach().requires_grad_()
+        nll = vae_fast.gaussian_nll(x, zero, s, **bounds)
+        _, log_q, _ = vae_fast.reparameterize(
+            zero, s, key=torch.tensor([1, 2], dtype=torch.uint64, device=s.device), **bounds
+        )
+        return torch.autograd.grad((nll + log_q).sum(), s)[0]
+
+    with vae_fast.use_backend("reference"):
+        exact = gradients(x.double(), zero.double(), s.double())
+    got = gradients(x, zero, s)
+    torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=1e-6 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("family", ["gaussian", "laplace", "logistic", "student_t"])
 @pytest.mark.parametrize(("param", "bad"), [("std", 0.0), ("var", 0.0), ("softplus", math.nan)])
 @pytest.mark.parametrize("size", [11, 70_001])

@@ -286,6 +286,79 @@ def test_torch_function_dispatch():
     assert isinstance(z, Spy)
 
 
+def test_direct_calls_are_checked(cpp):
+    """By the little that keeps a kernel within its tensors."""
+    t, rows, key = torch.rand, torch.rand(4), torch.tensor([1, 2], dtype=torch.uint64)
+    latent = (0, 0, 0, *UNCLAMPED, False, False)
+    model = (0, 0, *UNCLAMPED, False, 4.0, 1.0, 0.0, None, 0)
+    kl = (0, 0, *UNCLAMPED, False)
+    mask, none = torch.ones(4, 6, dtype=torch.bool), (None, None)
+
+    def nll(x, mean, scale, mask=None, log_q=None, log_p=None, model=model):
+        return ops.likelihood_forward(x, mean, scale, mask, log_q, log_p, 1.0, 0, *model)
+
+    def grad(g_mean, g_scale):
+        tensors = t(4, 6), t(4, 6), t(4, 6), None, rows, rows
+        return ops.likelihood_forward_grad_(*tensors, 1.0, 0, *model, g_mean, g_scale)
+
+    nll(t(4, 6), t(8, 6), t(8, 6), mask, t(8), t(8))
+    nll(t(4, 6), t(8, 12), None)
+    for scale in (t(()), t(8, 6), t(8, 1), t(1, 6)):
+        nll(t(4, 6), t(8, 6), scale)
+    grad(t(4, 6), t(4, 6))
+    for wrong in (
+        lambda: ops.latent_forward(t(64, 4096), t(1, 1), key, *latent),
+        lambda: ops.latent_forward(t(4, 3), t(4, 3), key[:1], *latent),
+        lambda: ops.latent_forward(t(4, 3), t(4, 3), key.view(torch.int64), *latent),
+        lambda: ops.latent_forward(t(()), t(()), key, *latent),
+        lambda: ops.latent_backward(t(4, 2), *none, t(4, 3), t(4, 3), key, *latent),
+        lambda: ops.latent_backward(None, t(3), None, t(4, 3), t(4, 3), key, *latent),
+        lambda: nll(t(4, 6), t(4, 5), t(4, 5)),
+        lambda: nll(t(4, 6), t(6, 6), t(6, 6)),
+        lambda: nll(t(4, 6), t(4, 6, 1), t(4, 6, 1)),
+        lambda: nll(t(4, 6), t(4, 6), t(4, 2)),
+        lambda: nll(t(4, 6), t(4, 6), t(2, 6)),
+        lambda: nll(t(4, 6), t(4, 6), t(4, 6), mask[:2]),
+        lambda: nll(t(4, 6), t(4, 6), t(4, 6), mask.float()),
+        lambda: nll(t(4, 6), t(4, 6), t(4, 6), None, t(3)),
+        lambda: nll(t(4, 6), t(4, 6), t(4, 6), None, rows, rows.double()),
+        lambda: nll(t(4, 6), t(4, 6), t(()), model=(*model[:-2], key[:1], 0)),
+        lambda: ops.likelihood_backward(
+            t(3), None, t(4, 6), t(4, 6), t(()), None, 1.0, 0, *model, False, True, False
+        ),
+        lambda: ops.likelihood_backward(
+            None, t(3), t(4, 6), t(4, 6), t(()), None, 1.0, 2, *model, False, True, False
+        ),
+        lambda: grad(t(4, 5), t(4, 6)),
+        lambda: grad(t(4, 6), t(2, 6)),
+        lambda: ops.likelihood_rescale_(t(4, 6), None, None, None, t(()), 1.0, 0, 1, 5),
+        lambda: ops.likelihood_rescale_(t(4, 6), t(3, 6), None, None, t(()), 1.0, 0, 1, 4),
+        lambda: ops.gaussian_kl_forward(t(4, 3), t(4, 2), *none, *kl),
+        lambda: ops.gaussian_kl_forward(t(4, 3), t(4, 3), t(4, 3), t(1, 3), *kl),
+        lambda: ops.gaussian_kl_backward(t(3), t(4, 3), t(4, 3), *none, *kl),
+        lambda: ops.importance_forward(t(4), t(2, 3), None, 1.0),
+        lambda: ops.importance_forward(t(6), t(2, 3), t(2, 2), 1.0),
+    ):
+        with pytest.raises(RuntimeError, match="vae_fast: "):
+            wrong()
+
+
+def test_memory_that_is_copied_on_write_is_copied(cpp):
+    mean = torch.rand(4, 6)
+    before, lazy = mean.clone(), torch._lazy_clone(mean)
+    model = (0, 0, *UNCLAMPED, False, 4.0, 1.0, 0.0, None, 0)
+    rows = torch.zeros(4)
+    ops.likelihood_forward_grad_(
+        *(torch.rand(4, 6), lazy, torch.zeros(()), None, rows, rows, 1.0, 0, *model, lazy, None)
+    )
+    assert torch.equal(mean, before)
+    assert not torch.equal(lazy, before)
+    lazy = torch._lazy_clone(mean)
+    ops.likelihood_rescale_(lazy, None, None, None, torch.tensor(2.0), 1.0, 0, 1, 4)
+    assert torch.equal(mean, before)
+    assert torch.equal(lazy, 2 * before)
+
+
 def test_triton_serves_every_op():
     pytest.importorskip("triton")
     launchers = importlib.import_module("vae_fast._triton")

@@ -519,16 +519,17 @@ void rescale_rows(const View& grad, const Factor& factor) {
   event.fuse<1>({&rows}, /*reorder=*/true);
   const int64_t size = event.numel();
   parallel_parts(grad.sizes[0], size, [&](const auto& parts) {
-    T tile[kTile], scaled[kTile];
+    T tile[kTile];
     parts([&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         for (int64_t begin = 0; begin < size; begin += kTile) {
           const int64_t count = std::min(size - begin, kTile);
           const T* from = event.load(rows, n, begin, count, tile);
+          T* const to = event.target(rows, n, begin, tile);  // the same place
           const T by = factor(n);
 #pragma omp simd
-          for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * by;
-          event.store(rows, n, begin, count, static_cast<const T*>(scaled));
+          for (int64_t i = 0; i < count; ++i) to[i] = from[i] * by;
+          event.store(rows, n, begin, count, static_cast<const T*>(to));
         }
       }
     });

@@ -27,6 +27,79 @@ View view(const Tensor& t) {
 }
 View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
 
+ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Of a tensor that is written, whose memory others may share until then (copy on write).
+View written(const Tensor& t) {
+  t.mutable_data_ptr();
+  return view(t);
+}
+View written(const OptionalTensor& t) { return t ? written(*t) : View{}; }
+
+// ---- what the passes rely on -----------------------------------------------------------------
+//
+// The functions of the package check far more, and name the argument; these are for those who call
+// the ops themselves, or load a program that does.
+
+void check(bool fits, const char* what) { STD_TORCH_CHECK(fits, "vae_fast: ", what); }
+
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto left = a.sizes(), right = b.sizes();
+  return std::equal(left.begin(), left.end(), right.begin(), right.end());
+}
+
+void check_key(const Tensor& key) {
+  check(key.scalar_type() == ScalarType::UInt64 && key.dim() == 1 && key.size(0) == 2 &&
+            (key.stride(0) == 1),
+        "key must be two contiguous uint64");
+}
+
+void check_latent(const Tensor& mu, const Tensor& scale, const Tensor& key) {
+  check(mu.dim() > 0, "mu must have a batch dimension");
+  check(scale.dim() == 0 || same_sizes(scale, mu), "scale must be 0-dim or of mu's shape");
+  check_key(key);
+}
+
+// A value a row, in the type that the passes compute with.
+void check_rows(const OptionalTensor& t, int64_t rows, ScalarType type) {
+  if (t) check(t->numel() == rows && t->scalar_type() == type, "a tensor must have a value a row");
+}
+
+void check_likelihood(const Tensor& x, const Tensor& mean, const OptionalTensor& scale,
+                      const OptionalTensor& mask, const OptionalTensor& key) {
+  const int64_t dim = mean.dim();
+  check(dim > 0 && x.dim() == dim, "mean must have as many dimensions as x");
+  check(x.size(0) == 0 ? mean.size(0) == 0 : mean.size(0) % x.size(0) == 0,
+        "mean must have K rows for each one of x");
+  for (int64_t d = 1; d < dim; ++d) {
+    const bool packed = d == 1 && !scale && mean.size(d) == 2 * x.size(d);
+    check(packed || mean.size(d) == x.size(d), "mean must be of x's event");
+  }
+  if (scale && scale->dim() > 0) {
+    bool full = scale->dim() == dim, row = full && scale->size(0) == mean.size(0);
+    bool event = full && scale->size(0) == 1;
+    for (int64_t d = 0; full && d < dim; ++d) full = scale->size(d) == mean.size(d);
+    for (int64_t d = 1; row && d < dim; ++d) row = scale->size(d) == 1;
+    for (int64_t d = 1; event && d < dim; ++d) event = scale->size(d) == mean.size(d);
+    check(full || row || event, "scale must be 0-dim, of mean's shape, (N, 1, ...) or (1, *event)");
+  }
+  if (mask) {
+    check(mask->scalar_type() == ScalarType::Bool && same_sizes(*mask, x),
+          "mask must be bool, of x's shape");
+  }
+  if (key) check_key(*key);
+}
+
+void check_kl(const Tensor& mu, const Tensor& scale, const OptionalTensor& prior_mu,
+              const OptionalTensor& prior_scale) {
+  check(mu.dim() > 0, "mu must have a batch dimension");
+  check(same_sizes(scale, mu) && (!prior_mu || same_sizes(*prior_mu, mu)) &&
+            (!prior_scale || same_sizes(*prior_scale, mu)),
+        "scale and the prior's tensors must have mu's shape");
+}
+
 // ---- outputs ---------------------------------------------------------------------------------
 
 Tensor empty(const Sizes& sizes, ScalarType type) {
@@ -55,10 +128,6 @@ Tensor gradient_like(const Tensor& t) {
   return out;
 }
 
-ScalarType accumulation_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor straight(const Tensor& t, int64_t event_from = 1) {
   return is_straight(view(t), event_from) ? t : torch::stable::contiguous(t);
 }
@@ -76,6 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward_op(Tensor mu, Tensor scale, Te
                                                      int64_t num_samples, int64_t first_row,
                                                      int64_t param, double lo, double hi,
                                                      bool soft, bool path) {
+  check_latent(mu, scale, key);
   const auto sizes = mu.sizes();
   Sizes shape(sizes.begin(), sizes.end()), rows{mu.size(0)};
   if (num_samples > 0) {
@@ -97,6 +167,11 @@ std::tuple<Tensor, Tensor> latent_backward_op(OptionalTensor g_z, OptionalTensor
                                               Tensor key, int64_t num_samples, int64_t first_row,
                                               int64_t param, double lo, double hi, bool soft,
                                               bool path) {
+  check_latent(mu, scale, key);
+  const int64_t samples = std::max<int64_t>(num_samples, 1), rows = samples * mu.size(0);
+  if (g_z) check(g_z->numel() == samples * mu.numel(), "g_z must be of z's shape");
+  check_rows(g_log_q, rows, accumulation_type(mu));
+  check_rows(g_log_p, rows, accumulation_type(mu));
   const auto sizes = mu.sizes();
   const Sizes shape(sizes.begin(), sizes.end());
   const Tensor g_mu = empty(shape, mu.scalar_type());
@@ -114,6 +189,9 @@ std::tuple<Tensor, Tensor> likelihood_forward_op(
     OptionalTensor log_p, double beta, int64_t reduction, int64_t likelihood, int64_t param,
     double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
     int64_t first_row) {
+  check_likelihood(x, mean, scale, mask, key);
+  check_rows(log_q, mean.size(0), accumulation_type(mean));
+  check_rows(log_p, mean.size(0), accumulation_type(mean));
   const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
                                   hi,   soft, df, x_mul, x_add, view(key), first_row};
   const Tensor nll = empty({mean.size(0)}, accumulation_type(mean));
@@ -129,6 +207,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_op(
     OptionalTensor mask, double beta, int64_t reduction, int64_t likelihood, int64_t param,
     double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
     int64_t first_row, bool need_x, bool need_mean, bool need_scale) {
+  check_likelihood(x, mean, scale, mask, key);
+  check_rows(g_nll, mean.size(0), accumulation_type(mean));
+  check(!g_loss || g_loss->numel() == 1 || g_loss->numel() == x.size(0),
+        "g_loss must be of the loss's shape");
   const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
                                   hi,   soft, df, x_mul, x_add, view(key), first_row};
   const auto gradient = [](bool need, const Tensor& t) {
@@ -150,6 +232,11 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad_op(
     OptionalTensor log_p, double beta, int64_t reduction, int64_t likelihood, int64_t param,
     double lo, double hi, bool soft, double df, double x_mul, double x_add, OptionalTensor key,
     int64_t first_row, Tensor g_mean, OptionalTensor g_scale) {
+  check_likelihood(x, mean, scale, mask, key);
+  check_rows(log_q, mean.size(0), accumulation_type(mean));
+  check_rows(log_p, mean.size(0), accumulation_type(mean));
+  check(same_sizes(g_mean, mean) && (!g_scale || (scale && same_sizes(*g_scale, *scale))),
+        "gradients must have their tensors' shapes");
   const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
                                   hi,   soft, df, x_mul, x_add, view(key), first_row};
   const Tensor nll = empty({mean.size(0)}, accumulation_type(mean));
@@ -157,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_forward_grad_op(
   const Tensor g_shared =
       is_scalar(scale) ? empty({mean.size(0)}, nll.scalar_type()) : none(nll.scalar_type());
   likelihood_forward_grad(view(x), view(mean), view(scale), view(mask), view(log_q), view(log_p),
-                          options, view(g_mean), view(g_scale), view(nll),
+                          options, written(g_mean), written(g_scale), view(nll),
                           options.reduction == Reduction::no_loss ? View{} : view(loss),
                           is_scalar(scale) ? view(g_shared) : View{});
   return {nll, loss, g_shared};
@@ -170,9 +257,14 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_op(Tensor g_mean, Optional
                                                          int64_t reduction, int64_t samples,
                                                          int64_t batch) {
   const ScalarType type = accumulation_type(g_mean);
+  const int64_t rows = samples * batch;
+  check(g_mean.size(0) == rows && (!g_scale || g_scale->size(0) == rows),
+        "gradients must have K·B rows");
+  check_rows(g_shared, rows, type);
+  check_rows(g_nll, rows, type);
   const Tensor g_log_q = empty({samples * batch}, type), g_log_p = empty({samples * batch}, type);
   const Tensor g_scalar = g_shared ? empty({}, type) : none(type);
-  likelihood_rescale(view(g_mean), view(g_scale), view(g_shared), view(g_nll), view(g_loss), beta,
+  likelihood_rescale(written(g_mean), written(g_scale), view(g_shared), view(g_nll), view(g_loss), beta,
                      static_cast<Reduction>(reduction), samples, batch, view(g_log_q), view(g_log_p),
                      g_shared ? view(g_scalar) : View{});
   return {g_log_q, g_log_p, g_scalar};
@@ -181,6 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_op(Tensor g_mean, Optional
 Tensor gaussian_kl_forward_op(Tensor mu, Tensor scale, OptionalTensor prior_mu,
                               OptionalTensor prior_scale, int64_t param, int64_t prior_param,
                               double lo, double hi, bool soft) {
+  check_kl(mu, scale, prior_mu, prior_scale);
   const Tensor kl = empty({mu.size(0)}, accumulation_type(mu));
   gaussian_kl_forward(view(mu), view(scale), view(prior_mu), view(prior_scale),
                       {param, prior_param, lo, hi, soft}, view(kl));
@@ -190,6 +283,8 @@ Tensor gaussian_kl_forward_op(Tensor mu, Tensor scale, OptionalTensor prior_mu,
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward_op(
     Tensor g_kl, Tensor mu, Tensor scale, OptionalTensor prior_mu, OptionalTensor prior_scale,
     int64_t param, int64_t prior_param, double lo, double hi, bool soft) {
+  check_kl(mu, scale, prior_mu, prior_scale);
+  check_rows(g_kl, mu.size(0), accumulation_type(mu));
   const auto optional = [&](const OptionalTensor& t) {
     return t ? gradient_like(*t) : none(mu.scalar_type());
   };
@@ -204,6 +299,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward_op(
 
 std::tuple<Tensor, Tensor> importance_forward_op(Tensor nll, Tensor log_q, OptionalTensor log_p,
                                                  double beta) {
+  check(log_q.dim() == 2 && nll.numel() == log_q.numel() &&
+            (!log_p || log_p->numel() == log_q.numel()),
+        "nll, log_q and log_p must have a value for each of K samples of B rows");
   const Tensor bound = empty({log_q.size(1)}, nll.scalar_type());
   const Tensor weights = empty({log_q.size(0), log_q.size(1)}, nll.scalar_type());
   importance_forward(view(nll), view(log_q), view(log_p), beta, view(bound), view(weights));
