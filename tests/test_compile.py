@@ -1,6 +1,9 @@
 """torch.compile, AOTAutograd, compiled autograd and torch.export: the eager results, unbroken."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -392,6 +395,39 @@ class Method(nn.Module):
     def forward(self, *args):
         result = getattr(self.vae, self.name)(*args)
         return result[:5] if self.name == "forward" else result  # the tensors
+
+
+LOAD = """
+import sys, torch, vae_fast
+program = torch.export.load(sys.argv[1]).module()
+mu, z = torch.load(sys.argv[2])
+torch.testing.assert_close(program(mu), z, rtol=0.0, atol=0.0)
+"""
+
+
+class Density(torch.nn.Module):
+    def forward(self, x):
+        return vae_fast.gaussian_nll(x, x + 1, torch.zeros(()))
+
+
+@pytest.mark.works_with("torch.export")
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_new_process_runs_an_exported_program(compiler, tmp_path, cpp):
+    """Its ops are called before any function of the package, which loads the kernels."""
+    x = torch.randn(5, 3)
+    torch.export.save(torch.export.export(Density(), (x,)), tmp_path / "program.pt2")
+    torch.save((x, Density()(x)), tmp_path / "tensors.pt")
+    without = {"CXX": "no-such-compiler", "VAE_FAST_CACHE": str(tmp_path / "empty")}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", LOAD]
+    done = subprocess.run(
+        [*command, tmp_path / "program.pt2", tmp_path / "tensors.pt"],
+        env=os.environ | ({} if compiler else without),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (0 if compiler else 1), done.stderr
+    reason = "RuntimeError: vae_fast::likelihood_forward needs the fused kernels: no C++ compiler"
+    assert (reason in done.stderr) == (not compiler)
 
 
 @pytest.mark.works_with("torch.export")

@@ -226,6 +226,30 @@ def _register_triton(dispatch_key: str) -> None:
     _triton_library[dispatch_key] = library
 
 
+def _load_and_call(name: str, *args: object) -> object:
+    """An op's kernel where no backend is loaded: an exported program may be the first caller."""
+    device_type = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    backend = DEFAULTS.get(device_type, "reference")
+    reason = f"none are for {device_type!r}"
+    if backend != "reference":
+        reason = why_not(backend, device_type)
+    if reason is None:
+        try:
+            _load(backend, device_type)
+            return getattr(torch.ops.vae_fast, name).default(*args)
+        except (_build.BuildError, ImportError) as error:
+            reason = str(error)
+    raise RuntimeError(f"vae_fast::{name} needs the fused kernels: {reason}")
+
+
+_before_loading = torch.library.Library("vae_fast", "IMPL")
+for _name in ops.SCHEMAS:
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"vae_fast::{_name}", "CPU"):
+        _before_loading.impl(
+            _name, functools.partial(_load_and_call, _name), "CompositeExplicitAutograd"
+        )
+
+
 def _launchers() -> ModuleType:
     """The package of the Triton kernels; in a checkout that is not installed, beside this one."""
     name = "vae_fast._triton"
