@@ -73,6 +73,8 @@ class Cell:
     zig: str | None = None  # a version of the ziglang package, for the Clang in it
 
 
+# Inductor, which takes $CXX for a program without options, would need this Clang's OpenMP, too.
+OURS = ("-k", "not inductor")
 CELLS = {
     "torch-2.14.1": Cell("2.14.1", "3.8.0"),
     "torch-2.13.0": Cell("2.13.0", "3.7.1"),
@@ -80,8 +82,8 @@ CELLS = {
     # Triton 3.6's interpreter converts arrays of one element, which NumPy 2.4 refuses.
     "torch-2.11.0": Cell("2.11.0", "3.6.0", packages=("numpy<2.4",)),
     "torch-2.10.0": Cell("2.10.0", "3.6.0", packages=("numpy<2.4",)),
-    "clang-22": Cell("2.13.0", "3.7.1", prebuilt=True, zig="0.17.1"),
-    "clang-13": Cell("2.13.0", "3.7.1", zig="0.9.1"),
+    "clang-22": Cell("2.13.0", "3.7.1", options=OURS, prebuilt=True, zig="0.17.1"),
+    "clang-13": Cell("2.13.0", "3.7.1", options=OURS, zig="0.9.1"),
     "no-triton": Cell("2.13.0", None, prebuilt=True),
     "no-compiler": Cell(
         *("2.13.0", "3.7.1", WITHOUT_COMPILER, {"CXX": "no-such-compiler"}, "reference"),

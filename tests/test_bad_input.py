@@ -192,7 +192,11 @@ MODULE = [
     (dict(estimator="stl", kl="analytic"), ValueError, 'estimator="stl" needs kl="monte_carlo"'),
     (dict(prior=3), TypeError, "prior must be a pair of tensors"),
     (dict(prior=(t(3),) * 3), TypeError, r"prior must be a pair of tensors .* got tuple of 3"),
-    (dict(prior=Normal(t(3), 1.0)), TypeError, "prior must be .* got Normal: pass its log_prob"),
+    (
+        dict(prior=Normal(t(3), 1.0)),
+        TypeError,
+        "prior must be .* got Normal: pass its log_prob.* method sample",
+    ),
     (dict(prior=(t(3), 1.0)), TypeError, "prior's scale must be a torch.Tensor"),
     (dict(prior=lambda z: z, kl="analytic"), ValueError, "needs a Gaussian prior"),
     (dict(prior_param="x"), ValueError, "prior_param must be one of"),
@@ -418,6 +422,25 @@ def test_bernoulli_data_are_probabilities(backend):
                 nll(data, data.float(), **options)
         mask[1, 2] = mask[3, 4] = False
         nll(x, x, mask=mask)
+
+
+def test_logistic_data_are_levels(backend):
+    levels = torch.arange(256.0, device=backend).view(4, 64)
+    nll = functools.partial(vae_fast.likelihood_nll, likelihood="logistic")
+    scale, mask = torch.zeros((), device=backend), torch.ones(4, 64, dtype=bool, device=backend)
+    with vae_fast.validate():
+        nll(levels.to(torch.uint8), levels, scale)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            x = (levels / 255).to(dtype)
+            nll(x, x, scale.to(dtype))
+        x = levels / 255 * 2 - 1
+        nll(x, x, scale, x_scale=(2 / 255, -1.0))
+        for wrong, count in ((levels, 254), (x, 128), (levels / 255 + 0.001, 256)):
+            with pytest.raises(ValueError, match=rf"x must be one of the 256 .* but {count} elem"):
+                nll(wrong, x, scale)
+        x = levels / 255
+        x[1, 2], mask[1, 2] = 0.3, False
+        nll(x, x, scale, mask=mask)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

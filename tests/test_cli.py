@@ -329,6 +329,15 @@ def test_the_pictured_deviation_is_that_of_draws(likelihood, df):
     assert float(x.std()) == pytest.approx(float(training._std(vae, torch.zeros(1, 1))), rel=0.03)
 
 
+def test_the_comparison_can_be_left_out(tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((20, 4), dtype=np.float32))
+    argv = ["train", "--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "o")]
+    main([*argv, "--epochs", "1", "--no-compare"])
+    printed = capsys.readouterr().out
+    assert "all done" in printed
+    assert "plain PyTorch" not in printed
+
+
 def test_runs_are_reproducible(tmp_path):
     x = np.random.default_rng(0).random((60, 4, 4), dtype=np.float32)
     np.savez(tmp_path / "x.npz", x=x)
@@ -569,6 +578,16 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
     assert "x in fp32 has NaN or infinity in 1 of 20 rows; the first is 2" in message(npz(x=beyond))
     assert "y must be of shape (20,) like x, got (19,)" in message(npz(x=x, y=np.zeros(19)))
     assert "x must be of shape (N, ...), got (20,)" in message(npz(x=x[:, 0]))
+    assert "x must be of shape (N, ...), got empty, (0, 4)" in message(npz(x=x[:0]))
+    for kind, ends in (("int64", "0 to 255"), ("int16", "-1 to 1"), ("uint16", "0 to 2")):
+        lo, hi = map(int, ends.split(" to "))
+        bad = np.full((20, 4), lo, kind)
+        bad[7, 1] = hi
+        assert f"x is {kind}, from {ends}: save levels from 0 to 255 as uint8" in message(
+            npz(x=bad)
+        )
+    binary = npz(x=x.astype(np.uint8) + 1)
+    assert "x is uint8, levels 1/255 apart, but none is above 1" in message(binary)
     assert "x must hold real numbers, got dtype complex128" in message(npz(x=x.astype(complex)))
     assert "9 data points; at least 10" in message(npz(x=x[:9]))
     assert "--model conv needs images" in message(npz(x=x), "--model", "conv")
@@ -580,7 +599,7 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
         wide, "--likelihood", "bernoulli"
     )
     (tmp_path / "broken.npz").write_bytes(b"PK but not really")
-    assert "cannot be read as a .npz file" in message(tmp_path / "broken.npz")
+    assert "cannot be read as a .npz file: it is none" in message(tmp_path / "broken.npz")
     with open(tmp_path / "array.npz", "wb") as file:
         np.save(file, x)
     assert "is one array, not a .npz file" in message(tmp_path / "array.npz")
@@ -637,13 +656,19 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
             "must be a number above 0 or one of optimal, optimal_sample",
         ),
         (["--likelihood-scale", "0"], "must be a number above 0 or one of"),
-        (["--likelihood-scale", "1", "--variance", "unit"], "variance='unit' and likelihood_scale"),
-        (["--beta-warmup", "steep:3"], "SHAPE one of cyclical, linear, sigmoid, got steep:3"),
-        (["--beta-warmup", "linear:0"], "must be SHAPE:STEPS"),
+        (
+            ["--likelihood-scale", "1", "--variance", "unit"],
+            "--variance unit and --likelihood-scale 1.0",
+        ),
+        (["--beta-warmup", "steep:3"], "SHAPE one of cyclical, linear, sigmoid and STEPS"),
+        (["--beta-warmup", "linear:0"], "and STEPS at least 1, got linear:0"),
         (["--beta-warmup", "linear"], "must be SHAPE:STEPS"),
-        (["--free-bits", "1"], 'free_bits needs kl="analytic"'),
-        (["--objective", "iwae", "--estimator", "stl"], 'use "dreg"'),
-        (["--likelihood", "logistic", "--dequantize"], "dequantize=True needs a density"),
+        (["--free-bits", "1"], "--free-bits needs --kl analytic: "),
+        (["--objective", "iwae", "--estimator", "stl"], "--estimator stl is"),
+        (
+            ["--likelihood", "logistic", "--dequantize"],
+            "--dequantize needs a density, but --likelihood logistic is",
+        ),
         ([*QUICK, "--lr", "1e30", "--epochs", "3"], "the loss was not finite in epoch"),
     ],
 )
@@ -680,7 +705,10 @@ def test_a_backend_that_cannot_run_says_why(tmp_path, capsys, monkeypatch):
 
 def test_an_out_that_cannot_be_written_is_explained(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "--out" in fails(capsys, "train", "--out", str(tmp_path / "file"))
+    assert "file is a file, and no folder" in fails(
+        capsys, "train", "--out", str(tmp_path / "file")
+    )
+    assert "--out" in fails(capsys, "train", "--out", str(tmp_path / "file" / "below"))
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "safetensors", "tqdm", "sklearn"])

@@ -1,5 +1,6 @@
 """FusedELBO end to end: loss, gradients through encoder and decoder, in place, saved memory."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -347,6 +348,16 @@ def test_clamps_reach_both_passes(backend, key):
     torch.testing.assert_close(out.log_q, log_q)
     mean, s = decoder(z).chunk(2, 1)
     torch.testing.assert_close(out.nll, reference.gaussian_nll(x, mean, s.clamp(-0.05, 0.05)))
+
+
+def test_numpy_scalars_are_numbers():
+    options = {"beta": np.float32(0.5), "num_samples": np.int64(2), "inplace": np.bool_(True)}
+    elbo = vae_fast.FusedELBO(**options, df=np.float32(3), likelihood="student_t")
+    elbo.capacity = np.float64(1.5)
+    for name, value in (options | {"df": 3.0, "capacity": 1.5}).items():
+        kept = getattr(elbo, name)
+        assert type(kept) in (int, float, bool)
+        assert kept == value
 
 
 def test_an_option_given_as_a_list_is_kept_as_it_was():

@@ -1114,6 +1114,43 @@ def test_load_refuses_what_save_did_not_write(tmp_path):
         VAE.load(foreign)
 
 
+def test_load_of_a_subclass_that_is_made_otherwise(tmp_path):
+    class Other(VAE):
+        def __init__(self, size):
+            super().__init__(torch.nn.Linear(size, 4), torch.nn.Linear(2, 2 * size), 2)
+
+    made = Other(6)
+    made.save(tmp_path / "m.safetensors")
+    with pytest.raises(
+        ValueError, match=r"Other cannot be made with \(encoder, decoder, .*VAE.load"
+    ):
+        Other.load(tmp_path / "m.safetensors", encoder=made.encoder, decoder=made.decoder)
+    networks = {"encoder": made.encoder, "decoder": made.decoder}
+    loaded = VAE.load(tmp_path / "m.safetensors", **networks)
+    assert torch.equal(loaded.encoder.weight, made.encoder.weight)
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (8, 8, 1), (64, 1, 1)])
+def test_data_of_another_shape_are_refused_before_they_are_encoded(shape):
+    """As many elements make no image."""
+    vae, x = VAE.mlp((1, 8, 8), 2), torch.rand(3, *shape)
+    for method in (vae, vae.encode, vae.reconstruct):
+        with pytest.raises(ValueError, match=r"x must be of shape \(B, 1, 8, 8\), got \(3, "):
+            method(x)
+    assert vae.reconstruct(x.view(3, 1, 8, 8)).shape == (3, 1, 8, 8)
+
+
+def test_wrong_data_are_named_before_what_the_encoder_makes_of_them():
+    vae, x, mask = VAE.mlp(6, 2), torch.rand(4, 6), torch.ones(4, 6, dtype=torch.bool)
+    x[1, 2] = torch.nan
+    with vae_fast.validate():
+        for method in (vae, vae.encode):
+            with pytest.raises(ValueError, match="x must be finite, but 1 elements are not"):
+                method(x)
+        mask[1, 2] = False
+        assert vae(x, mask=mask).loss.isfinite()
+
+
 def header(path, change):
     """The model of ``path`` with a changed configuration, beside it."""
     import safetensors.torch

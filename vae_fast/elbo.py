@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -212,6 +213,8 @@ class FusedELBO(nn.Module):
         if name == "prior" and "_checked" in self.__dict__:
             self._replace_prior(value)
             return
+        if isinstance(value, np.generic):  # as an array of a schedule has them
+            value = value.item()
         if name in ("beta", "capacity") and isinstance(value, nn.Parameter):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor that no optimizer moves, got a Parameter"
@@ -244,7 +247,8 @@ class FusedELBO(nn.Module):
             if hasattr(prior, "log_prob"):
                 raise TypeError(
                     "prior must be a pair of tensors (mu, scale) or a callable, got "
-                    f"{type(prior).__name__}: pass its log_prob, if that is one number per z"
+                    f"{type(prior).__name__}: pass its log_prob, if that is one number per z, or "
+                    "an object that is called for log p(z) and has a method sample(n), to sample"
                 )
             pair = functional._check_pair("prior", prior)
             named = dict(zip(_PRIOR_TENSORS, pair, strict=True))

@@ -1074,7 +1074,10 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype != ops.accumulation_dtype(mean):
         raise TypeError(
-            f"{name} must be {ops.accumulation_dtype(mean)}, got {t.dtype}".replace("torch.", "")
+            f"{name} must be {ops.accumulation_dtype(mean)} beside a {mean.dtype} mean, got "
+            f"{t.dtype}. (A module's {name} is float64 if mu is, else float32.)".replace(
+                "torch.", ""
+            )
         )
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, but the other tensors are on {x.device}")
@@ -1170,6 +1173,12 @@ def _check_likelihood_values(
     if scale is None and likelihood not in ops.WITHOUT_SCALE:
         mean, scale = mean.chunk(2, 1)
     _check_values(ops.PARAMS[param], clamp, mask, x=x, mean=mean, scale=scale)
+    if ops.LIKELIHOODS[likelihood] == "logistic" and x.is_floating_point():
+        levels = (x.double() - add) / mul
+        off = (levels - levels.round().clamp(0.0, 255.0)).abs()
+        # To 16 bits, the steps between the levels are hardly more than their own.
+        far = off > (0.01 if x.dtype in (torch.float32, torch.float64) else 0.51)
+        _refuse_values("x", far, mask, 'one of the 256 levels of likelihood="logistic"')
     if ops.LIKELIHOODS[likelihood] == "bernoulli":
         data = x if x.is_floating_point() else x * mul + add
         outside = (data < 0.0) | (data > 1.0 + 1e-6)  # 255·(1/255) is rounded

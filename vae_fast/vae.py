@@ -153,7 +153,7 @@ class VAE(nn.Module):
         learned = _learned_variance(variance, options)
 
         outputs = 2 if learned == "full" else 1
-        encoder = nn.Sequential(nn.Flatten(), *_dense((size, *hidden, 2 * latent)))
+        encoder = nn.Sequential(_Flatten(event), *_dense((size, *hidden, 2 * latent)))
         decoder = nn.Sequential(
             *_dense((latent, *reversed(hidden), outputs * size)),
             nn.Unflatten(1, (outputs * event[0], *event[1:])),
@@ -594,7 +594,15 @@ class VAE(nn.Module):
         if encoder is not None or decoder is not None:
             if encoder is None or decoder is None:
                 raise ValueError("pass both encoder and decoder, or neither")
-            vae = cls(encoder, decoder, config["latent_shape"], **options)
+            try:
+                vae = cls(encoder, decoder, config["latent_shape"], **options)
+            except TypeError as error:
+                if cls.__init__ is VAE.__init__:
+                    raise
+                raise ValueError(
+                    f"{cls.__name__} cannot be made with (encoder, decoder, latent_dim, **options) "
+                    f"({error}): load a VAE, with VAE.load, or override __init__ compatibly"
+                ) from error
             vae.load_state_dict(weights)
         else:
             vae = cls._of(architecture, options)
@@ -640,6 +648,8 @@ class VAE(nn.Module):
         if x.dtype == torch.uint8:
             mul, add = self.elbo._levels
             x = x.to(self._where(self.encoder)[1]) * mul + add
+        elif functional._validate:  # before what the encoder makes of it is to blame
+            functional._check_values(mask=mask, x=x)
         if mask is None:
             return x
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -791,6 +801,19 @@ def _dense(widths: Sequence[int]) -> list[nn.Module]:
     for i, o in itertools.pairwise(widths):
         layers += [nn.Linear(i, o), nn.SiLU()]
     return layers[:-1]
+
+
+class _Flatten(nn.Flatten):
+    """Data points as vectors: those of another shape but as many elements are a mistake."""
+
+    def __init__(self, event: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event = event
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(f"x must be of shape (B, {_joined(self.event)}), got {tuple(x.shape)}")
+        return super().forward(x)
 
 
 class _ChannelsLast(nn.Unflatten):

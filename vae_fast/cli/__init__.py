@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="digits (1797 images of 8x8, from scikit-learn); FILE.npz with an array x of shape "
         "(N, ...) and optionally labels y (N,); or a folder of images, whose sub-folders are then "
-        "the labels. uint8 values are levels from 0 to 1, 1/255 apart",
+        "the labels. uint8 values are levels from 0 to 1, 1/255 apart. Images may be (N, H, W) or "
+        "(N, H, W, C): the model takes them as (N, C, H, W)",
     )
     train.add_argument(
         "--out",
@@ -161,8 +162,8 @@ def _parser() -> argparse.ArgumentParser:
         "--beta-warmup",
         type=_warmup,
         metavar="SHAPE:STEPS",
-        help=f"raise that weight from 0 over so many steps; SHAPE is {', '.join(WARMUPS)} (four "
-        "rises, one after the other)",
+        help=f"raise that weight from 0 over so many steps; SHAPE is one of {', '.join(WARMUPS)}; "
+        "cyclical is four rises, one after the other",
     )
     train.add_argument(
         "--kl",
@@ -218,6 +219,13 @@ def _parser() -> argparse.ArgumentParser:
         help="optimizer steps (100) or seconds (60s) between checkpoints. Ctrl-C, SIGTERM and the "
         "end of the run write one, too. Without --resume the checkpoint of a run that did not "
         "finish is kept as checkpoint.1.safetensors, .2, ...",
+    )
+
+    train.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="at the end, time the training step against plain PyTorch, for some ten seconds",
     )
 
     sample = commands.add_parser(
@@ -354,7 +362,8 @@ def _warmup(text: str) -> tuple[str, int]:
     shape, _, steps = text.partition(":")
     if shape not in WARMUPS or not steps.isdecimal() or int(steps) < 1:
         raise argparse.ArgumentTypeError(
-            f"must be SHAPE:STEPS with SHAPE one of {', '.join(WARMUPS)}, got {text}"
+            f"must be SHAPE:STEPS with SHAPE one of {', '.join(WARMUPS)} and STEPS at least 1, got "
+            f"{text}"
         )
     return shape, int(steps)
 

@@ -120,13 +120,17 @@ def _npz(path: Path) -> Data:
         *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error),
         RuntimeError,  # encrypted, or compressed in a way that Python does not know
     ) as error:
-        raise CommandError(f"{path} cannot be read as a .npz file: {error}") from error
+        reason = error if zipfile.is_zipfile(path) else "it is none"
+        raise CommandError(f"{path} cannot be read as a .npz file: {reason}") from error
 
     if x.dtype.kind not in "buif":
         raise CommandError(f"{path}: x must hold real numbers, got dtype {x.dtype}")
     if x.ndim < 2 or 0 in x.shape:
-        raise CommandError(f"{path}: x must be of shape (N, ...), got {x.shape}")
+        empty = "empty, " if 0 in x.shape else ""
+        raise CommandError(f"{path}: x must be of shape (N, ...), got {empty}{x.shape}")
     stored = x.dtype == np.uint8
+    if x.dtype.kind in "ui":
+        _check_levels(path, x)
     with np.errstate(over="ignore"):
         x = x.astype(np.uint8 if stored else np.float32)
     if not np.isfinite(x).all():
@@ -148,6 +152,22 @@ def _npz(path: Path) -> Data:
     names, index = np.unique(y, return_inverse=True)
     y = torch.from_numpy(index.astype(np.int64))
     return Data(path.stem, values, y, [*map(str, names)], x_scale)
+
+
+def _check_levels(path: Path, x: np.ndarray) -> None:
+    """Fail if integers are not certainly levels, 0 to 255, or certainly numbers, 0 and 1."""
+    lo, hi = x.min(), x.max()
+    if x.dtype == np.uint8:
+        if hi <= 1:
+            raise CommandError(
+                f"{path}: x is uint8, levels 1/255 apart, but none is above 1: save binary data as "
+                "bool or float32"
+            )
+    elif lo < 0 or hi > 1:
+        raise CommandError(
+            f"{path}: x is {x.dtype}, from {lo} to {hi}: save levels from 0 to 255 as uint8, other "
+            "numbers as float32"
+        )
 
 
 def _folder(path: Path, image_size: int | None) -> Data:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -101,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
             f"(NLL {last['val_nll']:.2f}, KL {last['val_kl']:.2f})"
             + (f"; at most {last[BITS]:.3f} bits/dim" if BITS in last else "")
         )
-        if args.backend != "reference" and job.size == 1 and _comparable(vae):
+        if args.compare and args.backend != "reference" and job.size == 1 and _comparable(vae):
             job.say()
             _compare(vae, data.x[train_index[: args.batch_size]].to(job.device), job)
     job.say(f"\nmodel:    {out / checkpoint.MODEL}\nmetrics:  {out / METRICS}")
@@ -118,6 +119,8 @@ def _alone(out: Path) -> Iterator[None]:
             stack.enter_context(_files.locked(out))
         except BlockingIOError as error:
             raise CommandError(f"--out {out}: another run is writing there") from error
+        except FileExistsError as error:
+            raise CommandError(f"--out {out} is a file, and no folder") from error
         except OSError as error:
             raise CommandError(f"--out {out}: {error.strerror}") from error
         yield
@@ -260,7 +263,22 @@ def _build(args: argparse.Namespace, data: datasets.Data) -> VAE:
         build = VAE.mlp if args.model == "mlp" else VAE.conv
         return build(event_shape, args.latent_dim, _hidden(args), **options)
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(_as_typed(str(error), args)) from error
+
+
+def _as_typed(message: str, args: argparse.Namespace) -> str:
+    """What the loss has against its options, in the command line's words."""
+
+    def option(match: re.Match) -> str:
+        name, value = match[1], match[2].strip("=")
+        if value and name == "likelihood_scale":
+            value = str(args.likelihood_scale)
+        return f"--{name.replace('_', '-')} {'' if value == 'True' else value}".strip()
+
+    message = re.sub(r"(['\"])(\w+)\1", r"\2", message)
+    message = re.sub(rf"\b({'|'.join(_OPTIONS)})(=[^\s,;]+)", option, message)
+    alone = "|".join(name for name in _OPTIONS if "_" in name)
+    return re.sub(rf"\b({alone})\b()", option, message)
 
 
 def _hidden(args: argparse.Namespace) -> Sequence[int]:
