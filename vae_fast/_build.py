@@ -80,7 +80,6 @@ CXX_FLAGS = (
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=fast",  # GCC's default; a product that is rounded costs accuracy, and time
     "-fopenmp-simd",
     "-Wno-psabi",  # wide vectors are passed only between functions that are inlined
     *DEFINES,
