@@ -359,6 +359,20 @@ def test_mask_hides_nan(family, shape, fused):
     assert all(torch.all(torch.isfinite(g)) for g in gradients)
 
 
+@pytest.mark.parametrize("size", [5.0, 10.0, 20.0, 60.0])
+def test_bernoulli_is_exact_where_it_is_certain(size, backend):
+    """And right: nothing cancels."""
+    m = torch.cat([torch.linspace(size, size + 1, 50), -torch.linspace(size, size + 1, 50)])[None]
+    m = m.to(backend)
+    x = (m > 0).float()
+    for rows, data in ((m, x), (m[:, :50], x[:, :50]), (m[:, 50:], x[:, 50:])):
+        exact = torch.log1p(torch.exp(-rows.double().abs())).sum(1)
+        nll = vae_fast.likelihood_nll(data, rows, likelihood="bernoulli")
+        torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=0.0)
+        wrong = vae_fast.likelihood_nll(1.0 - data, rows, likelihood="bernoulli")
+        torch.testing.assert_close(wrong.double(), exact + rows.double().abs().sum(1))
+
+
 @pytest.mark.parametrize("reach", [1.0, 30.0, 1000.0])
 def test_soft_clamp_is_exact_in_the_middle_of_its_range(reach, fused):
     """tanh of next to nothing, too."""

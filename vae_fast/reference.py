@@ -185,8 +185,8 @@ def _laplace(x, m, s, param, *_):
 
 
 def _bernoulli(x, m, *_):
-    """Of logits m: −x·log σ(m) − (1 − x)·log σ(−m)."""
-    return (1.0 - x) * m - F.logsigmoid(m)
+    """Of logits m: −x·log σ(m) − (1 − x)·log σ(−m), of which the larger term is taken apart."""
+    return torch.where(m < 0, -x * m - F.logsigmoid(-m), (1.0 - x) * m - F.logsigmoid(m))
 
 
 def _logistic(x, m, s, param, df, mul, add):

@@ -179,12 +179,6 @@ def sigmoid(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def softplus(x, APPROX: tl.constexpr):
-    """log(1 + e^x)."""
-    return tl.maximum(x, 0.0) + log1p_unit(exp(-tl.abs(x), APPROX), APPROX)
-
-
-@triton.jit
 def tanh(x, APPROX: tl.constexpr):
     """The hyperbolic tangent, to full precision."""
     expm1, _ = expm1_and_rest(-2.0 * tl.abs(x), APPROX)

@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from .elementary import exp, exp_rest, log1p, reciprocal, sigmoid, softplus
+from .elementary import exp, exp_rest, log1p, log1p_unit, reciprocal, sigmoid
 from .scale import divide
 
 GAUSSIAN = tl.constexpr(0)
@@ -45,7 +45,9 @@ def element_nll(x, mean, log_variance, root, df, constant, x_mul, x_add,
     elif LIKELIHOOD == LAPLACE:
         return tl.abs(divide(x - mean, root)) + (0.5 * log_variance + LOG_2)
     elif LIKELIHOOD == BERNOULLI:
-        return softplus(mean, APPROX) - x * mean
+        # softplus(mean) - x·mean, without what cancels where x is certain, and right.
+        log_term = log1p_unit(exp(-tl.abs(mean), APPROX), APPROX)
+        return tl.where(mean < 0.0, -x, 1.0 - x) * mean + log_term
     elif LIKELIHOOD == LOGISTIC:
         # softplus(-p) + softplus(q) - log(1 - e^-w): their logarithms are taken as one,
         # log((1 + e^-|p|)(1 + e^-|q|)/(1 - c)).
