@@ -87,6 +87,9 @@ CXX_FLAGS = (
 # Python's symbols are in the process that loads the library.
 LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 LOCK_TIMEOUT_S = 600.0
+FAILURE_KEPT_S = (
+    3600.0  # trying takes seconds, in every process; but what is missing may be installed
+)
 # The features by which the kernels choose (cpu.cpp), best first, by level of the x86-64 psABI.
 X86_64_LEVELS = {
     4: {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
@@ -586,14 +589,15 @@ def _build_cached(root: Path, key: str, target: Target) -> BuildInfo:
     with _lock(root / f"{key}.lock"):
         if info := _read(entry, "cached", key, target):
             return info
-        with contextlib.suppress(OSError):  # of the process that had the lock
-            if failure.stat().st_mtime >= began:
+        with contextlib.suppress(OSError):
+            failed = failure.stat().st_mtime
+            if failed >= began:  # in the process that had the lock
                 raise BuildError(failure.read_text().strip())
-        if failure.is_file():  # trying takes seconds, in every process
-            raise BuildError(
-                f"{target.lib_name} could not be compiled before: {failure} says why; delete it to "
-                "try again"
-            )
+            if time.time() - failed < FAILURE_KEPT_S:
+                raise BuildError(
+                    f"{target.lib_name} could not be compiled before: {failure} says why; an hour "
+                    "later, or without that file, it is tried again"
+                )
         _sweep(root)
         compiler = find_compiler()[1]
         # Seen without any set-up: a program that stands still for no reason is a broken one.
