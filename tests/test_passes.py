@@ -262,6 +262,25 @@ def test_mask_broadcasts(fused):
 # ---- extremes --------------------------------------------------------------------------------
 
 
+def test_long_latents_are_summed_as_trees(cpp):
+    """Whatever the number of threads, which share a row."""
+    mu, s = torch.zeros(1, 2**20), torch.zeros(1, 2**20)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            key = torch.tensor([1, 2], dtype=torch.uint64)
+            results.append(vae_fast.reparameterize(mu, s, key=key, num_samples=2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    z, log_q, log_p = results[0]
+    # z is the noise itself.
+    exact = (-0.5 * z.double() ** 2).sum(-1) - 0.5 * math.log(2 * math.pi) * mu.numel()
+    for got in (log_q, log_p):
+        torch.testing.assert_close(got.double(), exact, rtol=1.5e-7, atol=0.0)
+
+
 def test_softplus_of_large_scales(backend):
     """σ = s from 40 on, to any rounding; e^s is soon no fp32 number any more."""
     s = torch.tensor([[40.0], [79.0], [81.0], [89.0], [100.0], [1e4]], device=backend)

@@ -59,7 +59,7 @@ struct Latent {
   static constexpr int64_t kLanes = sizeof(T) == 4 ? 4 : 2;  // normals per Philox call
   static constexpr int64_t kCalls = kTile / kLanes;          // Philox calls per tile
 
-  int64_t batch, samples, size, calls, group, together, first_row;
+  int64_t batch, samples, size, calls, group, pieces, together, first_row;
   uint64_t seed, offset;
   bool scalar;
   LatentOperand mu, scale;
@@ -74,6 +74,7 @@ struct Latent {
         size(event_of(mu_).numel()),
         calls((size + kLanes - 1) / kLanes),
         group(std::max<int64_t>(1, kCalls / std::max<int64_t>(1, calls * samples))),
+        pieces((size + kTile - 1) / kTile),
         together(std::clamp<int64_t>(kCalls / std::max<int64_t>(1, calls), 1, samples)),
         first_row(options.first_row),
         scalar(scale_.dim == 0),
@@ -92,18 +93,16 @@ struct Latent {
     offset = bits[key.strides[0]];
   }
 
-  // Calls fn(b, rows, begin, n) for the tiles of the latent: `rows` whole rows from row b on, or n
-  // elements from `begin` of one long row; in parallel over rows, in order within one.
+  // Calls fn(b, rows, begin, n) for the tiles of the latent, in parallel: `rows` whole rows from row
+  // b on, or n elements from `begin` of one long row.
   template <class Fn>
   void for_tiles(const Fn& fn) const {
-    const int64_t cost = 4 * group * size * samples;
-    parallel_parts((batch + group - 1) / group, cost, [&](const auto& parts) {
+    const int64_t cost = 4 * group * std::min(size, kTile) * samples;
+    parallel_parts((batch + group - 1) / group * pieces, cost, [&](const auto& parts) {
       parts([&](int64_t first, int64_t last) {
-        for (int64_t g = first; g < last; ++g) {
-          const int64_t b = g * group, rows = std::min(group, batch - b);
-          for (int64_t begin = 0; begin < size; begin += kTile) {
-            fn(b, rows, begin, std::min(size - begin, kTile));
-          }
+        for (int64_t tile = first; tile < last; ++tile) {
+          const int64_t b = tile / pieces * group, begin = tile % pieces * kTile;
+          fn(b, std::min(group, batch - b), begin, std::min(size - begin, kTile));
         }
       });
     });
@@ -157,9 +156,17 @@ void latent_forward_as(const View& mu, const View& scale, const View& key,
   const Latent<T> latent(mu, scale, key, options);
   T* const q = data_of<T>(log_q);
   T* const p = data_of<T>(log_p);
-  const int64_t count = latent.samples * latent.batch;
-  std::fill(q, q + count, static_cast<T>(-kHalfLog2Pi * latent.size));
-  std::fill(p, p + count, static_cast<T>(-kHalfLog2Pi * latent.size));
+  const int64_t count = latent.samples * latent.batch, pieces = latent.pieces;
+  const T constant = static_cast<T>(-kHalfLog2Pi * latent.size);
+  // The sums of long rows' pieces, which have no order among threads.
+  const bool whole = pieces <= 1;
+  std::vector<T> q_parts(whole ? 0 : count * pieces), p_parts(q_parts.size());
+  T* const q_sums = whole ? q : q_parts.data();
+  T* const p_sums = whole ? p : p_parts.data();
+  if (whole) {
+    std::fill(q, q + count, constant);
+    std::fill(p, p + count, constant);
+  }
 
   const Output<T> out(z);
   latent.for_tiles([&](int64_t b, int64_t group, int64_t begin, int64_t n) {
@@ -176,10 +183,16 @@ void latent_forward_as(const View& mu, const View& scale, const View& key,
     latent.for_samples(b, group, begin, ahead_of, [&](int64_t k, Rows<const T> eps) {
       const int64_t row = k * latent.batch + b, at = offset_of(k);
       T* const to = out.target(at, z_tile);
-      latent.kernels.forward(group, n, mus, scales, eps, {to, n}, q + row, p + row);
+      const int64_t sum = row * pieces + begin / kTile;
+      latent.kernels.forward(group, n, mus, scales, eps, {to, n}, q_sums + sum, p_sums + sum);
       out.store(at, group * n, to);
     });
   });
+  for (int64_t row = 0; !whole && row < count; ++row) {
+    const int64_t first = row * pieces, last = first + pieces;
+    q[row] = constant + tree_sum<T>(first, last, [&](int64_t i) { return q_parts[i]; });
+    p[row] = constant + tree_sum<T>(first, last, [&](int64_t i) { return p_parts[i]; });
+  }
 }
 
 template <class T>
@@ -188,7 +201,7 @@ void latent_backward_as(const View& g_z, const View& g_log_q, const View& g_log_
                         const View& g_mu, const View& g_scale) {
   const Latent<T> latent(mu, scale, key, options);
   const Output<T> out_mu(g_mu), out_scale(g_scale);
-  std::vector<T> g_shared(latent.scalar ? latent.batch : 0, T(0));
+  std::vector<T> g_shared(latent.scalar ? latent.batch * latent.pieces : 0);
 
   const bool sampled = options.num_samples > 0;
   LatentOperand upstream;
@@ -226,11 +239,12 @@ void latent_backward_as(const View& g_z, const View& g_log_q, const View& g_log_
     out_mu.store(at, group * n, gm);
     if (!latent.scalar) out_scale.store(at, group * n, gs);
     for (int64_t i = 0; latent.scalar && i < group; ++i) {
-      g_shared[b + i] += tree_sum<T>(i * n, (i + 1) * n, [&](int64_t j) { return gs[j]; });
+      g_shared[b * latent.pieces + begin / kTile + i] = tree_sum<T>(i * n, (i + 1) * n, [&](int64_t j) { return gs[j]; });
     }
   });
   if (latent.scalar) {
-    store_scalar(g_scale, tree_sum<T>(0, latent.batch, [&](int64_t b) { return g_shared[b]; }));
+    const int64_t parts = latent.batch * latent.pieces;
+    store_scalar(g_scale, tree_sum<T>(0, parts, [&](int64_t i) { return g_shared[i]; }));
   }
 }
 

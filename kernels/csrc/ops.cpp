@@ -61,9 +61,10 @@ void check_latent(const Tensor& mu, const Tensor& scale, const Tensor& key) {
   check_key(key);
 }
 
-// A value a row, in the type that the passes compute with.
+// A value a row, in the type that the passes compute with; an empty tensor stands for none.
 void check_rows(const OptionalTensor& t, int64_t rows, ScalarType type) {
-  if (t) check(t->numel() == rows && t->scalar_type() == type, "a tensor must have a value a row");
+  if (!t || t->numel() == 0) return;
+  check(t->numel() == rows && t->scalar_type() == type, "a tensor must have a value a row");
 }
 
 void check_likelihood(const Tensor& x, const Tensor& mean, const OptionalTensor& scale,
@@ -208,8 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> likelihood_backward_op(
     int64_t first_row, bool need_x, bool need_mean, bool need_scale) {
   check_likelihood(x, mean, scale, mask, key);
   check_rows(g_nll, mean.size(0), accumulation_type(mean));
-  check(!g_loss || g_loss->numel() == 1 || g_loss->numel() == x.size(0),
-        "g_loss must be of the loss's shape");
+  if (g_loss && g_loss->numel() != 1) check_rows(g_loss, x.size(0), accumulation_type(mean));
   const LikelihoodOptions options{beta, static_cast<Reduction>(reduction), likelihood, param, lo,
                                   hi,   soft, df, x_mul, x_add, view(key), first_row};
   const auto gradient = [](bool need, const Tensor& t) {
