@@ -1074,10 +1074,8 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype != ops.accumulation_dtype(mean):
         raise TypeError(
-            f"{name} must be {ops.accumulation_dtype(mean)} beside a {mean.dtype} mean, got "
-            f"{t.dtype}. (A module's {name} is float64 if mu is, else float32.)".replace(
-                "torch.", ""
-            )
+            f"{name} must be {ops.accumulation_dtype(mean)}, got {t.dtype}, beside a {mean.dtype} "
+            f"mean. (A module's {name} is float64 if mu is, else float32.)".replace("torch.", "")
         )
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, but the other tensors are on {x.device}")
