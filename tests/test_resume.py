@@ -681,7 +681,7 @@ def test_every_option_is_compared_or_does_not_matter(folder, tmp_path):
     parsed = cli._parser().parse_args(command(folder, tmp_path))
     data = training.datasets.load(parsed.data)
     compared = training._arguments(parsed, data, torch.device("cpu"))
-    elsewhere = {"command", "out", "image_size", "resume", "checkpoint_every"}
+    elsewhere = {"command", "out", "image_size", "resume", "checkpoint_every", "compare"}
     assert {name.replace("-", "_") for name in compared} | elsewhere == set(vars(parsed))
 
 
