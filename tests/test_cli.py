@@ -672,7 +672,10 @@ def test_files_that_cannot_be_used_are_explained(tmp_path, capsys):
         (["--beta-warmup", "linear:0"], "and STEPS at least 1, got linear:0"),
         (["--beta-warmup", "linear"], "must be SHAPE:STEPS"),
         (["--free-bits", "1"], "--free-bits needs --kl analytic: "),
-        (["--objective", "iwae", "--estimator", "stl"], "--estimator stl is"),
+        (
+            ["--objective", "iwae", "--estimator", "stl"],
+            "--estimator stl is biased for --objective iwae (Tucker et al. 2019); use dreg",
+        ),
         (
             ["--likelihood", "logistic", "--dequantize"],
             "--dequantize needs a density, but --likelihood logistic is",

@@ -1149,6 +1149,10 @@ def test_wrong_data_are_named_before_what_the_encoder_makes_of_them():
                 method(x)
         mask[1, 2] = False
         assert vae(x, mask=mask).loss.isfinite()
+        with pytest.raises(TypeError, match="mask must be a bool"):
+            vae(x, mask="all")
+        with pytest.raises(ValueError, match="mask of shape"):
+            vae(x, mask=mask[:, :3])
 
 
 def header(path, change):

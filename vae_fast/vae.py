@@ -648,14 +648,14 @@ class VAE(nn.Module):
         if x.dtype == torch.uint8:
             mul, add = self.elbo._levels
             x = x.to(self._where(self.encoder)[1]) * mul + add
-        elif functional._validate:  # before what the encoder makes of it is to blame
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"mask must be a bool torch.Tensor, got {got}")
+            mask = functional._broadcast("mask", mask, x)
+        if functional._validate:  # before what the encoder makes of it is to blame
             functional._check_values(mask=mask, x=x)
-        if mask is None:
-            return x
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool torch.Tensor, got {got}")
-        return torch.where(functional._broadcast("mask", mask, x), x, 0.0)
+        return x if mask is None else torch.where(mask, x, 0.0)
 
     def _mean(self, z: Tensor) -> Tensor:
         """The mean of p(x|z), (N, *event)."""

@@ -239,7 +239,8 @@ void latent_backward_as(const View& g_z, const View& g_log_q, const View& g_log_
     out_mu.store(at, group * n, gm);
     if (!latent.scalar) out_scale.store(at, group * n, gs);
     for (int64_t i = 0; latent.scalar && i < group; ++i) {
-      g_shared[b * latent.pieces + begin / kTile + i] = tree_sum<T>(i * n, (i + 1) * n, [&](int64_t j) { return gs[j]; });
+      g_shared[b * latent.pieces + begin / kTile + i] =
+          tree_sum<T>(i * n, (i + 1) * n, [&](int64_t j) { return gs[j]; });
     }
   });
   if (latent.scalar) {

@@ -216,8 +216,8 @@ VAE_FAST_INLINE i32x4 widen_bytes<f32x4>(const uint8_t* p) {
   uint32_t word;
   std::memcpy(&word, p, sizeof(word));
   const u8x16 bytes = (u8x16)u32x4{word, 0, 0, 0}, zero{};
-  const u16x8 halves = (u16x8)VAE_FAST_SHUFFLE(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
-                                                      5, 21, 6, 22, 7, 23);
+  const u16x8 halves = (u16x8)VAE_FAST_SHUFFLE(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                               6, 22, 7, 23);
   return (i32x4)VAE_FAST_SHUFFLE(halves, u16x8{}, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 template <>

@@ -261,11 +261,11 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_rescale_op(Tensor g_mean, Optional
         "gradients must have K·B rows");
   check_rows(g_shared, rows, type);
   check_rows(g_nll, rows, type);
-  const Tensor g_log_q = empty({samples * batch}, type), g_log_p = empty({samples * batch}, type);
+  const Tensor g_log_q = empty({rows}, type), g_log_p = empty({rows}, type);
   const Tensor g_scalar = g_shared ? empty({}, type) : none(type);
-  likelihood_rescale(written(g_mean), written(g_scale), view(g_shared), view(g_nll), view(g_loss), beta,
-                     static_cast<Reduction>(reduction), samples, batch, view(g_log_q), view(g_log_p),
-                     g_shared ? view(g_scalar) : View{});
+  likelihood_rescale(written(g_mean), written(g_scale), view(g_shared), view(g_nll), view(g_loss),
+                     beta, static_cast<Reduction>(reduction), samples, batch, view(g_log_q),
+                     view(g_log_p), g_shared ? view(g_scalar) : View{});
   return {g_log_q, g_log_p, g_scalar};
 }
 

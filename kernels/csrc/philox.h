@@ -46,8 +46,7 @@ VAE_FAST_INLINE u64x4 high_half(u64x4 v) {
 }
 VAE_FAST_INLINE u64x8 high_half(u64x8 v) {
   const u32x16 u = bits_as<u32x16>(v);
-  return bits_as<u64x8>(VAE_FAST_SHUFFLE(u, u, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13,
-                                                15, 15));
+  return bits_as<u64x8>(VAE_FAST_SHUFFLE(u, u, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15));
 }
 
 // The low halves of `low` and of `high`, each of the latter above one of the former. Shuffles again;
@@ -61,8 +60,8 @@ VAE_FAST_INLINE u32x8 join_low_halves(u64x4 low, u64x4 high) {
 VAE_FAST_INLINE u32x16 join_low_halves(u64x8 low, u64x8 high) {
   const u32x16 u = bits_as<u32x16>(high);
   const u32x16 above = VAE_FAST_SHUFFLE(u, u, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
-  return VAE_FAST_SHUFFLE(bits_as<u32x16>(low), above, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27,
-                                 12, 29, 14, 31);
+  return VAE_FAST_SHUFFLE(bits_as<u32x16>(low), above, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12,
+                          29, 14, 31);
 }
 
 // Third counter words, which keep the streams of one key apart.

@@ -220,7 +220,6 @@ def _parser() -> argparse.ArgumentParser:
         "end of the run write one, too. Without --resume the checkpoint of a run that did not "
         "finish is kept as checkpoint.1.safetensors, .2, ...",
     )
-
     train.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,

@@ -270,15 +270,16 @@ def _as_typed(message: str, args: argparse.Namespace) -> str:
     """What the loss has against its options, in the command line's words."""
 
     def option(match: re.Match) -> str:
-        name, value = match[1], match[2].strip("=")
+        name, value = match[1] or match[3], match[2]
         if value and name == "likelihood_scale":
-            value = str(args.likelihood_scale)
-        return f"--{name.replace('_', '-')} {'' if value == 'True' else value}".strip()
+            value = args.likelihood_scale
+        given = f" {value}" if value not in (None, "True") else ""
+        return f"--{name.replace('_', '-')}{given}"
 
-    message = re.sub(r"(['\"])(\w+)\1", r"\2", message)
-    message = re.sub(rf"\b({'|'.join(_OPTIONS)})(=[^\s,;]+)", option, message)
-    alone = "|".join(name for name in _OPTIONS if "_" in name)
-    return re.sub(rf"\b({alone})\b()", option, message)
+    # With its value or, if it is no word of English, alone.
+    names, alone = "|".join(_OPTIONS), "|".join(name for name in _OPTIONS if "_" in name)
+    unquoted = re.sub(r"(['\"])(\w+)\1", r"\2", message)
+    return re.sub(rf"\b(?:({names})=([^\s,;]+)|({alone})\b)", option, unquoted)
 
 
 def _hidden(args: argparse.Namespace) -> Sequence[int]:
