@@ -713,9 +713,11 @@ def _packed(mean: object, scale: object) -> Tensor | None:
     Reading it packed gives it one packed gradient, where the split's own backward pass would
     concatenate two. Not if anything lies between the halves and the tensor, or watches them.
     """
-    if not eager.suffices() or type(mean) is not Tensor or (base := mean._base) is None:
+    if torch.compiler.is_dynamo_compiling() or type(mean) is not Tensor:
         return None
-    if type(scale) is not Tensor or base is not scale._base:
+    if (base := mean._base) is None or type(scale) is not Tensor or base is not scale._base:
+        return None
+    if not eager.suffices():
         return None
     if base.dim() != mean.dim() or mean.dim() < 2:
         return None

@@ -287,7 +287,7 @@ def _nll_of_rows(x, mean, scale, rows, density, mask, dequantize, key, first_row
 
 def _nll_in_cpp(x, mean, scale, density, mask, dequantize, rows=None) -> Tensor | None:
     """−log p(x|z), in the shape of ``rows`` if given, where ``eager.cpp`` serves the case."""
-    if not _is_plain(dequantize) or not (shortcut := eager.shortcut()):
+    if _validate or dequantize is not False or not (shortcut := eager.shortcut()):
         return None
     scaled = density[0] not in ops.WITHOUT_SCALE
     return shortcut.nll(x, mean, scale, scaled, mask, rows, *density)
@@ -682,7 +682,7 @@ def _fused_elbo(
     _check_beta(beta)
     reduction_code = _REDUCTION_CODE[reduction]
     options = beta, reduction_code, density
-    shortcut = eager.shortcut() if _is_plain(dequantize) else None
+    shortcut = None if _validate or dequantize is not False else eager.shortcut()
     if shortcut is not None:
         results = _elbo_in_cpp(shortcut, x, mean, scale, mask, log_q, log_p, inplace, *options)
         if results is not None:
@@ -753,11 +753,6 @@ def _gradient_in_forward(
     if scale is not None and scale.dim() > 0 and scale.shape != mean.shape:
         return False
     return inplace or reduction != _REDUCTION_CODE["none"]
-
-
-def _is_plain(dequantize: object) -> bool:
-    """Whether ``eager.cpp`` may serve a likelihood, as far as its options go."""
-    return dequantize is False and not _validate
 
 
 # ---- argument checks -----------------------------------------------------------------------
