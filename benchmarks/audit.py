@@ -75,6 +75,7 @@ class Case:
         path: the latent's gradient is the path gradient.
         prior: a KL's prior is given.
         transposed: rows lie side by side, element by element; a row's elements are far apart.
+        apart: what has one byte an element, mask or levels, is one of 16 in memory.
     """
 
     op: str
@@ -94,6 +95,7 @@ class Case:
     path: bool = False
     prior: bool = True
     transposed: bool = False
+    apart: bool = False
     targets: tuple[str, ...] = ("sm_90",)
 
     def __str__(self) -> str:
@@ -109,7 +111,7 @@ class Case:
         parts += ["soft"] * self.soft + ["clamp"] * (self.clamp != UNCLAMPED)
         parts += ["mask"] * self.mask + ["mixed"] * self.wide + ["levels"] * self.levels
         parts += ["path"] * self.path + ["standard"] * (not self.prior)
-        parts += ["transposed"] * self.transposed
+        parts += ["transposed"] * self.transposed + ["apart"] * self.apart
         return " ".join(parts)
 
 
@@ -148,6 +150,7 @@ CASES = (
     *(Case(op, 16384, 784, scale="scalar") for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, mask=True) for op in _LIKELIHOOD),
     Case("likelihood_forward_grad", 4096, 784, "bfloat16", mask=True),
+    Case("likelihood_forward_grad", 4096, 784, mask=True, apart=True),
     *(Case(op, 4096, 784, param=SOFTPLUS, clamp=(-5.0, 5.0)) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, param=VAR) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, samples=8, reduction=1) for op in _LIKELIHOOD),
@@ -162,6 +165,7 @@ CASES = (
     *(Case(op, 4096, 784, likelihood=LOGISTIC, param=SOFTPLUS) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, levels=True, targets=ALL) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, "bfloat16", levels=True) for op in _LIKELIHOOD),
+    Case("likelihood_forward", 4096, 784, levels=True, apart=True),
     Case("likelihood_forward", 4096, 1, levels=True),
     *(Case(op, 4096, 784, clamp=(-5.0, 5.0), soft=True) for op in _LIKELIHOOD),
     *(Case(op, 4096, 784, scale="row") for op in _LIKELIHOOD[:2]),
@@ -281,7 +285,13 @@ def _call(case: Case) -> None:
         g_kl = (torch.empty(b, dtype=acc),) if case.op.endswith("backward") else ()
         getattr(ops, case.op)(*g_kl, mu, torch.empty_like(mu), *prior, case.param, LOGVAR, *clamp)
         return
-    x = empty(b, d, torch.uint8 if case.levels else other)
+
+    def of_bytes(dtype: torch.dtype) -> torch.Tensor:
+        if case.apart:
+            return torch.empty(b, d, 16, dtype=dtype)[..., 0]
+        return empty(b, d, dtype)
+
+    x = of_bytes(torch.uint8) if case.levels else empty(b, d, other)
     mean = empty(k * b, 2 * d if case.scale == "packed" else d, dtype)
     scale = {
         "full": torch.empty_like(mean),
@@ -293,7 +303,7 @@ def _call(case: Case) -> None:
     }[case.scale]
     log_q, log_p = torch.empty(k * b, dtype=acc), torch.empty(k * b, dtype=acc)
     loss = torch.empty((), dtype=acc)
-    mask = torch.empty(b, d, dtype=torch.bool) if case.mask else None
+    mask = of_bytes(torch.bool) if case.mask else None
     if case.op == "likelihood_rescale_":
         ops.likelihood_rescale_(mean, scale, None, None, loss, 1.0, case.reduction, k, b)
         return

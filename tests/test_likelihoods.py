@@ -110,15 +110,28 @@ MASKS = {
     "in the middle": lambda m: torch.cat((~m, m, ~m), 1)[:, m.shape[1] : -m.shape[1]],
     "one row": lambda m: m[0],
     "one column": lambda m: m[:, :1],
+    "one of 16": lambda m: torch.stack([m, *[~m] * 15], 2)[..., 0],
+    "one for all": lambda m: m[0, 0],
     "bytes other than one": lambda m: (m.byte() * 6).view(torch.bool),
 }
 
 
+@pytest.mark.parametrize("size", [64, 67])  # of whole vectors, and not
 @pytest.mark.parametrize("layout", MASKS)
 @pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
-def test_masks_of_any_layout(family, layout, fused):
-    mask = MASKS[layout](torch.rand(4, 67) > 0.4).to(fused)
-    check_family(fused, family, 4, (67,), torch.float32, masked=mask)
+def test_masks_of_any_layout(family, layout, size, fused):
+    mask = MASKS[layout]((torch.rand(4, size) > 0.4).to(fused))
+    check_family(fused, family, 4, (size,), torch.float32, masked=mask)
+
+
+def test_levels_that_lie_apart(fused):
+    """One channel of sixteen, say."""
+    x = torch.randint(256, (4, 64, 16), dtype=torch.uint8, device=fused)[..., 3]
+    mean, scale = torch.randn(2, 4, 64, device=fused).requires_grad_()
+    got, want = (vae_fast.gaussian_nll(t, mean, scale) for t in (x, x.contiguous()))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
+    ours, theirs = (torch.autograd.grad(nll.sum(), (mean, scale)) for nll in (got, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 # Below a vector, ragged, several tiles, several pieces of a row.
@@ -391,7 +404,10 @@ def test_soft_clamp_is_exact_in_the_middle_of_its_range(reach, fused):
     with vae_fast.use_backend("reference"):
         exact = gradients(x.double(), zero.double(), s.double())
     got = gradients(x, zero, s)
-    torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=1e-6 * exact.abs().max().item())
+    # A GPU's approximate exponentials and roots give the gradient of log τ to 2.6e-6.
+    relative = 3e-6 if s.is_cuda else 1e-6
+    atol = relative * exact.abs().max().item()
+    torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=atol)
 
 
 @pytest.mark.parametrize("family", ["gaussian", "laplace", "logistic", "student_t"])

@@ -53,8 +53,8 @@ def select(reports, **wanted):
 
 def in_vectors(r):
     """Whether rows are whole vectors, in either dtype, one after another."""
-    size = int(r["case"].split()[1].split("x")[1])
-    return size % 8 == 0 and "transposed" not in r["case"]
+    _, shape, *features = r["case"].split()
+    return int(shape.split("x")[1]) % 8 == 0 and not {"transposed", "apart"} & set(features)
 
 
 def failures(reports, good):
@@ -213,6 +213,18 @@ def test_levels_and_their_noise_stay_in_vectors(reports):
         levels, lambda r: r["converts"] == 0 and r["loads"].get("128", 0) >= vectors(r) > 0
     )
     assert not failures(levels, lambda r: not {"8", "16"} & set(r["loads"]))
+
+
+def test_bytes_that_lie_apart_are_read_one_by_one(reports):
+    """Four at once would be one element's and three strangers'."""
+    apart = [r for r in reports if r["case"].endswith(" apart")]
+    assert {"levels" in r["case"] for r in apart} == {False, True}
+
+    def one_by_one(r):
+        tile, warps = r["tile"].split(" w")
+        return r["loads"].get("8", 0) == math.prod(map(int, tile.split("x"))) // (32 * int(warps))
+
+    assert not failures(apart, one_by_one)
 
 
 def test_a_shared_scale_costs_no_more_than_a_full_one(reports):

@@ -52,7 +52,7 @@ from .scale import (
     through_bound,
     times_slope,
 )
-from .tile import along, multiple
+from .tile import along, byte_offsets, multiple
 
 # Codes of ``SCALE``: one for each element (or packed), for all, for each row, for each element of
 # the event (the forward pass takes it for a full one whose rows are one and the same), or none.
@@ -165,7 +165,7 @@ def likelihood_kernel(
     for trip in range(passes):
         row0 = ((pid // SPLIT).to(N.dtype) * passes + trip) * ROWS
         row = row0 + i % ROWS
-        ok = row < N
+        ok = i % ROWS < N - row0  # a row far past the last would wrap around
         n = row.to(tl.int64)
         b = (row % B).to(tl.int64) if SAMPLES else n
         if GRAD:
@@ -193,13 +193,11 @@ def likelihood_kernel(
             mask = ok if EVEN else ok & (cols < D)
             keep = mask
             if mask_ptr is not None:
-                # At most VEC a thread, lest one-byte elements give every tensor a wider layout.
-                seen = tl.max_contiguous(b * mask_row + along(cols, mask_col), [1, VEC])
-                keep = mask & tl.load(mask_ptr + seen, mask, 0).to(tl.int1)
+                seen = tl.load(mask_ptr + byte_offsets(b * mask_row, cols, mask_col, VEC), mask, 0)
+                keep = mask & seen.to(tl.int1)
             half = cols + cols // GROUP * GROUP if GROUP else cols
             if LEVELS:
-                at = tl.max_contiguous(b * x_row + along(cols, x_col), [1, VEC])
-                x = tl.load(x_ptr + at, mask, 0).to(ACC)
+                x = tl.load(x_ptr + byte_offsets(b * x_row, cols, x_col, VEC), mask, 0).to(ACC)
                 if key_ptr is not None:
                     if not LOOP:
                         seed, offset = tl.load(key_ptr), tl.load(key_ptr + 1)
@@ -248,9 +246,8 @@ def likelihood_kernel(
             row_slope = log_scale_slope(s, PARAM, APPROX)
             row_slope = through_bound(row_slope, raw, lo, hi, CLAMP, APPROX)
             g_tau = times_slope(g_tau, row_slope)
-        row = row0 + tl.arange(0, ROWS)
-        ok = row < N
-        n = row.to(tl.int64)
+        ok = tl.arange(0, ROWS) < N - row0
+        n = (row0 + tl.arange(0, ROWS)).to(tl.int64)
         if FORWARD:
             row_nll = _row_sum(nll_sum, ROWS)
             if SPLIT == 1:

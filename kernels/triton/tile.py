@@ -26,6 +26,20 @@ def along(cols, stride):
 
 
 @triton.jit
+def byte_offsets(row, cols, stride, VEC: tl.constexpr):
+    """Offsets of one-byte elements, which are at most VEC in a row: more would give every tensor of
+    the tile a wider layout.
+
+    Triton takes that for a promise that so many are, which only neighbours keep.
+    """
+    at = row + along(cols, stride)
+    if isinstance(stride, int):  # Triton's constant 1
+        return tl.max_contiguous(at, [1, VEC])
+    else:
+        return at
+
+
+@triton.jit
 def row_tile(row0, B, step, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr):
     """Row of the batch [TILES·ROWS, 1], and column [TILES·ROWS, COLS], of a step's elements."""
     i = tl.arange(0, TILES * ROWS)[:, None]
