@@ -364,9 +364,17 @@ def test_of_two_tensors_the_other_one_is_named():
         vae_fast.gaussian_nll(t(4, 6).double(), t(4, 6), t(4, 6))
 
 
-def test_a_latent_of_other_rows_than_x_is_traced_to_mu():
-    with pytest.raises(ValueError, match=r"B = 4 rows of x .* got \(8,\).* rows of mu"):
-        vae_fast.FusedELBO()(t(4, 6), t(8, 3), t(8, 3), lambda z: (t(8, 6), t(8, 6)))
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_latent_of_other_rows_than_x_is_refused_before_it_is_decoded(rows):
+    message = rf"mu must have a row for each row of x; got mu of shape \({rows}, 3\) .* \(4, 6\)"
+    with pytest.raises(ValueError, match=message):
+        vae_fast.FusedELBO()(t(4, 6), t(rows, 3), t(rows, 3), lambda z: pytest.fail("decoded"))
+
+
+def test_latent_terms_of_other_rows_than_x_are_refused():
+    rows = torch.zeros(8)
+    with pytest.raises(ValueError, match=r"log_q must have .* B = 4 rows of x .* got \(8,\)"):
+        vae_fast.fused_elbo(t(4, 6), t(8, 6), t(8, 6), rows, rows)
 
 
 def test_values_are_checked_on_request(backend):

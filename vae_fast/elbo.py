@@ -402,6 +402,13 @@ class FusedELBO(nn.Module):
             TypeError, ValueError: as :func:`vae_fast.reparameterize` and
                 :func:`vae_fast.fused_elbo`.
         """
+        if isinstance(x, Tensor) and isinstance(mu, Tensor) and x.shape[:1] != mu.shape[:1]:
+            functional._check_batched("x", x)
+            functional._check_batched("mu", mu)
+            raise ValueError(
+                f"mu must have a row for each row of x; got mu of shape {tuple(mu.shape)} and x of "
+                f"shape {tuple(x.shape)}"
+            )
         if prior is None and (prior := self.prior) == "gaussian":
             prior = self._gaussian_prior()
         if self.dequantize and key is None:

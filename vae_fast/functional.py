@@ -1078,8 +1078,7 @@ def _check_rows(name: str, t: Tensor, mean: Tensor, x: Tensor) -> None:
     if not rows or t.shape[-1:] != x.shape[:1] or t.numel() != mean.shape[0]:
         raise ValueError(
             f"{name} must have shape (B,) or (K, B) with B = {x.shape[0]} rows of x and K·B = "
-            f"{mean.shape[0]} rows of mean; got {tuple(t.shape)}. (A module's {name} has the rows "
-            "of mu.)"
+            f"{mean.shape[0]} rows of mean; got {tuple(t.shape)}"
         )
 
 
