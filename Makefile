@@ -45,7 +45,7 @@ matrix: $(STAMP)
 	$(BIN)/python tests/matrix.py $(ARGS)
 
 bench: $(STAMP)
-	@mkdir -p .benchmarks
+	@mkdir -p .benchmarks; rm -f .benchmarks/last.json
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/last.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/last.json
 

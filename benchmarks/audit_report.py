@@ -103,9 +103,9 @@ each 32-bit word. Memory moves every tensor once in each direction, at {bandwidt
 The columns H100 and H200 say what takes longest, and how many times as long memory takes as the
 slowest pipe: above 1, a kernel waits for memory, if enough of it is in flight. A figure near 1
 decides nothing: the model leaves out latencies, and what a clock and a memory reach in practice.
-So it is with the latent forward pass in bf16: on an H200, rows of 1024 moved 0.91 times as fast as
-a copy (../nvidia-h200), while they took 33.1 instructions an element, for which the model says
-1.12. They take fewer since.
+So it is with the latent forward pass in bf16: on an H200, rows of 1024 moved 0.90 times as fast as
+a copy of as many bytes (../nvidia-h200), while they took 33.1 instructions an element, for which
+the model says 1.12. They take fewer since.
 
 The rates are those of NVIDIA's table "Throughput of Native Arithmetic Instructions" for compute
 capability 9.0 (CUDA C++ Best Practices Guide; the programming guide before it), which was not at

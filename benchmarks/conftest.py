@@ -73,6 +73,7 @@ def hand_in(benchmark):
             if is_ours(row.implementation):
                 pytest.fail(f"{row.name}, {row.implementation}: {result}")
             pytest.xfail(f"{row.implementation} is wrong, and not timed: {result}")
+            return  # under --runxfail
         benchmark.group = row.name
         benchmark._mode = "steps that took turns"
         if benchmark.disabled:
@@ -110,7 +111,9 @@ def pytest_terminal_summary(terminalreporter, config):
         groups.setdefault(row["group"], []).append(row)
     for group, rows in groups.items():
         timed = [r for r in rows if "wrong" not in r]
-        peers = [r["seconds"] for r in timed if not is_ours(r["implementation"])]
+        peers = [r for r in timed if not is_ours(r["implementation"])]
+        most = max((len(r["turns"]) for r in peers), default=0)
+        peers = [r["seconds"] for r in peers if len(r["turns"]) == most]
         write("")
         write(
             f"{group:44s} {'median':>10s} {'ratio':>7s} {'of copy':>8s} "

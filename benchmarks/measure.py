@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import itertools
 import os
@@ -21,7 +21,7 @@ from saved import is_ours
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import vae_fast
-from vae_fast import buffers
+from vae_fast import _build, buffers
 
 TURNS = 5  # of each implementation, so that whatever else the machine does slows all of them
 WARM_UP = 2  # steps at the start of a turn that are not timed
@@ -77,7 +77,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def replayed(self, step: Step, check: Callable[[Step], None], times: int = 20) -> float | None:
-        """Seconds of a step replayed as a CUDA graph: no host at all.
+        """Seconds of a step replayed as a CUDA graph, ``times`` in a row: no host at all.
 
         None if it can't be one, or if ``check`` finds what replays give wrong.
         """
@@ -104,19 +104,22 @@ class Clock:
                 return results
 
             check(replay)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(times):
-                graph.replay()
-            end.record()
-            self.wait()
+            seconds = []
+            for _ in range(TURNS):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(times):
+                    graph.replay()
+                end.record()
+                self.wait()
+                seconds.append(start.elapsed_time(end) / 1e3 / times)
         except Exception:  # whoever cannot run is told so where it is checked
             self.wait()
             # A generator does not forget a capture that failed.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
             return None
-        return start.elapsed_time(end) / 1e3 / times
+        return statistics.median(seconds)
 
 
 @contextlib.contextmanager
@@ -133,11 +136,13 @@ class Copy:
     """A copy between tensors larger than caches: what a step's bytes are compared with.
 
     Args:
-        nbytes: of each of the two; by default 512 MiB on a GPU, and 128 MiB on a CPU.
+        nbytes: of each of the two; by default as many as the last cache holds, and at least
+            512 MiB on a GPU, 128 MiB on a CPU.
     """
 
     def __init__(self, device: str, nbytes: int | None = None) -> None:
-        nbytes = nbytes or (1 << 29 if device.startswith("cuda") else 1 << 27)
+        least = 1 << 29 if device.startswith("cuda") else 1 << 27
+        nbytes = nbytes or max(least, last_level_cache(device))
         self.source = torch.ones(nbytes // 4, device=device)
         self.target = torch.zeros_like(self.source)
 
@@ -281,7 +286,7 @@ def machine(device: str) -> dict[str, object]:
         "torch": torch.__version__,
         "vae_fast": vae_fast.__version__,
         "backend": vae_fast.backends.backend_for(kind),
-        "compiler": _output(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
+        "compiler": _build.find_compiler()[1],
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "copy GB/s": round(_copy_bandwidth(device) / 1e9, 1),
@@ -294,12 +299,12 @@ def machine(device: str) -> dict[str, object]:
     if malloc := [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]:
         facts["malloc"] = " ".join(malloc)  # page faults are a part of the times
     if importlib.util.find_spec("triton"):
-        facts["triton"] = importlib.metadata.version("triton")
+        facts["triton"] = importlib.import_module("triton").__version__
     if kind == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda or torch.version.hip
         query = ("--query-gpu=driver_version", "--format=csv,noheader")
-        facts["driver"] = _output("nvidia-smi", *query)
+        facts["driver"] = _output("nvidia-smi", *query).split("\n")[0]  # a line for each GPU
     else:
         # torch.compile's code is scalar, and no fair peer, where its test for vectors fails.
         facts["torch.compile's vectors"] = str(pick_vec_isa()) or "none"

@@ -7,6 +7,7 @@ python -m benchmarks.report bench.json
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -150,13 +151,18 @@ def report(machine: dict, groups: list[Group], wrong: Iterable[dict[str, str]] =
             parts.append(f"![{picture}]({picture}.png)")
     if wrong:
         parts += ["## Wrong, and not timed"]
-        parts += [f"* {w['group']}, {w['implementation']}: {w['wrong']}" for w in wrong]
+        lines = (w["wrong"].strip().splitlines() or [""] for w in wrong)
+        parts += [
+            f"* {w['group']}, {w['implementation']}: {first}"
+            for w, (first, *_) in zip(wrong, lines, strict=True)
+        ]
     for of, found in by_loss.items():
         parts += [f"## {TITLES[of]}", summary(found)]
     parts.append("## Every implementation")
     parts.append(
         "*Host* is the least time in which the call returned; on a GPU the device may still be "
-        "busy then. *Graph replay* is the step as a CUDA graph: the device alone."
+        "busy then. *Graph replay* is the step as a CUDA graph, many times in a row and before the "
+        "turns: the device alone."
     )
     for of, found in by_loss.items():
         parts += [f"### {TITLES[of]}", details(found)]
@@ -169,7 +175,19 @@ def name(machine: dict) -> str:
 
 
 def slug(machine: dict) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name(machine).lower()).strip("-")
+    kept = "-kept" if "malloc" in machine else ""
+    return re.sub(r"[^a-z0-9]+", "-", name(machine).lower()).strip("-") + kept
+
+
+def folder(machine: dict, groups: list[Group]) -> Path:
+    """Where a report goes: that of a part of the suite not over one of more."""
+    out = RESULTS / slug(machine)
+    rows = {(g.of, g.phase, g.dtype, g.size) for g in groups}
+    if (out / "run.json").exists():
+        stored = {(g.of, g.phase, g.dtype, g.size) for g in load(out / "run.json")[1]}
+        if not stored <= rows:
+            return out.with_name(f"{out.name}-part")
+    return out
 
 
 Value = Callable[[Group, str], float | None]
@@ -199,7 +217,8 @@ def _lines(drawn: list[Group], value: Value, label: str, path: Path) -> None:
         1, len(losses), figsize=(4.6 * len(losses), 4.4), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys([*COLOURED, *(n for g in drawn for n in g.rows)]))
-    colours = {n: f"C{i}" for i, n in enumerate(names)}
+    cycle = [*(f"C{i}" for i in range(10)), "black", "gold", "navy", "lime"]
+    colours = dict(zip(names, itertools.cycle(cycle), strict=False))
     for panel, of in zip(panels[0], losses, strict=True):
         own = [g for g in drawn if g.of == of]
         for n in names:
@@ -245,17 +264,24 @@ PICTURES: dict[str, tuple[str, Value]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--out", type=Path, help="folder; by default one named after the machine")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder; by default one named after the machine, and -part if that has more rows",
+    )
     args = parser.parse_args()
-    machine, _ = load(args.run)
-    out = args.out or RESULTS / slug(machine)
+    try:
+        machine, groups = load(args.run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{args.run} is no run of these benchmarks ({error!r})") from error
+    out = args.out or folder(machine, groups)
     out.mkdir(parents=True, exist_ok=True)
     shrink(args.run, out / "run.json")
     _, groups = load(out / "run.json")  # the same digits for whoever reports what is kept
+    (out / "README.md").write_text(report(machine, groups, load_wrong(out / "run.json")))
     for picture, (label, value) in PICTURES.items():
         if shown := drawn(groups, picture):
             _lines(shown, value, label, out / f"{picture}.png")
-    (out / "README.md").write_text(report(machine, groups, load_wrong(out / "run.json")))
     print(out / "README.md")
 
 

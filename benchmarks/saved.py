@@ -29,7 +29,10 @@ class Group:
     @property
     def best_peer(self) -> str | None:
         peers = [name for name in self.rows if not is_ours(name)]
-        return min(peers, key=lambda name: self.rows[name]["median"], default=None)
+        # Of whoever had all turns: a single one may have been a lucky one.
+        most = max((len(self.rows[name]["turns"]) for name in peers), default=0)
+        full = (name for name in peers if len(self.rows[name]["turns"]) == most)
+        return min(full, key=lambda name: self.rows[name]["median"], default=None)
 
     def ratio(self, implementation: str) -> float | None:
         """How many times the best peer's time it fits into."""
@@ -37,11 +40,12 @@ class Group:
         return best and self.rows[best]["median"] / self.rows[implementation]["median"]
 
     def differs(self, implementation: str) -> bool:
-        """Whether it came out on the same side of the best peer in every turn."""
-        pairs = zip(
-            self.rows[self.best_peer]["turns"], self.rows[implementation]["turns"], strict=True
-        )
-        return len({peer > own for peer, own in pairs}) == 1
+        """Whether it came out on the same side of the best peer in every turn.
+
+        Not if the best peer did not take part in all of them.
+        """
+        peer, own = (self.rows[name]["turns"] for name in (self.best_peer, implementation))
+        return len(peer) == len(own) and len({p > o for p, o in zip(peer, own, strict=True)}) == 1
 
     def ours(self) -> Iterator[str]:
         return (name for name in self.rows if is_ours(name))
