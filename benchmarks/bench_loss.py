@@ -12,7 +12,7 @@ shows it, in fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from cases import BOTH, CASES, FORWARD, Size
@@ -92,19 +92,27 @@ def measured(group, phase, dtype, size, names, device, budget):
     steps = {name: case.step(IMPLEMENTATIONS[group][name](), phase) for name in names}
     clock = Clock(device, case.reset)
 
-    def check(step):
-        case.check(step, phase)
-        case.check_noise(step, phase)
+    def checked(step):
+        check = case.checks(step, phase)
 
-    def check_anew(step):
-        case.reset()
-        check(step)
+        def check_anew():
+            case.reset()
+            check()
+
+        return check_anew
+
+    def check_replays(replay):
+        check = case.checks(replay, phase)
+        check()
+        check()
 
     # First: what has graphs of its own keeps nodes of the default stream, and with them on their
     # inputs nothing can be captured.
     closed = [name for name in names if has_graph(name, device)]
     replayed = {
-        name: clock.replayed(steps[name], check) for name in names if name not in closed and budget
+        name: clock.replayed(steps[name], check_replays)
+        for name in names
+        if name not in closed and budget
     }
 
     def others(name, median, bandwidth):
@@ -117,7 +125,7 @@ def measured(group, phase, dtype, size, names, device, budget):
             **memory(steps[name], case.inputs, device, name in closed),
         }
 
-    checks = {name: partial(check_anew, step) for name, step in steps.items()}
+    checks = {name: checked(step) for name, step in steps.items()}
     return race(steps, checks, clock, budget, others)
 
 

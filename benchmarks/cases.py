@@ -126,12 +126,23 @@ class Case:
         """The step that is timed."""
         raise NotImplementedError
 
-    def check(self, step: Callable[[], object], phase: str) -> None:
-        """Raise Wrong unless the step's results are right."""
+    def check(self, step: Callable[[], object], phase: str) -> Tensor | None:
+        """Raise Wrong unless the step's results are right. Returns one that all its noise is in."""
         raise NotImplementedError
 
-    def check_noise(self, step: Callable[[], object], phase: str) -> None:
-        """Raise Wrong if a step has the noise of the one before it. Most have none."""
+    def checks(self, step: Callable[[], object], phase: str) -> Callable[[], None]:
+        """What checks the step again and again: each time its noise must be new."""
+        before = None
+
+        def check():
+            nonlocal before
+            noise = self.check(step, phase)
+            if noise is not None:
+                if before is not None:
+                    refuse_equal(before, noise)
+                before = noise.detach().clone()
+
+        return check
 
     def bytes_moved(self, phase: str) -> int:
         """The bytes that a step cannot avoid: each input read once, each result written once."""
@@ -219,9 +230,7 @@ class Latent(Case):
             h = g_z - g_p[:, None] * z
             close("mu", results[3][0], h, self.exact)
             close("logvar", results[3][1], 0.5 * (sigma * eps * h - g_q[:, None]), self.exact)
-
-    def check_noise(self, step, phase):
-        refuse_equal(step()[0].clone(), step()[0])
+        return results[0]
 
     def bytes_moved(self, phase):
         """μ and the scale in, z out; for the backward pass those and z's gradient in, two out."""
@@ -322,7 +331,8 @@ class ELBO(Case):
             spread = 6 * (3 * self.size.latent / self.size.batch) ** 0.5
             if not abs(value - self._nll() - kl) < spread + self.exact_sum * abs(self._nll()):
                 raise Wrong(f"loss {value:.6g}, not {self._nll() + kl:.6g}")
-            return
+            # 16 bits may round the noise of a loss away.
+            return value if self.dtype == torch.float32 else None
         g_mu, g_logvar, *decoder = gradients
         sigma = torch.exp(0.5 * logvar)
         z = g_mu.double() * self.size.batch
@@ -333,12 +343,7 @@ class ELBO(Case):
         g_logvar = g_logvar.double() * self.size.batch
         close("logvar", g_logvar, 0.5 * (sigma * eps * z - 1), self.exact)
         self._check_decoder(*decoder)
-
-    def check_noise(self, step, phase):
-        if phase == BOTH:
-            refuse_equal(step()[1].clone(), step()[1])  # the gradient of μ
-        elif self.dtype == torch.float32:  # 16 bits may round the noise of a loss away
-            refuse_equal(step().clone(), step())
+        return g_mu
 
     def bytes_moved(self, phase):
         """Those of both passes, but for z's gradient, which no decoder gives here."""

@@ -1,4 +1,4 @@
-"""Memory for the gradients that the forward pass writes, reused from step to step on the CPU.
+"""Memory for the gradients that the passes write, reused from step to step on the CPU.
 
 Fresh memory costs more in page faults than the pass that fills it: the C library returns a freed
 tensor of this size to the system, and the next step faults it in again, page by page. So the last
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes; below, the C library's heap reuses memory by itself
-MOST = 4  # buffers kept: the two gradients of a step, and two of the step before it
+# Buffers kept: the data's two gradients of a step, and of the step before it; the latent's two; and
+# the four of a KL term with its prior.
+MOST = 10
 LARGEST_TOTAL = 1 << 31  # bytes kept
 
 # Without this nothing is reused.

@@ -606,6 +606,39 @@ auto record(const Tensors&... inputs) {
   }
 }
 
+// New memory for a gradient of t.
+Tensor new_like(const Tensor& t) {
+  if (!t.defined()) return {};
+  if (!t.device().is_cpu() || !t.is_non_overlapping_and_dense()) return at::empty_like(t.detach());
+  return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
+}
+
+// Memory for a gradient, which may have been another's if it is large.
+Tensor gradient_like(const Tensor& t) {
+  if (!t.defined() || !t.device().is_cpu() || t.nbytes() < smallest_reused) return new_like(t);
+  const py::gil_scoped_acquire gil;
+  PyObject* const argument = THPVariable_Wrap(t);
+  PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
+  Py_XDECREF(argument);
+  if (made == nullptr) {
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  const Tensor gradient = THPVariable_Unpack(made);
+  Py_DECREF(made);
+  return gradient;
+}
+
+// The same, contiguous.
+Tensor contiguous_like(const Tensor& t) {
+  if (t.nbytes() >= smallest_reused) {
+    const Tensor gradient = gradient_like(t);
+    if (gradient.is_contiguous()) return gradient;
+  }
+  return empty(t.sizes(), t.scalar_type());
+}
+
 struct Latent {
   using State = LatentOptions;
   static constexpr const char* kName = "vae_fast::LatentBackward";
@@ -654,8 +687,7 @@ struct Latent {
                 o.first_row, o.param, o.lo, o.hi, o.soft != 0, o.path != 0});
       return {results[0].toTensor(), results[1].toTensor()};
     }
-    const Tensor g_mu = empty(mu.sizes(), mu.scalar_type());
-    const Tensor g_scale = empty(scale.sizes(), scale.scalar_type());
+    const Tensor g_mu = contiguous_like(mu), g_scale = contiguous_like(scale);
     passes->advise_huge_pages(view(g_mu));
     passes->advise_huge_pages(view(g_scale));
     passes->latent_backward(view(g[0]), view(g[1]), view(g[2]), view(mu), view(scale), view(key), o,
@@ -663,30 +695,6 @@ struct Latent {
     return {g_mu, g_scale};
   }
 };
-
-// New memory for a gradient of t.
-Tensor new_like(const Tensor& t) {
-  if (!t.defined()) return {};
-  if (!t.device().is_cpu() || !t.is_non_overlapping_and_dense()) return at::empty_like(t.detach());
-  return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
-}
-
-// Memory for a gradient of the data's size, which may have been another's.
-Tensor gradient_like(const Tensor& t) {
-  if (!t.defined() || !t.device().is_cpu() || t.nbytes() < smallest_reused) return new_like(t);
-  const py::gil_scoped_acquire gil;
-  PyObject* const argument = THPVariable_Wrap(t);
-  PyObject* const made = PyObject_CallFunctionObjArgs(reused_empty_like, argument, nullptr);
-  Py_XDECREF(argument);
-  if (made == nullptr) {
-    python_error error;
-    error.persist();
-    throw error;
-  }
-  const Tensor gradient = THPVariable_Unpack(made);
-  Py_DECREF(made);
-  return gradient;
-}
 
 bool differentiable(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
@@ -947,7 +955,7 @@ struct GaussianKl {
       return gradients;
     }
     for (size_t i = 0; i < kGradients; ++i) {
-      gradients[i] = new_like(saved[i]);
+      gradients[i] = gradient_like(saved[i]);
       passes->advise_huge_pages(view(gradients[i]));
     }
     passes->gaussian_kl_backward(view(g[0]), view(saved[0]), view(saved[1]), view(saved[2]),
