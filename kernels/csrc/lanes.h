@@ -370,9 +370,10 @@ struct KlKernels {
                 const T* prior_log_scale, T* terms);
   void (*add_rows)(int64_t rows, int64_t n, const T* terms, T* sums);
   void (*add_columns)(int64_t rows, int64_t n, const T* terms, T* sums);
+  void (*repeat_each)(int64_t rows, int64_t n, const T* values, T* to);
   void (*gradient)(int64_t n, const T* weights, const T* mu, const T* log_scale,
-                   const T* scale_slope, const T* prior_mu, const T* prior_log_scale, T* g_mu,
-                   T* g_scale, T* g_prior_log_scale);
+                   const T* scale_slope, const T* prior_mu, const T* prior_log_scale,
+                   const T* prior_slope, T* g_mu, T* g_scale, T* g_prior_mu, T* g_prior_scale);
 };
 
 template <class T>

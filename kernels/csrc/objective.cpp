@@ -107,6 +107,8 @@ struct Kl {
           for (int64_t begin = areas * chunk / chunks * length; begin < end; begin += length) {
             const Area area{row, std::min(together, rows - row), begin,
                             std::min(end - begin, length)};
+            fetch(g_mu, area);
+            fetch(g_scale, area);
             load(tile, area);
             fn(tile, area, chunk);
           }
@@ -141,6 +143,14 @@ struct Kl {
     if (there != buffer) return there;
     for_blocks(o, a, [&](const Block& b, int64_t first) { gather(o, b, buffer + first); });
     return buffer;
+  }
+
+  // Begins to fetch memory that is about to be written, while its tile is prepared.
+  void fetch(const Operand& o, const Area& a) const {
+    if (!o) return;
+    const T* const there = target(o, a, nullptr);
+    if (there == nullptr) return;
+    for (int64_t i = 0; i < a.count(); i += 64 / sizeof(T)) __builtin_prefetch(there + i, 1);
   }
 
   static int64_t start(const Operand& o, const Area& a) {
@@ -203,22 +213,25 @@ void kl_backward_as(const View& g_kl, const View& mu, const View& scale, const V
   pass.fuse();
   const RowValues<T> weight(g_kl, pass.rows);
   pass.for_areas([&](const typename Kl<T>::Tile& tile, const Area& a, int64_t) {
-    alignas(64) T weights[kTile], mu_tile[kTile], scale_tile[kTile], prior_tile[kTile];
+    alignas(64) T values[kTile], weights[kTile + 16];  // a vector more, for repeat_each
+    alignas(64) T mu_tile[kTile], scale_tile[kTile], prior_mu_tile[kTile], prior_scale_tile[kTile];
     const int64_t n = a.count();
-    const int64_t each = pass.by_columns ? 1 : a.n, turn = a.rows * each;
-    for (int64_t i = 0; i < a.rows; ++i) std::fill_n(weights + i * each, each, weight[a.row + i]);
-    for (int64_t at = turn; at < n; at += turn) std::copy_n(weights, turn, weights + at);
+    for (int64_t i = 0; i < a.rows; ++i) values[i] = weight[a.row + i];
+    if (pass.by_columns) {
+      for (int64_t at = 0; at < n; at += a.rows) std::copy_n(values, a.rows, weights + at);
+    } else {
+      pass.kernels.repeat_each(a.rows, a.n, values, weights);
+    }
     T* const to_mu = pass.target(pass.g_mu, a, mu_tile);
     T* const to_scale = pass.target(pass.g_scale, a, scale_tile);
     pass.kernels.gradient(n, weights, tile.mu, tile.log_scale, tile.slope, tile.prior_mu,
-                          tile.prior_log_scale, to_mu, to_scale, prior_tile);
+                          tile.prior_log_scale, tile.prior_slope, to_mu, to_scale, prior_mu_tile,
+                          prior_scale_tile);
     pass.store(pass.g_mu, a, to_mu);
     pass.store(pass.g_scale, a, to_scale);
     if (!prior_mu) return;
-    for (int64_t i = 0; i < n; ++i) mu_tile[i] = -to_mu[i];
-    pass.store(pass.g_prior_mu, a, mu_tile);
-    scale_by(tile.prior_slope, n, prior_tile);
-    pass.store(pass.g_prior_scale, a, prior_tile);
+    pass.store(pass.g_prior_mu, a, prior_mu_tile);
+    pass.store(pass.g_prior_scale, a, prior_scale_tile);
   });
 }
 

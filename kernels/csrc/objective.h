@@ -61,27 +61,44 @@ VAE_FAST_TARGET void add_columns(int64_t rows, int64_t n, const ScalarOf<F>* ter
   });
 }
 
-// ∂μ_q = d/σ_p, which is −∂μ_p, ∂(log σ_q) = e^t − 1, times its slope by the raw scale, and
-// ∂(log σ_p) = −(e^t − 1) − d², all times a weight.
+// Each of some values n times, one behind the other. The last vector may end behind them.
+template <class F>
+VAE_FAST_TARGET void repeat_each(int64_t rows, int64_t n, const ScalarOf<F>* values,
+                                 ScalarOf<F>* to) {
+  constexpr int width = Traits<F>::width;
+  for (int64_t row = 0; row < rows; ++row, to += n) {
+    const F value = splat<F>(values[row]);
+    for (int64_t i = 0; i < n; i += width) At<F, false>{i, width}.store(to, value);
+  }
+}
+
+// ∂μ_q = d/σ_p, which is −∂μ_p, ∂(log σ_q) = e^t − 1 and ∂(log σ_p) = −(e^t − 1) − d², these two times
+// their slopes by the raw scales, all times a weight.
 template <class F, bool kPrior>
 VAE_FAST_TARGET void kl_gradient(int64_t n, const ScalarOf<F>* weights, const ScalarOf<F>* mu,
                                  const ScalarOf<F>* log_scale, const ScalarOf<F>* scale_slope,
                                  const ScalarOf<F>* prior_mu, const ScalarOf<F>* prior_log_scale,
-                                 ScalarOf<F>* g_mu, ScalarOf<F>* g_scale,
-                                 ScalarOf<F>* g_prior_log_scale) {
+                                 const ScalarOf<F>* prior_slope, ScalarOf<F>* g_mu,
+                                 ScalarOf<F>* g_scale, ScalarOf<F>* g_prior_mu,
+                                 ScalarOf<F>* g_prior_scale) {
   for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     const Ratio<F, kPrior> q(at, mu, log_scale, prior_mu, prior_log_scale);
     const F weight = at.load(weights), ratio = ExpMinusOne<F>(q.t).value;
     at.store(g_mu, q.slope * weight);
     at.store(g_scale, product_or_zero(ratio * weight, at.load(scale_slope)));
-    if constexpr (kPrior) at.store(g_prior_log_scale, (ratio + q.d * q.d) * -weight);
+    if constexpr (kPrior) {
+      at.store(g_prior_mu, q.slope * -weight);
+      const F g_log_scale = (ratio + q.d * q.d) * -weight;
+      at.store(g_prior_scale, product_or_zero(g_log_scale, at.load(prior_slope)));
+    }
   });
 }
 
 template <class F>
 KlKernels<ScalarOf<F>> kl_kernels(bool prior) {
   const auto terms = prior ? kl_terms<F, true> : kl_terms<F, false>;
-  return {terms, add_rows<F>, add_columns<F>, prior ? kl_gradient<F, true> : kl_gradient<F, false>};
+  const auto gradient = prior ? kl_gradient<F, true> : kl_gradient<F, false>;
+  return {terms, add_rows<F>, add_columns<F>, repeat_each<F>, gradient};
 }
 
 // weights[k·pitch + i] holds log w on entry and softmax_k of it afterwards; bound = −log mean_k w.
