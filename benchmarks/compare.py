@@ -78,10 +78,10 @@ class Change:
 
 def changes(before: list[Group], after: list[Group]) -> tuple[list[Change], list[str]]:
     """Every row of ours that both runs have; and what only the first has of a group of both."""
-    known = {(g.of, g.phase, g.dtype, g.size): g for g in before}
+    known = {g.place: g for g in before}
     found, missing = [], []
     for group in after:
-        old = known.get((group.of, group.phase, group.dtype, group.size))
+        old = known.get(group.place)
         row = f"{group.of} {group.phase} {group.dtype} {group.size}"
         for name in old.ours() if old else ():
             if name not in group.rows:

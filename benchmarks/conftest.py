@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 from measure import Wrong, machine
-from saved import is_ours
+from saved import best_peer, is_ours
 
 from vae_fast import backends
 
@@ -84,7 +84,7 @@ def hand_in(benchmark):
         medians = {"turns": [statistics.median(seconds) for seconds in result["turns"]]}
         facts = {"implementation": row.implementation, **place, **result, **medians}
         benchmark.extra_info.update(facts)
-        _rows.append({"group": row.name, "seconds": stats.stats.median, **facts})
+        _rows.append({"group": row.name, "median": stats.stats.median, **facts})
 
     return hand_in
 
@@ -111,23 +111,22 @@ def pytest_terminal_summary(terminalreporter, config):
         groups.setdefault(row["group"], []).append(row)
     for group, rows in groups.items():
         timed = [r for r in rows if "wrong" not in r]
-        peers = [r for r in timed if not is_ours(r["implementation"])]
-        most = max((len(r["turns"]) for r in peers), default=0)
-        peers = [r["seconds"] for r in peers if len(r["turns"]) == most]
+        by_name = {r["implementation"]: r for r in timed}
+        best = best_peer(by_name)
         write("")
         write(
             f"{group:44s} {'median':>10s} {'ratio':>7s} {'of copy':>8s} "
             f"{'saved':>10s} {'peak':>10s}"
         )
-        for row in sorted(timed, key=lambda r: -r["seconds"]):
-            ratio = f"{min(peers) / row['seconds']:6.2f}x" if peers else "-"
+        for row in sorted(timed, key=lambda r: -r["median"]):
+            ratio = f"{by_name[best]['median'] / row['median']:6.2f}x" if best else "-"
             share = f"{row['share']:8.1%}" if row.get("share") else f"{'-':>8s}"
             memory = [
                 f"{'-':>10s}" if row[n] is None else f"{row[n] / 1e6:7.2f} MB"
                 for n in ("saved", "peak")
             ]
             write(
-                f"  {row['implementation']:42s} {row['seconds'] * 1e3:7.3f} ms {ratio:>7s} {share} "
+                f"  {row['implementation']:42s} {row['median'] * 1e3:7.3f} ms {ratio:>7s} {share} "
                 + " ".join(memory)
             )
         for row in (r for r in rows if "wrong" in r):

@@ -151,11 +151,9 @@ def report(machine: dict, groups: list[Group], wrong: Iterable[dict[str, str]] =
             parts.append(f"![{picture}]({picture}.png)")
     if wrong:
         parts += ["## Wrong, and not timed"]
-        lines = (w["wrong"].strip().splitlines() or [""] for w in wrong)
-        parts += [
-            f"* {w['group']}, {w['implementation']}: {first}"
-            for w, (first, *_) in zip(wrong, lines, strict=True)
-        ]
+        for w in wrong:
+            why, *_ = w["wrong"].strip().split("\n")  # a line alone: the others might be Markdown
+            parts.append(f"* {w['group']}, {w['implementation']}: {why}")
     for of, found in by_loss.items():
         parts += [f"## {TITLES[of]}", summary(found)]
     parts.append("## Every implementation")
@@ -182,10 +180,9 @@ def slug(machine: dict) -> str:
 def folder(machine: dict, groups: list[Group]) -> Path:
     """Where a report goes: that of a part of the suite not over one of more."""
     out = RESULTS / slug(machine)
-    rows = {(g.of, g.phase, g.dtype, g.size) for g in groups}
     if (out / "run.json").exists():
-        stored = {(g.of, g.phase, g.dtype, g.size) for g in load(out / "run.json")[1]}
-        if not stored <= rows:
+        stored = load(out / "run.json")[1]
+        if not {g.place for g in stored} <= {g.place for g in groups}:
             return out.with_name(f"{out.name}-part")
     return out
 

@@ -16,6 +16,14 @@ def is_ours(implementation: str) -> bool:
     return implementation.startswith(OURS)
 
 
+def best_peer(rows: dict[str, dict]) -> str | None:
+    """The fastest peer of those that had all turns: a single one may have been a lucky one."""
+    peers = {name: facts for name, facts in rows.items() if not is_ours(name)}
+    most = max((len(facts["turns"]) for facts in peers.values()), default=0)
+    full = [name for name, facts in peers.items() if len(facts["turns"]) == most]
+    return min(full, key=lambda name: peers[name]["median"], default=None)
+
+
 @dataclass
 class Group:
     """Rows of one loss, phase, dtype and size; the facts of each implementation."""
@@ -28,11 +36,12 @@ class Group:
 
     @property
     def best_peer(self) -> str | None:
-        peers = [name for name in self.rows if not is_ours(name)]
-        # Of whoever had all turns: a single one may have been a lucky one.
-        most = max((len(self.rows[name]["turns"]) for name in peers), default=0)
-        full = (name for name in peers if len(self.rows[name]["turns"]) == most)
-        return min(full, key=lambda name: self.rows[name]["median"], default=None)
+        return best_peer(self.rows)
+
+    @property
+    def place(self) -> tuple[str, str, str, str]:
+        """What tells it from all other groups of a run."""
+        return self.of, self.phase, self.dtype, self.size
 
     def ratio(self, implementation: str) -> float | None:
         """How many times the best peer's time it fits into."""

@@ -682,6 +682,7 @@ def _fused_elbo(
     _check_beta(beta)
     reduction_code = _REDUCTION_CODE[reduction]
     options = beta, reduction_code, density
+    # It neither looks at values nor makes noise.
     shortcut = None if _validate or dequantize is not False else eager.shortcut()
     if shortcut is not None:
         results = _elbo_in_cpp(shortcut, x, mean, scale, mask, log_q, log_p, inplace, *options)
