@@ -67,8 +67,10 @@ VAE_FAST_TARGET void repeat_each(int64_t rows, int64_t n, const ScalarOf<F>* val
                                  ScalarOf<F>* to) {
   constexpr int width = Traits<F>::width;
   for (int64_t row = 0; row < rows; ++row, to += n) {
-    const F value = splat<F>(values[row]);
-    for (int64_t i = 0; i < n; i += width) At<F, false>{i, width}.store(to, value);
+    const auto fill = [&](int64_t i) VAE_FAST_LAMBDA {
+      At<F, false>{i, width}.store(to, splat<F>(values[row]));
+    };
+    for (int64_t i = 0; i < n; i += width) fill(i);
   }
 }
 
