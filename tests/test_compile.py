@@ -323,6 +323,19 @@ def test_aot_autograd_sees_one_op_for_each_pass():
         assert seen[which] == [f"vae_fast.{p}_{which}.default" for p in ("latent", "likelihood")]
 
 
+def test_what_bounds_nothing_is_only_a_number_in_exported_programs():
+    graphs = []
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    x, mean = torch.rand(5, 9), torch.rand(5, 9)
+    compiled(vae_fast.gaussian_nll, record)(x, mean, mean)
+    (call,) = (n for n in graphs[0].graph.nodes if str(n.target).startswith("vae_fast"))
+    assert {-torch.inf, torch.inf} <= {a for a in call.args if isinstance(a, float)}
+
+
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_compiled_autograd_of_an_eager_graph(shortcut, inplace):

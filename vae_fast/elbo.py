@@ -420,7 +420,7 @@ class FusedELBO(nn.Module):
         )
         weights_tag = None
         if samples is not None and self.estimator == "dreg":
-            if torch.compiler.is_exporting():
+            if functional._is_exporting():
                 raise NotImplementedError(
                     'estimator="dreg" cannot be exported: torch.export would leave out a part of '
                     'its gradient; the loss is the same with estimator="standard"'

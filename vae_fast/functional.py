@@ -893,12 +893,17 @@ def _density_options(density: tuple) -> dict[str, Any]:
     return _scale_options(param, lo, hi, soft) | own
 
 
+def _is_exporting() -> bool:
+    """Whether torch.export traces. Dynamo of PyTorch 2.10 has the public function always true."""
+    return torch.compiler._is_exporting_flag
+
+
 def _storable(options: tuple) -> tuple:
     """An op's options in a program for export, whose files are JSON: that knows no infinity.
 
     What bounds nothing becomes the largest number, which bounds no finite one.
     """
-    if not torch.compiler.is_exporting():
+    if not _is_exporting():
         return options
     most = sys.float_info.max
     return tuple(max(-most, min(o, most)) if isinstance(o, float) else o for o in options)
