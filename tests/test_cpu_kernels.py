@@ -156,6 +156,28 @@ def test_operands_of_different_layouts(event, what):
         assert all(map(torch.equal, got[1:], gradients))
 
 
+# Events of several tiles: what repeats does so across their ends, too.
+@pytest.mark.parametrize("shape", [(5, 1, 1), (5, 40, 1), (40, 30), (30,), (5, 1, 30)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_repeats_is_as_its_copies(shape, rows, layout, dtype):
+    x, mean = (torch.randn(3, 5, 40, 30).to(dtype, memory_format=layout) for _ in range(2))
+    shape = (rows, *(1,) * (3 - len(shape)), *shape)
+    s, mask = torch.randn(shape).to(dtype), torch.rand(shape) > 0.4
+
+    def results(s, mask):
+        leaf = mean.clone().requires_grad_()
+        nll = vae_fast.gaussian_nll(x, leaf, s, mask=mask)
+        return nll, *torch.autograd.grad(nll.sum(), leaf)
+
+    nll, g_mean = results(s, mask)
+    copies = (t.expand(x.shape).contiguous(memory_format=layout) for t in (s, mask))
+    expected, expected_g_mean = results(*copies)
+    torch.testing.assert_close(nll, expected)
+    assert torch.equal(g_mean, expected_g_mean)
+
+
 @pytest.mark.parametrize("batch", [1, 2048])  # the larger one goes past the caches
 def test_a_scale_far_beyond_its_bounds_has_no_gradient_however_large_the_residual(batch):
     mean = torch.full((batch, 1024), 1e20, requires_grad=True)

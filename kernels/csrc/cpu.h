@@ -25,6 +25,8 @@ struct TileKernels {
   void (*levels)(int64_t n, const uint8_t* from, const float* u, T mul, T add, T* to);
   // Writes a gradient past the caches, times the slope of a prepared scale if there is one.
   void (*stream)(int64_t n, const T* from, const T* slope, T* to);
+  // Adds it to a sum, likewise.
+  void (*add)(int64_t n, const T* from, const T* slope, T* to);
 };
 template <class T>
 TileKernels<T> tile_kernels(Param param);

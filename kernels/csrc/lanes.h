@@ -43,9 +43,8 @@ struct At {
     return bits_as<F>(widen_lanes<typename Traits<F>::UInt>(v) << 16);
   }
   VAE_FAST_INLINE F load(const Fp16* p) const {
-    using U = typename Traits<F>::UInt;
-    const auto bits = read(reinterpret_cast<const uint16_t*>(p + i), typename Traits<F>::UShort{});
-    return from_fp16<F>(widen_lanes<U>(bits));
+    using H = typename Traits<F>::UShort;
+    return from_fp16<F>(read(reinterpret_cast<const uint16_t*>(p + i), H{}));
   }
   VAE_FAST_INLINE F load(const uint8_t* p) const {
     if constexpr (Traits<F>::width == 1) {
@@ -61,8 +60,7 @@ struct At {
     write(reinterpret_cast<uint16_t*>(p + i), bf16(v));
   }
   VAE_FAST_INLINE void store(Fp16* p, F v) const {
-    const auto bits = fp16_bits<F, typename Traits<F>::UInt>(v);
-    write(reinterpret_cast<uint16_t*>(p + i), narrow_lanes<typename Traits<F>::UShort>(bits));
+    write(reinterpret_cast<uint16_t*>(p + i), to_fp16(v));
   }
   // Past the caches where there is an instruction for it; p + i must be aligned to a whole vector.
   VAE_FAST_INLINE void stream(T* p, F v) const {

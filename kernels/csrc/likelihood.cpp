@@ -127,7 +127,7 @@ struct Likelihood {
     const int64_t block = g_event ? std::max<int64_t>(kEventRows, (first_rows + 63) / 64) : 1;
     const int64_t blocks = (first_rows + block - 1) / block;
     std::vector<LikelihoodTerms<T>> terms(rows * pieces);
-    std::vector<T> event_sums(g_event ? blocks * size : 0, T(0));
+    std::vector<Line> event_sums(g_event ? blocks * lines() : 0);
     const int64_t work =
         std::min(size, kPiece) * (need_x ? std::max<int64_t>(1, samples) : 1) * block;
     const auto as_stored = [&](auto as) -> decltype(stored_kernel<T>(as, family, param, variant)) {
@@ -167,12 +167,13 @@ struct Likelihood {
           in_place(first_row, first_row + 1, begin, end, &terms[unit]);
           continue;
         }
-        T* const scale_sum = g_event ? event_sums.data() + unit / pieces * size + begin : nullptr;
+        Line* const sums = event_sums.data() + unit / pieces * lines();
+        T* const scale_sum = g_event ? sums->values + begin : nullptr;
         for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
           std::fill(x_sum.begin(), x_sum.end(), T(0));
           for (int64_t n = row; n < rows; n += first_rows) {
-            terms[n * pieces + piece] = run_piece(kernel, gradient, stream, n, begin, end, weight[n],
-                                                  x_sum.data(), scale_sum);
+            run_piece(kernel, gradient, stream, n, begin, end, weight[n], x_sum.data(), scale_sum,
+                      &terms[n * pieces + piece]);
           }
           if (need_x) {
             event.store(g_x, row, begin, end - begin, static_cast<const T*>(x_sum.data()));
@@ -200,6 +201,13 @@ struct Likelihood {
 
  private:
   static constexpr int64_t kEventRows = 32;  // rows that share one partial sum of an event, or more
+
+  // Partial sums begin where vectors are aligned: what the next row adds to is still on its way to
+  // memory, and is read from there only if it does not cross a line.
+  struct alignas(kVector) Line {
+    T values[kVector / sizeof(T)] = {};
+  };
+  int64_t lines() const { return (size * sizeof(T) + kVector - 1) / kVector; }
 
   static Sharing sharing_of(const View& scale_, const View& mean_) {
     if (!scale_) return Sharing::none;
@@ -329,14 +337,13 @@ struct Likelihood {
   }
 
   // One piece of one row, tile by tile.
-  LikelihoodTerms<T> run_piece(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n,
-                               int64_t begin, int64_t end, const T* weight, T* x_sum,
-                               T* scale_sum) const {
+  void run_piece(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n, int64_t begin,
+                 int64_t end, const T* weight, T* x_sum, T* scale_sum,
+                 LikelihoodTerms<T>* terms) const {
     alignas(64) T x_tile[kTile], m_tile[kTile], s_tile[kTile];
     alignas(64) T gm_tile[kTile], gs_tile[kTile], slope[kTile];
     uint8_t kept[kTile];
     const int64_t b = samples == 1 ? n : n % batch;
-    LikelihoodTerms<T> sum{T(0), T(0)};
     for (; begin < end; begin += kTile) {
       const int64_t count = std::min(end - begin, kTile);
       Tile tile;
@@ -355,18 +362,14 @@ struct Likelihood {
       T* const gm = buffered || !g_mean ? gm_tile : event.target(g_mean, n, begin, gm_tile);
       T* const gs = buffered || !g_scale || scale_sum ? gs_tile
                                                       : event.target(g_scale, n, begin, gs_tile);
-      LikelihoodTerms<T> terms;
       kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
-             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, &terms);
+             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, terms);
       if (gradient && !past) {
         store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
       }
-      sum.value += terms.value;
-      sum.g_scale += terms.g_scale;
       if (x_sum) x_sum += kTile;
       if (scale_sum) scale_sum += kTile;
     }
-    return sum;
   }
 
   // A tile of the operands; slope is the prepared scale's derivative, or null, as is no mask.
@@ -396,17 +399,13 @@ struct Likelihood {
     };
     put(g_mean, gm, nullptr);
     if (!g_scale) return;
-    if (tile.slope && (scale_sum || !stream)) scale_by(tile.slope, count, gs);
-    if (scale_sum) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) scale_sum[i] += gs[i];
-    } else {
-      put(g_scale, gs, tile.slope);
-    }
+    if (scale_sum) return tiles.add(count, gs, tile.slope, scale_sum);
+    if (tile.slope && !stream) scale_by(tile.slope, count, gs);
+    put(g_scale, gs, tile.slope);
   }
 
   // The blocks' sums of a shared event, added up in order.
-  void store_event(const std::vector<T>& sums, int64_t blocks, const Operand& to) const {
+  void store_event(const std::vector<Line>& sums, int64_t blocks, const Operand& to) const {
     parallel_parts((size + kTile - 1) / kTile, kTile * blocks, [&](const auto& parts) {
       T tile[kTile];
       parts([&](int64_t first, int64_t last) {
@@ -414,7 +413,7 @@ struct Likelihood {
           const int64_t count = std::min(size - begin, kTile);
           std::fill(tile, tile + count, T(0));
           for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t i = 0; i < count; ++i) tile[i] += sums[block * size + begin + i];
+            tiles.add(count, sums[block * lines()].values + begin, nullptr, tile);
           }
           event.store(to, 0, begin, count, static_cast<const T*>(tile));
         }

@@ -2,7 +2,7 @@
 //
 // Included once per instruction set (each_isa.h).
 
-// A row's terms are Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
+// Adds to a row's terms Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
 // writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
 // the inputs element for element, unless they are streamed past the caches; then finish_stream() must
 // follow.
@@ -122,7 +122,8 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       sum.g_scale += sum_lanes(g_scalar);
     }
     sum.value += constants.constant * (kMasked ? terms_kept : static_cast<T>(n));
-    terms[row] = sum;
+    terms[row].value += sum.value;
+    terms[row].g_scale += sum.g_scale;
   }
 }
 

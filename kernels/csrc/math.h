@@ -126,7 +126,7 @@ VAE_FAST_INLINE F maximum(F a, F b) {
 // once something is declared for it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VAE_FAST_GCC_X86 1
-__attribute__((target("avx2,avx512f,avx512bw,avx512vl"))) void declare_avx512();
+__attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl"))) void declare_avx512();
 // One instruction each.
 VAE_FAST_INLINE f32x16 minimum(f32x16 a, f32x16 b) {
   return __builtin_ia32_minps512_mask(a, b, f32x16{}, 0xffff, 4);
@@ -304,27 +304,45 @@ VAE_FAST_INLINE U bf16_bits(F f) {
   return select(f == f, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, U{} + 0x7fc0u);
 }
 
-// The bits of a float rounded to fp16, to nearest even, in the low half of a lane; a NaN stays one.
-template <class F, class U>
-VAE_FAST_INLINE U fp16_bits(F f) {
+// Floats rounded to fp16, to nearest even; a NaN stays one.
+template <class F>
+VAE_FAST_INLINE auto to_fp16(F f) {
+  using U = typename Traits<F>::UInt;
   const U bits = bits_as<U>(f), size = bits & 0x7fffffffu;
   const U normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
   // Below 2^-14 the sum with ½ rounds to the 2^-24 that subnormals are multiples of.
   const U tiny = bits_as<U>(bits_as<F>(size) + 0.5f) - 0x3f000000u;
   const U large = select(size > 0x7f800000u, U{} + 0x7e00u, U{} + 0x7c00u);
   const U finite = select(size < 0x38800000u, tiny, normal);
-  return select(size < 0x47800000u, finite, large) | ((bits >> 16) & 0x8000u);
+  const U all = select(size < 0x47800000u, finite, large) | ((bits >> 16) & 0x8000u);
+  return narrow_lanes<typename Traits<F>::UShort>(all);
 }
 // And back.
-template <class F, class U>
-VAE_FAST_INLINE F from_fp16(U bits) {
-  const U size = (bits & 0x7fffu) << 13;
+template <class F>
+VAE_FAST_INLINE F from_fp16(typename Traits<F>::UShort half) {
+  using U = typename Traits<F>::UInt;
+  const U bits = widen_lanes<U>(half), size = (bits & 0x7fffu) << 13;
   // 2^-14 more than a subnormal has its bits in the places of a normal number.
   const F tiny = bits_as<F>(size + (113u << 23)) - 6.10351562e-05f;
   const U large = size + (select(size < 0x0f800000u, U{} + 112u, U{} + 224u) << 23);
   const F magnitude = select(size < 0x00800000u, tiny, bits_as<F>(large));
   return bits_as<F>(bits_as<U>(magnitude) | ((bits & 0x8000u) << 16));
 }
+#if defined(VAE_FAST_GCC_X86)
+typedef short i16x8 __attribute__((vector_size(16)));
+VAE_FAST_INLINE u16x16 to_fp16(f32x16 f) {
+  return (u16x16)__builtin_ia32_vcvtps2ph512_mask(f, 0, i16x16{}, 0xffff);
+}
+VAE_FAST_INLINE u16x8 to_fp16(f32x8 f) { return (u16x8)__builtin_ia32_vcvtps2ph256(f, 0); }
+template <>
+VAE_FAST_INLINE f32x16 from_fp16(u16x16 half) {
+  return __builtin_ia32_vcvtph2ps512_mask((i16x16)half, f32x16{}, 0xffff, 4);
+}
+template <>
+VAE_FAST_INLINE f32x8 from_fp16(u16x8 half) {
+  return __builtin_ia32_vcvtph2ps256((i16x8)half);
+}
+#endif
 
 // The sign of a difference, as a mask that may be used many times.
 template <class F>

@@ -153,6 +153,33 @@ inline void convert_run(const float* from, int64_t n, BFloat16* to) {
 inline void convert_run(const float* from, int64_t n, Half* to) {
   kStorage.narrow_fp16(from, n, reinterpret_cast<Fp16*>(to));
 }
+// Whether all places of a run, or all runs, are the same elements in memory.
+inline bool repeats(const Block& b) {
+  return (b.stride == 0 && b.count >= b.rows) || (b.pitch == 0 && b.rows > 1);
+}
+// The first n elements over and over, up to `all` of them.
+template <class T>
+void repeat(int64_t n, int64_t all, T* to) {
+  for (int64_t more; n < all; n += more) {
+    more = std::min(n, all - n);
+    std::memcpy(to + n, to, more * sizeof(T));
+  }
+}
+template <class S, class T>
+void gather_repeated(const S* from, const Block& b, T* to) {
+  constexpr int64_t kFew = 64;  // one by one, before copies are worth a call
+  from += b.offset;
+  if (b.stride == 0) {
+    for (int64_t i = 0; i < b.rows; ++i) {
+      const int64_t few = std::min(b.count, kFew);
+      std::fill_n(to + i * b.count, few, static_cast<T>(from[i * b.pitch]));
+      repeat(few, b.count, to + i * b.count);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < b.count; ++j) to[j] = static_cast<T>(from[j * b.stride]);
+  repeat(b.count, b.rows * b.count, to);
+}
 // Whether a block is of runs long enough to be worth a call each.
 inline bool is_runs(const Block& b) {
   constexpr int64_t kShort = 16;
@@ -165,6 +192,7 @@ __attribute__((noinline)) void gather(const Operand& o, const Block& b, T* to) {
   with_type(o.type, [&](auto tag) {
     using S = decltype(tag);
     const S* const from = reinterpret_cast<const S*>(o.data);
+    if (repeats(b)) return gather_repeated(from, b, to);
     if constexpr (converts_runs<S, T>) {
       if (is_runs(b)) {
         for (int64_t i = 0; i < b.rows; ++i) {
@@ -196,6 +224,10 @@ __attribute__((noinline)) void scatter(const Operand& o, const Block& b, const T
 inline const uint8_t* gather_bytes(const Operand& o, const Block& b, uint8_t* buffer) {
   const uint8_t* const from = reinterpret_cast<const uint8_t*>(o.data);
   if (b.rows == 1 && b.stride == 1) return from + b.offset;
+  if (repeats(b)) {
+    gather_repeated(from, b, buffer);
+    return buffer;
+  }
   for_elements(b, [&](int64_t at, int64_t i) { buffer[i] = from[at]; });
   return buffer;
 }

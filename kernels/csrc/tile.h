@@ -62,14 +62,26 @@ VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u,
   });
 }
 
+// Calls fn(at, gradient) for each vector of a gradient, times the slope of a prepared scale, if any.
+template <class F, class Fn>
+VAE_FAST_INLINE void for_gradient(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
+                                  const Fn& fn) {
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    const F v = at.load(from);
+    fn(at, slope == nullptr ? v : product_or_zero(v, at.load(slope)));
+  });
+}
 // finish_stream() must follow.
 template <class F>
 VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
                                  ScalarOf<F>* to) {
-  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-    F v = at.load(from);
-    if (slope != nullptr) v = product_or_zero(v, at.load(slope));
-    at.stream(to, v);
+  for_gradient<F>(n, from, slope, [&](auto at, F v) VAE_FAST_LAMBDA { at.stream(to, v); });
+}
+template <class F>
+VAE_FAST_TARGET void add_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
+                              ScalarOf<F>* to) {
+  for_gradient<F>(n, from, slope, [&](auto at, F v) VAE_FAST_LAMBDA {
+    at.store(to, at.load(to) + v);
   });
 }
 
@@ -78,7 +90,7 @@ TileKernels<ScalarOf<F>> tile_kernels(Param param) {
   switch (param) {
 #define VAE_FAST_CASE(P) \
   case Param::P:         \
-    return {prepare_scale_as<F, Param::P>, levels_tile<F>, stream_tile<F>};
+    return {prepare_scale_as<F, Param::P>, levels_tile<F>, stream_tile<F>, add_tile<F>};
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
