@@ -364,10 +364,10 @@ X86_64_LINUX = sys.platform == "linux" and os.uname().machine == "x86_64"
 @pytest.mark.parametrize(
     ("flags", "level"),
     [
-        (["avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma bmi2"] * 2, 4),
-        (["avx512f avx512bw avx512cd avx512dq avx512vl", "avx2 fma bmi2"], 1),  # not on every core
-        (["avx512f avx512cd avx2 fma bmi2"], 3),
-        (["avx2 fma"], 1),
+        (["avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma bmi2 f16c"] * 2, 4),
+        (["avx512f avx512bw avx512cd avx512dq avx512vl", "avx2 fma bmi2 f16c"], 1),  # not on both
+        (["avx512f avx512cd avx2 fma bmi2 f16c"], 3),
+        (["avx2 fma bmi2"], 1),
         ([], None),
     ],
 )

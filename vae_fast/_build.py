@@ -93,7 +93,7 @@ FAILURE_KEPT_S = (
 # The features by which the kernels choose (cpu.cpp), best first, by level of the x86-64 psABI.
 X86_64_LEVELS = {
     4: {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-    3: {"avx2", "fma", "bmi2"},
+    3: {"avx2", "fma", "bmi2", "f16c"},
     1: set(),
 }
 
