@@ -207,7 +207,7 @@ struct Likelihood {
   struct alignas(kVector) Line {
     T values[kVector / sizeof(T)] = {};
   };
-  int64_t lines() const { return (size * sizeof(T) + kVector - 1) / kVector; }
+  int64_t lines() const { return size * sizeof(T) / kVector + 1; }
 
   static Sharing sharing_of(const View& scale_, const View& mean_) {
     if (!scale_) return Sharing::none;
