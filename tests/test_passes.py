@@ -319,6 +319,26 @@ def test_extreme_logvar_stays_finite(fused):
     torch.testing.assert_close(s.grad.double(), truth_s.grad, rtol=5e-5, atol=1e-6)
 
 
+def test_variances_that_are_no_normal_numbers(fused, key):
+    """Their roots are, and so is all that is made of those."""
+    s = torch.tensor([1e-37, 1e-38, 1e-40, 1e-44]).to(fused).expand(16, 4).mT.clone()
+    x = (s.detach().double().sqrt() * torch.linspace(-3, 3, 16, device=fused)).float()
+    mean, s = torch.zeros_like(x).requires_grad_(), s.requires_grad_()
+    nll = vae_fast.gaussian_nll(x, mean, s, "var")
+    m, v = (t.detach().double().requires_grad_() for t in (mean, s))
+    truth = reference.gaussian_nll(x.double(), m, v, "var")
+    torch.testing.assert_close(nll.double(), truth, rtol=2e-5, atol=0)
+    got, want = (torch.autograd.grad(t.sum(), u)[0] for t, u in ((nll, mean), (truth, m)))
+    torch.testing.assert_close(got.double(), want, rtol=5e-5, atol=0)
+
+    mu = torch.zeros_like(s)
+    z = vae_fast.reparameterize(mu, s, "var", key=key.to(fused))[0]
+    eps = noise.normal(key.to(fused), 4, None, (16,)).double()
+    torch.testing.assert_close(z.double(), v.sqrt() * eps, rtol=1e-5, atol=1e-26)
+    (got,) = torch.autograd.grad(z.sum(), s)
+    torch.testing.assert_close(got.double(), 0.5 * eps / v.sqrt(), rtol=1e-5, atol=0)
+
+
 def test_fp16_logvar_of_80(fused):
     x = torch.tensor([[2.0], [0.0]], dtype=torch.float16, device=fused)
     s = torch.tensor([[80.0], [-80.0]], dtype=torch.float16, device=fused)

@@ -894,7 +894,7 @@ def _density_options(density: tuple) -> dict[str, Any]:
 
 
 def _is_exporting() -> bool:
-    """Whether torch.export traces. Dynamo of PyTorch 2.10 has the public function always true."""
+    """Whether torch.export traces. To Dynamo of PyTorch 2.11 the public function is always true."""
     return torch.compiler._is_exporting_flag
 
 

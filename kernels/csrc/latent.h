@@ -76,7 +76,7 @@ VAE_FAST_TARGET void latent_backward_rows(int64_t rows, int64_t n, Rows<const Sc
       const F e = at.load(noise), shift = s.sigma() * e;
       F h = at.load(upstream) - (at.load(mus) + shift) * row_p;
       if constexpr (kPath) h -= s.inverse().times(e) * row_q;
-      const F g = (kPath ? shift * h : shift * h - row_q) * s.slope;
+      const F g = s.times_slope(kPath ? shift * h : shift * h - row_q);
       at.store(to_mu, add ? at.load(to_mu) + h : h);
       at.store(to_scale, add ? at.load(to_scale) + g : g);
     });

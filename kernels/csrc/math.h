@@ -669,6 +669,7 @@ template <class F>
 struct ExpScale {
   F log_sigma, log_variance;
   F slope;  // d(log σ)/ds
+  VAE_FAST_INLINE F times_slope(F g) const { return g * slope; }
   VAE_FAST_INLINE F sigma() const { return exp_any(log_sigma); }
   VAE_FAST_INLINE Exp<F> inverse() const { return exp_of(-log_sigma); }
 };
@@ -745,13 +746,17 @@ template <class F>
 struct Scale<F, Param::std> : DirectScale<F> {
   using T = typename Traits<F>::Scalar;
   VAE_FAST_INLINE explicit Scale(F s) : DirectScale<F>{log_any(s), T(1) / s, s} {}
+  // The slope itself overflows for scales that are no normal numbers.
+  VAE_FAST_INLINE F times_slope(F g) const { return g / this->value; }
 };
 
 template <class F>
 struct Scale<F, Param::var> : DirectScale<F> {
   using T = typename Traits<F>::Scalar;
+  F raw;
   VAE_FAST_INLINE explicit Scale(F s)
-      : DirectScale<F>{log_any(s) * T(0.5), T(0.5) / s, square_root(s)} {}
+      : DirectScale<F>{log_any(s) * T(0.5), T(0.5) / s, square_root(s)}, raw(s) {}
+  VAE_FAST_INLINE F times_slope(F g) const { return g * T(0.5) / raw; }
 };
 
 template <class F>
@@ -776,6 +781,7 @@ struct Scale<F, Param::softplus> {
     log_sigma = tail.choose(s, log_any(value));
     slope = tail.choose(splat<F>(T(1)), negative.choose(w, splat<F>(T(1))) / ((w + T(1)) * value));
   }
+  VAE_FAST_INLINE F times_slope(F g) const { return g * slope; }
   VAE_FAST_INLINE F sigma() const { return value; }
   VAE_FAST_INLINE SoftplusInverse<F> inverse() const {
     return {tail, exp_of(-raw), {value}};

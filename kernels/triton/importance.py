@@ -55,7 +55,8 @@ def importance_kernel(
     """
     ACC: tl.constexpr = bound_ptr.dtype.element_ty
     beta = tl.full((), beta, ACC)
-    i, b = tl.arange(0, SAMPLES)[:, None], tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, SAMPLES)[:, None]
+    b = tl.program_id(0).to(B.dtype) * ROWS + tl.arange(0, ROWS)
     most = tl.full([ROWS], -float("inf"), ACC)
     total = tl.zeros([ROWS], ACC)
     for k in range(0, K, SAMPLES):

@@ -86,6 +86,18 @@ def times_slope(g, slope):
 
 
 @triton.jit
+def _root(s):
+    """√s. NVIDIA's fast one takes a subnormal variance for 0, whose root is an ordinary number."""
+    if s.dtype == tl.float64:
+        root = tl.sqrt(s)
+    else:
+        tiny = s < 2.0**-100
+        root = tl.sqrt(tl.where(tiny, s * 2.0**64, s))
+        root = tl.where(tiny, root * 2.0**-32, root)
+    return root
+
+
+@triton.jit
 def log_variance_and_scale(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     """Log σ² = 2 log σ, and σ."""
     if PARAM == LOGVAR:
@@ -95,7 +107,7 @@ def log_variance_and_scale(s, PARAM: tl.constexpr, APPROX: tl.constexpr):
     elif PARAM == STD:
         log_variance, sigma = 2.0 * tl.log(s), s
     elif PARAM == VAR:
-        log_variance, sigma = tl.log(s), tl.sqrt(s)
+        log_variance, sigma = tl.log(s), _root(s)
     else:
         log_sigma, sigma, _ = _softplus(s, APPROX)
         log_variance = 2.0 * log_sigma
