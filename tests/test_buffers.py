@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vae_fast
-from vae_fast import buffers
+from vae_fast import buffers, eager
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,8 @@ def test_what_is_kept_is_bounded():
 
 def test_a_step_does_not_drive_its_own_buffers_out():
     """All of the loss's gradients, and those of the step before, which a loop may still hold."""
+    if eager.shortcut() is None:
+        pytest.skip("without the C++ library for eager calls only the data's gradients are kept")
     rows, latent, data = 1 << 10, 1 << 9, 600
     elbo = vae_fast.FusedELBO(kl="analytic")
     x, one = torch.rand(rows, data), torch.ones(())
