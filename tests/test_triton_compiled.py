@@ -6,6 +6,7 @@ Some cases are compiled here; of every configuration there is a stored audit, wh
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,21 @@ def test_bytes_that_lie_apart_are_read_one_by_one(reports):
         return r["loads"].get("8", 0) == math.prod(map(int, tile.split("x"))) // (32 * int(warps))
 
     assert not failures(apart, one_by_one)
+
+
+def test_no_root_is_taken_of_a_variance_that_is_no_normal_number():
+    """NVIDIA's fast root takes that for 0; the interpreter, which other tests run, does not."""
+    code = """
+from benchmarks import audit
+case = audit.Case("likelihood_forward", 64, 64, "float32", param=audit.VAR)
+print(audit.compile_launch(audit.record(case, "cuda"), "sm_90").asm["ptx"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    ptx = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    roots = len(re.findall(r"\bsqrt\.approx\.ftz\.f32", ptx))
+    assert roots > 0
+    assert len(re.findall(r"mul\.f32 .*, 0f5F800000;", ptx)) == roots  # 2^64
 
 
 def test_a_shared_scale_costs_no_more_than_a_full_one(reports):

@@ -218,7 +218,8 @@ void kl_backward_as(const View& g_kl, const View& mu, const View& scale, const V
     const int64_t n = a.count();
     for (int64_t i = 0; i < a.rows; ++i) values[i] = weight[a.row + i];
     if (pass.by_columns) {
-      for (int64_t at = 0; at < n; at += a.rows) std::copy_n(values, a.rows, weights + at);
+      std::copy_n(values, a.rows, weights);
+      repeat(a.rows, n, weights);
     } else {
       pass.kernels.repeat_each(a.rows, a.n, values, weights);
     }
