@@ -621,11 +621,11 @@ def fused_elbo(
             decoder's computation that nothing else reads afterwards; autograd raises an error if
             the decoder's own backward pass still needs one. Has no effect for fp16 (a gradient
             divided by the batch size would underflow before a loss scale reaches it), when x needs
-            a gradient, when the rows share a scale of more than one value or each has one of its
-            own, on the reference backend, under ``torch.compile`` and the transforms of
-            ``torch.func``, and where a dispatch mode or a tensor subclass watches or a tensor is
-            lazily negated. Hooks on the overwritten tensors must be there before the loss is
-            computed.
+            a gradient, when the rows share a learned scale of more than one value (on a GPU, also
+            when each has a learned one of its own), on the reference backend, under
+            ``torch.compile`` and the transforms of ``torch.func``, and where a dispatch mode or a
+            tensor subclass watches or a tensor is lazily negated. Hooks on the overwritten tensors
+            must be there before the loss is computed.
         likelihood, clamp_mode, df, x_scale, dequantize, key, first_row: as in
             :func:`likelihood_nll`.
 
@@ -701,7 +701,8 @@ def _fused_elbo(
             )
     fitted = _fit_scale(scale, mean, 1)
     # A scale that was expanded is not the decoder's, though one row may give it mean's shape.
-    inplace = inplace and (fitted is scale or fitted.dim() == 0) and eager.writes(x, mean, scale)
+    kept = fitted is not scale and fitted.dim() > 0 and fitted.requires_grad
+    inplace = inplace and not kept and eager.writes(x, mean, scale)
     scale = fitted
     if _validate:
         _check_likelihood_values(x, mean, scale, mask, density)
@@ -744,14 +745,15 @@ def _gradient_in_forward(
     """Whether to write the gradients in the forward pass: five data-sized streams, not eight.
 
     Not where the row's weight is unknown until the backward pass and rescaling would cost what was
-    saved ("none"), nor in fp16, where the unscaled gradient may underflow; nor where rows share the
-    scale's gradient, which could not be taken apart again.
+    saved ("none"), nor in fp16, where the unscaled gradient may underflow; nor where rows share a
+    learned scale, whose gradient could not be taken apart again (in ``eager.cpp`` it need not be).
     """
     if not torch.is_grad_enabled() or x.requires_grad or not mean.requires_grad:
         return False
     if mean.dtype == torch.float16 or (scale is not None and scale.dtype == torch.float16):
         return False
-    if scale is not None and scale.dim() > 0 and scale.shape != mean.shape:
+    learned = scale is not None and scale.requires_grad
+    if learned and scale.dim() > 0 and scale.shape != mean.shape:
         return False
     return inplace or reduction != _REDUCTION_CODE["none"]
 

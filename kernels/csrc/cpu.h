@@ -21,12 +21,13 @@ struct TileKernels {
   // Raw scales, kept within their bounds, as such or as log σ; slope receives the derivative of what
   // is written by the raw scale. `to` may be `from`.
   void (*prepare_scale)(int64_t n, const Clamp& clamp, bool log, const T* from, T* to, T* slope);
+  // The same as log σ, and 1/√σ.
+  void (*resolve_scale)(int64_t n, const Clamp& clamp, const T* from, T* log_sigma, T* slope,
+                        T* root);
   // (level + u)·mul + add of stored levels; without u, no noise is added.
   void (*levels)(int64_t n, const uint8_t* from, const float* u, T mul, T add, T* to);
   // Writes a gradient past the caches, times the slope of a prepared scale if there is one.
   void (*stream)(int64_t n, const T* from, const T* slope, T* to);
-  // Adds it to a sum, likewise.
-  void (*add)(int64_t n, const T* from, const T* slope, T* to);
 };
 template <class T>
 TileKernels<T> tile_kernels(Param param);

@@ -837,16 +837,17 @@ struct Likelihood {
   }
 };
 
-// Where the forward pass writes the gradients; of one scale for all it makes the rows' shares.
+// Where the forward pass writes the gradients. Of one scale for all it makes the rows' shares; of one a
+// row, too, and they are its gradient; of one for the event, `summed`, what they add up to.
 struct Targets {
   Tensor g_mean, g_scale;
-  bool shared = false, inplace = false;
+  bool shared = false, summed = false, inplace = false;
 };
 // The loss with its gradients, which the forward pass writes into `targets`.
 struct Elbo {
   using State = LikelihoodState;
   static constexpr const char* kName = "vae_fast::ElboBackward";
-  static constexpr size_t kSaved = 3, kGradients = 4;
+  static constexpr size_t kSaved = 7, kGradients = 4;  // the gradients, and if summed what they are of
 
   static variable_list recorded(const Data& data, const Terms& terms, const State& state,
                                 const Targets& targets) {
@@ -873,7 +874,16 @@ struct Elbo {
       nll = in_rows(state, results[0]), loss = results[1];
       if (targets.shared) g_shared = results[2];
     }
-    node->keep(state, {targets.g_mean, targets.g_scale, g_shared});
+    Tensor g_scale = targets.g_scale;
+    if (g_shared.defined() && scale.dim() > 0) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      g_scale = std::exchange(g_shared, Tensor()).view(scale.sizes());
+    }
+    if (targets.summed) {
+      node->keep(state, {targets.g_mean, g_scale, g_shared, x, mean, scale, mask});
+    } else {
+      node->keep(state, {targets.g_mean, g_scale, g_shared});
+    }
     variable_list results{nll, loss};
     torch::autograd::set_history(results, node);
     return results;
@@ -884,8 +894,13 @@ struct Elbo {
     refuse_graph();
     Tensor g_mean = saved[0], g_scale = saved[1];
     const Tensor& g_shared = saved[2];
+    const bool summed = saved[3].defined(), plain = is_plain(g) && is_plain(saved);
+    if (summed && (g[0].defined() || !plain)) {
+      // Rows that weigh differently: what is summed cannot be taken apart again.
+      return Likelihood::backward(state, {saved.begin() + 3, saved.end()}, g);
+    }
     const int64_t batch = state.batch, samples = g_mean.size(0) / std::max<int64_t>(batch, 1);
-    if (!is_plain(g) || !is_plain(saved)) {
+    if (!plain) {
       const torch::jit::Stack results =
           call(ops().likelihood_rescale,
                {g_mean, optional(g_scale), optional(g_shared), optional(flat(g[0])), optional(g[1]),
@@ -1156,14 +1171,16 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   // Where the forward pass writes the gradients, and why not elsewhere: functional.py knows.
   const bool one = scale.defined() && scale.dim() == 0;
   const auto is_half = [](const Tensor& t) { return t.defined() && t.scalar_type() == at::kHalf; };
-  const bool inplace = rest[4] != Py_None;
+  const bool full = state.learned && !one && scale.sizes() == mean.sizes();
+  // One of the event, or a value a row: only the passes make its gradient here.
+  const bool of_some = state.learned && !one && !full, summed = of_some && scale.size(0) == 1;
+  const bool inplace = rest[4] != Py_None && !summed;
   const bool now = graph && !is_half(mean) && !is_half(scale) &&
-                   (!scale.defined() || one || scale.sizes() == mean.sizes()) &&
-                   (reduction != Reduction::none || inplace);
-  const bool full = state.learned && !one;
+                   (!of_some || passes_serve(mean)) && (reduction != Reduction::none || inplace);
   Targets targets;
   if (now) {
-    targets.shared = state.learned && one;
+    targets.shared = state.learned && !full && !summed;
+    targets.summed = summed;
     if (inplace) {
       const bool alone = owns_memory(mean, {&x, &scale, &log_q, &log_p}) &&
                          (!full || owns_memory(scale, {&x, &mean, &log_q, &log_p}));
@@ -1187,7 +1204,7 @@ PyObject* elbo(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     complete(*data, objects[2]);
     if (now && !inplace) {
       targets.g_mean = gradient_like(mean);
-      if (full) targets.g_scale = gradient_like(scale);
+      if (full || summed) targets.g_scale = gradient_like(scale);
     }
     results = now     ? Elbo::recorded(*data, terms, state, targets)
               : graph ? Likelihood::recorded(*data, terms, state)

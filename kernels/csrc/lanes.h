@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -56,6 +57,7 @@ struct At {
     }
   }
   VAE_FAST_INLINE void store(T* p, F v) const { write(p + i, v); }
+  VAE_FAST_INLINE void add(T* p, F v) const { store(p, load(p) + v); }
   VAE_FAST_INLINE void store(Bf16* p, F v) const {
     write(reinterpret_cast<uint16_t*>(p + i), bf16(v));
   }
@@ -123,6 +125,7 @@ struct MaskedAt : At<F, kPart> {
   VAE_FAST_INLINE void stream(S* p, F v) const {
     Base::stream(p, keep(v));
   }
+  VAE_FAST_INLINE void add(ScalarOf<F>* p, F v) const { Base::add(p, keep(v)); }
   VAE_FAST_INLINE F keep(F v) const { return bits_as<F>(bits_as<I>(v) & mask); }
 };
 
@@ -338,17 +341,26 @@ struct LatentKernels {
                    Rows<T> g_mu, Rows<T> g_scale, bool add);
 };
 
-// Of a likelihood's scale: one value a row, or one an element; and whether the kernel itself keeps
-// the latter in bounds.
-enum class ScaleKind { row, each, bounded };
+// Of a likelihood's scale: one value a row, one an element of the event for all rows, or one an
+// element; and whether the kernel itself keeps the last in bounds.
+enum class ScaleKind { row, event, each, bounded };
+
+// A scale of the event: log σ and 1/√σ of each element, and the sums that its ∂log σ is added to, if
+// that is wanted.
+template <class T>
+struct EventScale {
+  const T *log_sigma, *root;
+  T* sums;
+};
 
 // On elements stored as S, and data stored as X: floats, or bytes that are levels. The mask is that of
 // the elements which count, if not all do. Gradients may be written past the caches.
 template <class T, class S = T, class X = S>
 using LikelihoodKernel = void (*)(int64_t rows, int64_t n, const Model<T>& model, Rows<const X> x,
                                   Rows<const S> mean, Rows<const S> scale, Rows<const T> row_scale,
-                                  Rows<const uint8_t> mask, Rows<const T> weight, Rows<S> g_mean,
-                                  Rows<S> g_scale, bool past_caches, LikelihoodTerms<T>* terms);
+                                  EventScale<T> event_scale, Rows<const uint8_t> mask,
+                                  Rows<const T> weight, Rows<S> g_mean, Rows<S> g_scale,
+                                  bool past_caches, LikelihoodTerms<T>* terms);
 // One of them.
 struct LikelihoodVariant {
   ScaleKind scale;

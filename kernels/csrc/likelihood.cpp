@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "passes.h"
 
+#include <memory>
 #include <vector>
 
 namespace vae_fast {
@@ -56,9 +57,12 @@ struct Likelihood {
   Sharing sharing = Sharing::none;
   bool scalar, need_x = false;  // scalar: one value of the scale for a row, if any
   Event event;
-  Operand x, mean, scale, mask, g_x, g_mean, g_scale;
+  Operand x, mean, scale, mask, g_x, g_mean, g_scale, g_event;  // g_event: of a scale of the event
   T shared = T(0), shared_slope = T(1);  // the one scale of all rows, prepared; and its derivative
   std::vector<T> row_scale, row_slope;   // or one for each
+  EventScale<T> event_scale{};           // or those of the event, with their slopes, in one buffer
+  const T* event_slope = nullptr;
+  std::unique_ptr<T[]> event_buffer;
   Family family;
   Param param;
   bool packed;  // the scale is the second half of the mean's tensor
@@ -102,25 +106,30 @@ struct Likelihood {
   // What is absent is not wanted; of a packed mean there are both or none.
   void gradients(const View& g_mean_, const View& g_scale_) {
     if (g_mean_) split(g_mean_, g_scale_, g_mean, g_scale);
-    if (!packed) g_scale = g_scale_ && !scalar ? operand(g_scale_) : Operand{};
+    if (!packed) g_scale = Operand{};
+    if (g_scale_ && !scalar) (sharing == Sharing::event ? g_event : g_scale) = operand(g_scale_);
   }
 
   // Call once all operands are known. The order of the elements is that of the noise, if there is some.
   void fuse() {
-    event.fuse<7>({&mean, &x, &scale, &mask, &g_x, &g_mean, &g_scale}, /*reorder=*/!options.key);
+    event.fuse<8>({&mean, &x, &scale, &mask, &g_x, &g_mean, &g_scale, &g_event},
+                  /*reorder=*/!options.key);
+    if (sharing == Sharing::event) load_event_scales();
   }
 
   // Runs the pass. weight holds the rows' upstream gradients; value and g_shared receive the rows'
-  // −log p(x|z) and their shares of a scalar scale's gradient, and g_event that of a shared event.
-  void run(bool gradient, Rows<const T> weight, T* value, T* g_shared,
-           const Operand* g_event = nullptr) const {
-    // A masked kernel always keeps bounds, be they infinite: one variant less.
-    const ScaleKind kind = scalar                                  ? ScaleKind::row
-                           : mask || (clamp.active() && !prepared) ? ScaleKind::bounded
-                                                                   : ScaleKind::each;
+  // −log p(x|z) and their shares of a scalar scale's gradient.
+  void run(bool gradient, Rows<const T> weight, T* value, T* g_shared) const {
+    // Bounds may be infinite: a masked kernel always has some, and one that leaves out g_scale.
+    const bool of_event = sharing == Sharing::event;
+    const bool bounded = mask || (clamp.active() && !prepared) || (gradient && !g_scale);
+    const ScaleKind kind = scalar     ? ScaleKind::row
+                           : of_event ? ScaleKind::event
+                           : bounded  ? ScaleKind::bounded
+                                      : ScaleKind::each;
     const LikelihoodVariant variant{kind, static_cast<bool>(mask), gradient};
-    const LikelihoodKernel<T> kernel =
-        likelihood_kernel<T>(family, as_log ? Param::logstd : param, variant);
+    const Param read_as = of_event || as_log ? Param::logstd : param;
+    const LikelihoodKernel<T> kernel = likelihood_kernel<T>(family, read_as, variant);
     // With a gradient for x, the samples that share a row of x belong to one unit of work; with one
     // for a shared event, a block of rows.
     const int64_t first_rows = need_x ? batch : rows;
@@ -132,20 +141,20 @@ struct Likelihood {
         std::min(size, kPiece) * (need_x ? std::max<int64_t>(1, samples) : 1) * block;
     const auto as_stored = [&](auto as) -> decltype(stored_kernel<T>(as, family, param, variant)) {
       using As = decltype(as);
-      const bool reads = !g_event && reads_in_place<typename As::S, typename As::X>(gradient);
-      return reads ? stored_kernel<T>(as, family, param, variant) : nullptr;
+      const bool reads = reads_in_place<typename As::S, typename As::X>(gradient);
+      return reads ? stored_kernel<T>(as, family, read_as, variant) : nullptr;
     };
     const auto bf16 = as_stored(Stored<Bf16>{});
     const auto bf16_floats = as_stored(Stored<Bf16, T>{});
     const auto levels = as_stored(Stored<T, uint8_t>{});
     const auto bf16_levels = as_stored(Stored<Bf16, uint8_t>{});
     const bool half = bf16 || bf16_floats || bf16_levels;
-    const bool direct = half || levels || (!g_event && reads_in_place<T, T>(gradient));
+    const bool direct = half || levels || reads_in_place<T, T>(gradient);
     const bool stream = gradient && (half ? streams<Bf16>() : streams<T>());
-    const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end,
+    const auto in_place = [&](int64_t first, int64_t last, int64_t begin, int64_t end, T* sums,
                               LikelihoodTerms<T>* to) {
       const auto run_all = [&](auto chosen) {
-        run_rows(chosen, gradient, first, last, begin, end, weight, stream, to);
+        run_rows(chosen, gradient, first, last, begin, end, weight, stream, sums, to);
       };
       if (bf16) return run_all(bf16);
       if (bf16_floats) return run_all(bf16_floats);
@@ -154,25 +163,29 @@ struct Likelihood {
       run_all(kernel);
     };
     const auto run_units = [&](int64_t first, int64_t last) {
-      if (direct && pieces == 1) {
-        in_place(first, last, 0, size, terms.data() + first);
+      if (direct && pieces == 1 && !g_event) {
+        in_place(first, last, 0, size, nullptr, terms.data() + first);
         return;
       }
       std::vector<T> x_sum(need_x ? std::min(size, kPiece) : 0);
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t piece = unit % pieces, begin = piece * kPiece;
         const int64_t first_row = unit / pieces * block;
+        const int64_t last_row = std::min(first_rows, first_row + block);
         const int64_t end = std::min(size, begin + kPiece);
-        if (direct) {
-          in_place(first_row, first_row + 1, begin, end, &terms[unit]);
+        T* const sums = g_event ? event_sums[unit / pieces * lines()].values + begin : nullptr;
+        if (direct && pieces == 1) {
+          in_place(first_row, last_row, begin, end, sums, &terms[first_row]);
           continue;
         }
-        Line* const sums = event_sums.data() + unit / pieces * lines();
-        T* const scale_sum = g_event ? sums->values + begin : nullptr;
-        for (int64_t row = first_row; row < std::min(first_rows, first_row + block); ++row) {
+        for (int64_t row = first_row; row < last_row; ++row) {
+          if (direct) {
+            in_place(row, row + 1, begin, end, sums, &terms[row * pieces + piece]);
+            continue;
+          }
           std::fill(x_sum.begin(), x_sum.end(), T(0));
           for (int64_t n = row; n < rows; n += first_rows) {
-            run_piece(kernel, gradient, stream, n, begin, end, weight[n], x_sum.data(), scale_sum,
+            run_piece(kernel, gradient, stream, n, begin, end, weight[n], x_sum.data(), sums,
                       &terms[n * pieces + piece]);
           }
           if (need_x) {
@@ -196,7 +209,7 @@ struct Likelihood {
         scale_by(sharing == Sharing::row ? &row_slope[n] : &shared_slope, 1, &g_shared[n]);
       }
     }
-    if (g_event) store_event(event_sums, blocks, *g_event);
+    if (g_event) store_event(event_sums, blocks);
   }
 
  private:
@@ -244,6 +257,29 @@ struct Likelihood {
       tiles.prepare_scale(count, clamp, as_log, to, to, slope);
     }
   }
+  void load_event_scales() {
+    event_buffer.reset(new T[3 * size]);
+    T *const log_sigma = event_buffer.get(), *const root = log_sigma + size,
+             *const slope = root + size;
+    parallel_parts((size + kTile - 1) / kTile, kTile, [&](const auto& parts) {
+      alignas(64) T tile[kTile];
+      parts([&](int64_t first, int64_t last) {
+        for (int64_t begin = first * kTile; begin < std::min(last * kTile, size); begin += kTile) {
+          const int64_t count = std::min(size - begin, kTile);
+          tiles.resolve_scale(count, clamp, event.load(scale, 0, begin, count, tile),
+                              log_sigma + begin, slope + begin, root + begin);
+        }
+      });
+    });
+    event_scale = {log_sigma, root, nullptr};
+    event_slope = slope;
+    scale = Operand{};
+  }
+  // The event's from an element on, if it has some.
+  EventScale<T> event_scales(int64_t begin, T* sums) const {
+    if (sharing != Sharing::event) return {};
+    return {event_scale.log_sigma + begin, event_scale.root + begin, sums};
+  }
   // Of no meaning where each element has its own.
   Rows<const T> row_scales(int64_t n) const {
     return sharing == Sharing::row ? Rows<const T>{&row_scale[n], 1} : Rows<const T>{&shared, 0};
@@ -257,7 +293,7 @@ struct Likelihood {
     const auto writes = [&](const Operand& g) { return !gradient || (g && fits(g)); };
     return !need_x && !options.key && masks_in_place() && event.template direct<X>(x) &&
            fits(mean) && writes(g_mean) &&
-           (scalar || (!prepared && fits(scale) && writes(g_scale)));
+           (!scale || (!prepared && fits(scale) && (!g_scale || writes(g_scale))));
   }
 
   bool masks_in_place() const {
@@ -273,14 +309,13 @@ struct Likelihood {
                     g.row_stride * sizeof(S) % kVector == 0);
     };
     const bool large = rows * size * static_cast<int64_t>(sizeof(S)) >= kLarge;
-    return large && suits(g_mean, mean) &&
-           (scalar || sharing == Sharing::event || suits(g_scale, scale));
+    return large && suits(g_mean, mean) && suits(g_scale, scale);
   }
 
   // Rows [first, last) of a batch and its samples, or a piece of each, in place.
   template <class S, class X>
   void run_rows(LikelihoodKernel<T, S, X> kernel, bool gradient, int64_t first, int64_t last,
-                int64_t begin, int64_t end, Rows<const T> weight, bool past_caches,
+                int64_t begin, int64_t end, Rows<const T> weight, bool past_caches, T* sums,
                 LikelihoodTerms<T>* terms) const {
     const auto at = [&](const Operand& o, int64_t row) {
       return reinterpret_cast<S*>(o.at(row * o.row_stride + begin));
@@ -296,8 +331,8 @@ struct Likelihood {
       const Rows<const uint8_t> kept{mask ? mask_at(b, begin) : nullptr, mask.row_stride};
       const auto* const xs = reinterpret_cast<const X*>(x.at(b * x.row_stride + begin));
       kernel(count, end - begin, model, {xs, x.row_stride}, in(mean, n), in(scale, n),
-             row_scales(n), kept, {weight[n], weight.pitch}, out(g_mean, n), out(g_scale, n),
-             past_caches, terms);
+             row_scales(n), event_scales(begin, sums), kept, {weight[n], weight.pitch},
+             out(g_mean, n), out(g_scale, n), past_caches, terms);
       n += count;
       terms += count;
     }
@@ -338,7 +373,7 @@ struct Likelihood {
 
   // One piece of one row, tile by tile.
   void run_piece(LikelihoodKernel<T> kernel, bool gradient, bool stream, int64_t n, int64_t begin,
-                 int64_t end, const T* weight, T* x_sum, T* scale_sum,
+                 int64_t end, const T* weight, T* x_sum, T* sums,
                  LikelihoodTerms<T>* terms) const {
     alignas(64) T x_tile[kTile], m_tile[kTile], s_tile[kTile];
     alignas(64) T gm_tile[kTile], gs_tile[kTile], slope[kTile];
@@ -349,26 +384,25 @@ struct Likelihood {
       Tile tile;
       tile.x = load_x(b, begin, count, x_tile);
       tile.mean = event.load(mean, n, begin, count, m_tile);
-      tile.scale = scalar ? nullptr : event.load(scale, n, begin, count, s_tile);
-      tile.slope = !scalar && prepared ? slope : nullptr;
+      tile.scale = scale ? event.load(scale, n, begin, count, s_tile) : nullptr;
+      tile.slope = scale && prepared ? slope : nullptr;
       tile.mask = mask ? load_mask(b, begin, count, kept) : nullptr;
       if (tile.slope) {
         tiles.prepare_scale(count, clamp, as_log, tile.scale, s_tile, slope);
         tile.scale = s_tile;
       }
       // Straight past the caches only what nobody has to change any more.
-      const bool past = stream && !tile.slope && !need_x && !scale_sum && (scalar || g_scale);
+      const bool past = stream && !tile.slope && !need_x;
       const bool buffered = !gradient || (stream && !past);
       T* const gm = buffered || !g_mean ? gm_tile : event.target(g_mean, n, begin, gm_tile);
-      T* const gs = buffered || !g_scale || scale_sum ? gs_tile
-                                                      : event.target(g_scale, n, begin, gs_tile);
+      T* const gs = !g_scale   ? nullptr
+                    : buffered ? gs_tile
+                               : event.target(g_scale, n, begin, gs_tile);
       kernel(1, count, model, {tile.x, 0}, {tile.mean, 0}, {tile.scale, 0}, row_scales(n),
-             {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, terms);
-      if (gradient && !past) {
-        store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum, scale_sum);
-      }
+             event_scales(begin, sums), {tile.mask, 0}, {weight, 0}, {gm, 0}, {gs, 0}, past, terms);
+      if (gradient && !past) store_gradients(stream, n, begin, count, tile, weight, gm, gs, x_sum);
       if (x_sum) x_sum += kTile;
-      if (scale_sum) scale_sum += kTile;
+      if (sums) sums += kTile;
     }
   }
 
@@ -379,7 +413,7 @@ struct Likelihood {
   };
 
   void store_gradients(bool stream, int64_t n, int64_t begin, int64_t count, const Tile& tile,
-                       const T* weight, const T* gm, T* gs, T* x_sum, T* scale_sum) const {
+                       const T* weight, const T* gm, T* gs, T* x_sum) const {
     if (need_x && family == Family::bernoulli) {
       for (int64_t i = 0; i < count; ++i) {
         if (!tile.mask || tile.mask[i]) x_sum[i] -= *weight * tile.mean[i];
@@ -399,13 +433,12 @@ struct Likelihood {
     };
     put(g_mean, gm, nullptr);
     if (!g_scale) return;
-    if (scale_sum) return tiles.add(count, gs, tile.slope, scale_sum);
     if (tile.slope && !stream) scale_by(tile.slope, count, gs);
     put(g_scale, gs, tile.slope);
   }
 
   // The blocks' sums of a shared event, added up in order.
-  void store_event(const std::vector<Line>& sums, int64_t blocks, const Operand& to) const {
+  void store_event(const std::vector<Line>& sums, int64_t blocks) const {
     parallel_parts((size + kTile - 1) / kTile, kTile * blocks, [&](const auto& parts) {
       T tile[kTile];
       parts([&](int64_t first, int64_t last) {
@@ -413,9 +446,12 @@ struct Likelihood {
           const int64_t count = std::min(size - begin, kTile);
           std::fill(tile, tile + count, T(0));
           for (int64_t block = 0; block < blocks; ++block) {
-            tiles.add(count, sums[block * lines()].values + begin, nullptr, tile);
+            const T* const from = sums[block * lines()].values + begin;
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) tile[i] += from[i];
           }
-          event.store(to, 0, begin, count, static_cast<const T*>(tile));
+          scale_by(event_slope + begin, count, tile);
+          event.store(g_event, 0, begin, count, static_cast<const T*>(tile));
         }
       });
     });
@@ -483,9 +519,7 @@ void likelihood_backward_as(const View& g_nll, const View& g_loss, const View& x
   std::vector<T> weight(pass.rows), g_shared(shared ? pass.rows : 0);
   for (int64_t n = 0; n < pass.rows; ++n) weight[n] = nll[n] + share * loss[n % loss.batch];
   if (g_x || g_mean || g_scale) {
-    const bool of_event = pass.sharing == Sharing::event && g_scale;
-    pass.run(/*gradient=*/true, {weight.data(), 1}, nullptr, shared ? g_shared.data() : nullptr,
-             of_event ? &pass.g_scale : nullptr);
+    pass.run(/*gradient=*/true, {weight.data(), 1}, nullptr, shared ? g_shared.data() : nullptr);
   }
   if (shared && pass.sharing == Sharing::all) {
     store_scalar(g_scale, tree_sum<T>(0, pass.rows, [&](int64_t n) { return g_shared[n]; }));

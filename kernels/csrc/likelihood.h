@@ -3,19 +3,22 @@
 // Included once per instruction set (each_isa.h).
 
 // Adds to a row's terms Σ −log p(x|m, τ), and for one scale a row its gradient Σw·∂/∂s. With gradients
-// writes g_mean and, for a scale of each element, g_scale, for the row's weight w. Outputs may alias
-// the inputs element for element, unless they are streamed past the caches; then finish_stream() must
-// follow.
+// writes g_mean and, for a scale of each element, g_scale, for the row's weight w; without a g_scale,
+// which a kernel with bounds may lack, only g_mean. That of an event's log σ is added to the sums.
+// Outputs may alias the inputs element for element, unless they are streamed past the caches; then
+// finish_stream() must follow.
 template <class F, class S, class X, Family family, Param P, ScaleKind kScale, bool kMasked,
           bool kGradient>
 VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<ScalarOf<F>>& model,
                                      Rows<const X> x, Rows<const S> mean, Rows<const S> scale,
-                                     Rows<const ScalarOf<F>> row_scale, Rows<const uint8_t> mask,
-                                     Rows<const ScalarOf<F>> weight, Rows<S> g_mean,
-                                     Rows<S> g_scale, bool past_caches,
+                                     Rows<const ScalarOf<F>> row_scale,
+                                     EventScale<ScalarOf<F>> event_scale,
+                                     Rows<const uint8_t> mask, Rows<const ScalarOf<F>> weight,
+                                     Rows<S> g_mean, Rows<S> g_scale, bool past_caches,
                                      LikelihoodTerms<ScalarOf<F>>* terms) {
   using T = ScalarOf<F>;
-  constexpr bool kRow = kScale == ScaleKind::row;
+  constexpr bool kRow = kScale == ScaleKind::row, kEvent = kScale == ScaleKind::event;
+  constexpr bool kShared = kRow || kEvent;  // no element has a scale of its own
   constexpr Factor kFactor = family == Family::gaussian ? Factor::precision : Factor::inverse;
   const Model<T> constants = model;
   const F lo = F{} + model.lo, hi = F{} + model.hi;
@@ -27,7 +30,7 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       const int64_t count = std::min(n - begin, kTile);
       const X* const xs = x[row] + begin;
       const S* const means = mean[row] + begin;
-      const S* const scales = kRow ? nullptr : scale[row] + begin;
+      const S* const scales = kShared ? nullptr : scale[row] + begin;
       // Processors fetch by themselves what lies one behind the other, but stop where pages end, which a
       // tile of each tensor about fills, and look no further ahead than a few vectors of this loop. So
       // the loop that computes a tile's factors, which reads nothing else, fetches the rest of the tile;
@@ -41,16 +44,16 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
       };
       const X* const next_xs = x[next] + from;
       const S* const next_means = mean[next] + from;
-      const S* const next_scales = kRow ? nullptr : scale[next] + from;
+      const S* const next_scales = kShared ? nullptr : scale[next] + from;
       const auto fetch_next = [&](int64_t i) VAE_FAST_LAMBDA {
-        if constexpr (kRow || !has_factors<F>(P)) {
+        if constexpr (kShared || !has_factors<F>(P)) {
           __builtin_prefetch(next_xs + i);
           __builtin_prefetch(next_means + i);
         }
-        if constexpr (!kRow) __builtin_prefetch(next_scales + i);
+        if constexpr (!kShared) __builtin_prefetch(next_scales + i);
       };
       S* const to_mean = kGradient ? g_mean[row] + begin : nullptr;
-      S* const to_scale = kGradient && !kRow ? g_scale[row] + begin : nullptr;
+      S* const to_scale = g_scale.data != nullptr ? g_scale[row] + begin : nullptr;
       F values{}, g_scalar{}, kept{};
       const auto datum = [&](auto at) VAE_FAST_LAMBDA {
         if constexpr (!std::is_same_v<X, uint8_t>) return at.load(xs);
@@ -74,7 +77,9 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
             const F g = e.d_log_scale(s.slope * w);
             if constexpr (kRow) {
               g_scalar += at.keep(g);
-            } else {
+            } else if constexpr (kEvent) {
+              if (event_scale.sums != nullptr) at.add(event_scale.sums + begin, g);
+            } else if (kScale == ScaleKind::each || to_scale != nullptr) {
               store(to_scale, raw.gradient(g));
             }
           }
@@ -86,6 +91,12 @@ VAE_FAST_TARGET void likelihood_rows(int64_t rows, int64_t n, const Model<Scalar
           const Scale<F, P> shared(s);
           each(count, [&](auto at) VAE_FAST_LAMBDA {
             body(past, at, shared, Unbounded<F>{s});
+          });
+        } else if constexpr (kEvent) {
+          each(count, [&](auto at) VAE_FAST_LAMBDA {
+            const F log_sigma = at.load(event_scale.log_sigma + begin);
+            const ResolvedScale<F> s{log_sigma, at.load(event_scale.root + begin)};
+            body(past, at, s, Unbounded<F>{log_sigma});
           });
         } else {
           const auto run_row = [&](int64_t, const auto& each_scale) VAE_FAST_LAMBDA {
@@ -150,6 +161,11 @@ LikelihoodKernel<ScalarOf<F>, S, X> likelihood_kernel(LikelihoodVariant variant)
     }
     if (variant.scale == ScaleKind::bounded) {
       return likelihood_kernel<F, S, X, family, P, ScaleKind::bounded>(variant);
+    }
+    if constexpr (P == Param::logstd) {
+      if (variant.scale == ScaleKind::event) {
+        return likelihood_kernel<F, S, X, family, P, ScaleKind::event>(variant);
+      }
     }
   }
   return likelihood_kernel<F, S, X, family, P, ScaleKind::row>(variant);

@@ -671,6 +671,9 @@ struct ExpScale {
   F slope;  // d(log σ)/ds
   VAE_FAST_INLINE F times_slope(F g) const { return g * slope; }
   VAE_FAST_INLINE F sigma() const { return exp_any(log_sigma); }
+  VAE_FAST_INLINE F inverse_root() const {
+    return exp_any(log_sigma * typename Traits<F>::Scalar(-0.5));
+  }
   VAE_FAST_INLINE Exp<F> inverse() const { return exp_of(-log_sigma); }
 };
 
@@ -739,6 +742,9 @@ struct DirectScale {
   F slope;
   F value;
   VAE_FAST_INLINE F sigma() const { return value; }
+  VAE_FAST_INLINE F inverse_root() const {
+    return typename Traits<F>::Scalar(1) / square_root(value);
+  }
   VAE_FAST_INLINE Quotient<F> inverse() const { return {value}; }
 };
 
@@ -783,9 +789,21 @@ struct Scale<F, Param::softplus> {
   }
   VAE_FAST_INLINE F times_slope(F g) const { return g * slope; }
   VAE_FAST_INLINE F sigma() const { return value; }
+  VAE_FAST_INLINE F inverse_root() const {
+    return tail.choose(exp_any(raw * T(-0.5)), T(1) / square_root(value));
+  }
   VAE_FAST_INLINE SoftplusInverse<F> inverse() const {
     return {tail, exp_of(-raw), {value}};
   }
+};
+
+// A scale of which log σ and 1/√σ are at hand. The latter is finite: a zero divided by σ is zero.
+template <class F>
+struct ResolvedScale {
+  F log_sigma, root;
+  F slope = splat<F>(typename Traits<F>::Scalar(1));  // of log σ by itself
+  VAE_FAST_INLINE ResolvedScale inverse() const { return *this; }
+  VAE_FAST_INLINE F times(F d) const { return d * root * root; }
 };
 
 // A raw scale, kept within bounds or not, and what that makes of its gradient.

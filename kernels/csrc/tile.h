@@ -3,25 +3,32 @@
 //
 // Included once per instruction set (each_isa.h).
 
-template <class F, Param P, bool kLog, class Bound>
-VAE_FAST_INLINE void prepare_scale(int64_t n, const Bound& bound, const ScalarOf<F>* from,
-                                   ScalarOf<F>* to, ScalarOf<F>* slope) {
+// What becomes of a raw scale.
+enum class Prepared { kept, log, log_and_root };
+
+template <class F, Param P, Prepared kAs, class Bound>
+VAE_FAST_INLINE void prepare_within(int64_t n, const Bound& bound, const ScalarOf<F>* from,
+                                    ScalarOf<F>* to, ScalarOf<F>* slope, ScalarOf<F>* root) {
   using T = ScalarOf<F>;
   for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
     const auto raw = bound(at.load(from, T(1)));
-    if constexpr (kLog) {
+    if constexpr (kAs != Prepared::kept) {
       const Scale<F, P> scale(raw.kept);
       at.store(to, scale.log_sigma);
       at.store(slope, raw.gradient(scale.slope));
+      if constexpr (kAs == Prepared::log_and_root) {
+        at.store(root, minimum(splat<F>(std::numeric_limits<T>::max()), scale.inverse_root()));
+      }
     } else {
       at.store(to, raw.kept);
       at.store(slope, raw.gradient(splat<F>(T(1))));
     }
   });
 }
-template <class F, Param P, bool kLog>
+template <class F, Param P, Prepared kAs>
 VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf<F>* from,
-                                   ScalarOf<F>* to, ScalarOf<F>* slope) {
+                                   ScalarOf<F>* to, ScalarOf<F>* slope,
+                                   ScalarOf<F>* root = nullptr) {
   using T = ScalarOf<F>;
   const F lo = F{} + static_cast<T>(clamp.lo), hi = F{} + static_cast<T>(clamp.hi);
   const F middle = F{} + static_cast<T>(0.5 * (clamp.lo + clamp.hi));
@@ -30,11 +37,11 @@ VAE_FAST_TARGET void prepare_scale(int64_t n, const Clamp& clamp, const ScalarOf
   const auto hard = [&](F s) VAE_FAST_LAMBDA { return Bounded<F>(s, lo, hi); };
   // One loop each: GCC takes the vectors of one that chooses apart.
   if (!clamp.active()) {
-    prepare_scale<F, P, kLog>(n, NoBound<F>{}, from, to, slope);
+    prepare_within<F, P, kAs>(n, NoBound<F>{}, from, to, slope, root);
   } else if (clamp.soft) {
-    prepare_scale<F, P, kLog>(n, soft, from, to, slope);
+    prepare_within<F, P, kAs>(n, soft, from, to, slope, root);
   } else {
-    prepare_scale<F, P, kLog>(n, hard, from, to, slope);
+    prepare_within<F, P, kAs>(n, hard, from, to, slope, root);
   }
 }
 
@@ -42,8 +49,15 @@ template <class F, Param P>
 VAE_FAST_TARGET void prepare_scale_as(int64_t n, const Clamp& clamp, bool log,
                                       const ScalarOf<F>* from, ScalarOf<F>* to,
                                       ScalarOf<F>* slope) {
-  const auto run = log ? prepare_scale<F, P, true> : prepare_scale<F, P, false>;
-  run(n, clamp, from, to, slope);
+  const auto run =
+      log ? prepare_scale<F, P, Prepared::log> : prepare_scale<F, P, Prepared::kept>;
+  run(n, clamp, from, to, slope, nullptr);
+}
+
+template <class F, Param P>
+VAE_FAST_TARGET void resolve_scale(int64_t n, const Clamp& clamp, const ScalarOf<F>* from,
+                                   ScalarOf<F>* log_sigma, ScalarOf<F>* slope, ScalarOf<F>* root) {
+  prepare_scale<F, P, Prepared::log_and_root>(n, clamp, from, log_sigma, slope, root);
 }
 
 template <class F>
@@ -62,35 +76,23 @@ VAE_FAST_TARGET void levels_tile(int64_t n, const uint8_t* from, const float* u,
   });
 }
 
-// Calls fn(at, gradient) for each vector of a gradient, times the slope of a prepared scale, if any.
-template <class F, class Fn>
-VAE_FAST_INLINE void for_gradient(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
-                                  const Fn& fn) {
-  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
-    const F v = at.load(from);
-    fn(at, slope == nullptr ? v : product_or_zero(v, at.load(slope)));
-  });
-}
 // finish_stream() must follow.
 template <class F>
 VAE_FAST_TARGET void stream_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
                                  ScalarOf<F>* to) {
-  for_gradient<F>(n, from, slope, [&](auto at, F v) VAE_FAST_LAMBDA { at.stream(to, v); });
-}
-template <class F>
-VAE_FAST_TARGET void add_tile(int64_t n, const ScalarOf<F>* from, const ScalarOf<F>* slope,
-                              ScalarOf<F>* to) {
-  for_gradient<F>(n, from, slope, [&](auto at, F v) VAE_FAST_LAMBDA {
-    at.store(to, at.load(to) + v);
+  for_lanes<F>(n, [&](auto at) VAE_FAST_LAMBDA {
+    const F v = at.load(from);
+    at.stream(to, slope == nullptr ? v : product_or_zero(v, at.load(slope)));
   });
 }
 
 template <class F>
 TileKernels<ScalarOf<F>> tile_kernels(Param param) {
   switch (param) {
-#define VAE_FAST_CASE(P) \
-  case Param::P:         \
-    return {prepare_scale_as<F, Param::P>, levels_tile<F>, stream_tile<F>, add_tile<F>};
+#define VAE_FAST_CASE(P)                                                               \
+  case Param::P:                                                                       \
+    return {prepare_scale_as<F, Param::P>, resolve_scale<F, Param::P>, levels_tile<F>, \
+            stream_tile<F>};
     VAE_FAST_CASE(logvar)
     VAE_FAST_CASE(logstd)
     VAE_FAST_CASE(std)
