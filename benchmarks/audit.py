@@ -168,7 +168,7 @@ CASES = (
     Case("likelihood_forward", 4096, 784, levels=True, apart=True),
     Case("likelihood_forward", 4096, 1, levels=True),
     *(Case(op, 4096, 784, clamp=(-5.0, 5.0), soft=True) for op in _LIKELIHOOD),
-    *(Case(op, 4096, 784, scale="row") for op in _LIKELIHOOD[:2]),
+    *(Case(op, 4096, 784, scale="row") for op in _LIKELIHOOD),
     Case("likelihood_backward", 16384, 3072, scale="event", targets=ALL),
     Case("likelihood_backward", 4096, 784, "bfloat16", scale="event"),
     Case("likelihood_backward", 4096, 784, scale="event", likelihood=STUDENT_T, param=SOFTPLUS),
