@@ -85,8 +85,11 @@ class Case:
         copies = 1
         if self._mean.nbytes >= LARGE:
             copies = max(1, math.ceil(2 * last_level_cache(device) / (5 * self._mean.nbytes)))
-        made = lambda: torch.empty_like(self._mean, requires_grad=True)  # noqa: E731
-        self._sets = itertools.cycle([(x.clone(), made(), made()) for _ in range(copies)])
+        made = [
+            [x.clone(), *(torch.empty_like(t, requires_grad=True) for t in outputs)]
+            for outputs in [(self._mean, self._logvar_x)] * copies
+        ]
+        self._sets = itertools.cycle(made)
         self.reset()
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
@@ -356,27 +359,42 @@ class Option(Likelihood):
 
     def __init__(self, option: str, size: Size, dtype: str, device: str) -> None:
         self.option = option
+        self.own = option != "per_pixel"  # each row has a scale of its own
         super().__init__(size, dtype, device)
 
     def _make(self, shape, dtype):
         x, mean, logvar = super()._make(shape, dtype)
         if self.option == "bernoulli":
             x = torch.rand(shape, device=self.device).to(self.dtype)
+        if not self.own:
+            logvar = logvar[0].clone()
         if self.option == "logistic":  # some levels wide, so that eager's differences are exact
             mean, logvar = x / 255 + 0.03 * mean, logvar - 7
         return x, mean, logvar
 
     def _truth(self, rows):
-        mean, logvar = (t[rows].double().requires_grad_() for t in (self._mean, self._logvar_x))
+        given = self._mean[rows], self._logvar_x[rows] if self.own else self._logvar_x
+        mean, logvar = (t.double().requires_grad_() for t in given)
         x = self.x[rows] if self.x.dtype == torch.uint8 else self.x[rows].double()
         scale = None if self.option == "bernoulli" else logvar
         nll = reference.likelihood_nll(x, mean, scale, **OPTIONS[self.option][0]).sum()
         nll.backward()
         return nll.item(), mean.grad, logvar.grad
 
+    def _check_decoder(self, g_mean, g_logvar):
+        if self.own:
+            super()._check_decoder(g_mean, g_logvar)
+            return
+        rows, n = self._rows(), self.size.batch
+        close("decoder mean", g_mean[rows].double() * n, self._truth(rows)[1], self.exact)
+        if not hasattr(self, "_exact_scale"):
+            parts = (slice(start, start + 1024) for start in range(0, n, 1024))
+            self._exact_scale = sum(self._truth(part)[2] for part in parts) / n
+        close("decoder scale", g_logvar.double(), self._exact_scale, self.exact)
+
     def bytes_moved(self, phase):
-        """Of a Bernoulli likelihood there is no scale, nor its gradient."""
-        absent = 0 if self.option != "bernoulli" else 1 if phase == FORWARD else 2
+        """Of a scale, and its gradient, that are not of the data's size or not there, nothing."""
+        absent = 0 if self.own and self.option != "bernoulli" else 1 if phase == FORWARD else 2
         return super().bytes_moved(phase) - absent * self.mean.nbytes
 
 

@@ -12,7 +12,7 @@ from saved import best_peer, is_ours
 
 from vae_fast import backends
 
-SECONDS, QUICK_SECONDS = 0.4, 0.25  # to time an implementation for, in all its turns
+SECONDS, QUICK_SECONDS = 0.375, 0.25  # to time an implementation for, in all its turns
 
 _rows: list[dict] = []
 

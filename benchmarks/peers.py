@@ -47,8 +47,7 @@ def distributions_latent(mu, logvar):
 
 
 def distributions_likelihood(x, mean, logvar):
-    p = Normal(mean, torch.exp(0.5 * logvar), validate_args=False)
-    return -p.log_prob(scaled(x, mean)).sum(1)
+    return -normal(mean, logvar).log_prob(scaled(x, mean)).sum(1)
 
 
 def nll_loss_likelihood(x, mean, logvar):
@@ -154,8 +153,12 @@ def by_distribution(make):
     return lambda x, mean, logvar: -make(mean, logvar).log_prob(x).sum(1)
 
 
+def normal(mean, logvar):
+    return Normal(mean, torch.exp(0.5 * logvar), validate_args=False)
+
+
 def normal_clamped(mean, logvar):
-    return Normal(mean, torch.exp(0.5 * logvar.clamp(*CLAMP)), validate_args=False)
+    return normal(mean, logvar.clamp(*CLAMP))
 
 
 def laplace(mean, logvar):
@@ -233,9 +236,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
 }
 KL = ("kl", "free bits")
 
-#: Options of the likelihood: those of ours, then how others write it.
+#: Options of the likelihood, or a scale of another shape: those of ours, then how others write it.
 OPTIONS: dict[str, tuple[dict, Callable, Callable | None]] = {
     "clamped": ({"clamp": CLAMP}, eager_clamped, normal_clamped),
+    "per_pixel": ({}, eager_likelihood, normal),  # one scale for all rows
     "laplace": ({"likelihood": "laplace"}, eager_laplace, laplace),
     "student_t": ({"likelihood": "student_t"}, eager_student_t, student_t),
     "bernoulli": ({"likelihood": "bernoulli"}, eager_bernoulli, bernoulli),
@@ -249,3 +253,4 @@ for name, (options, eager, distribution) in OPTIONS.items():
         OURS: partial(fused_likelihood, inplace=False, **options),
         INPLACE: partial(fused_likelihood, inplace=True, **options),
     }
+del IMPLEMENTATIONS["per_pixel"][INPLACE]  # where it has no effect

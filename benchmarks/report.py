@@ -31,7 +31,7 @@ TITLES = {
     "latent": "Latent pass: z, log q(z|x), log p(z)",
     "kl": "KL(q‖N(0, 1)): the batch's mean, and the sum over latent elements with free bits",
     "likelihood": "Likelihood pass: the mean of −log p(x|z)",
-    "option": "Likelihood pass: other densities, and a clamped scale",
+    "option": "Likelihood pass: a clamped scale, one scale for all rows, other densities",
     "elbo": "Whole loss, given the decoder's output",
     "train_step": "Whole training step, optimizer included",
 }

@@ -56,7 +56,7 @@ def _no_constant(x, mean, logvar):
 
 def _detached_scale(x, mean, logvar):
     value = peers.eager_likelihood(x, mean, logvar)
-    return value - 0.5 * (logvar - logvar.detach()).sum(1)
+    return value - 0.5 * (logvar - logvar.detach()).sum(-1)
 
 
 def _straight_through(x, mean, logvar):
@@ -96,6 +96,8 @@ WRONG = [
     ("likelihood", peers.mean_of(_detached_scale), cases.BOTH),
     ("clamped", peers.mean_of(peers.eager_likelihood), cases.FORWARD),
     ("clamped", peers.mean_of(_straight_through), cases.BOTH),
+    ("per_pixel", peers.mean_of(_no_constant), cases.FORWARD),
+    ("per_pixel", peers.mean_of(_detached_scale), cases.BOTH),
     ("bernoulli", peers.mean_of(peers.eager_laplace), cases.FORWARD),
     ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.FORWARD),
     ("elbo", peers.whole(_without_noise, peers.eager_likelihood), cases.BOTH),
@@ -286,8 +288,9 @@ def test_who_goes_wrong_while_it_is_timed_is_found_out():
     assert str(results["a"]) == "loss: another one by now"
 
 
-def test_a_bernoulli_likelihood_has_no_scale_to_move():
-    case = cases.CASES["bernoulli"](SIZE, "fp32", "cpu")
+@pytest.mark.parametrize("option", ["bernoulli", "per_pixel"])
+def test_no_scale_of_the_data_s_size_is_moved(option):
+    case = cases.CASES[option](SIZE, "fp32", "cpu")
     assert case.bytes_moved(cases.FORWARD) == 2 * case.x.nbytes
     assert case.bytes_moved(cases.BOTH) == 3 * case.x.nbytes
 
