@@ -287,6 +287,33 @@ def test_of_the_smallest_residual_nothing_is_lost(size):
     torch.testing.assert_close(g.double(), exact, rtol=2e-5, atol=0)
 
 
+ENDS = {
+    "logvar": [-1000, -176, -172, -87, -20, 0, 20, 87, 172, 1000],
+    "logstd": [-500, -88, -86, -40, 0, 40, 86, 88, 500],
+    "std": [1e-45, 1e-40, 1e-30, 1e-10, 1, 1e10, 1e30, 3e38],
+    "var": [1e-45, 1e-40, 1e-30, 1e-10, 1, 1e10, 1e30, 3e38],
+    "softplus": [-1000, -104, -90, -17.5, -16.5, 0, 20, 200, 1e30],
+}
+
+
+@pytest.mark.parametrize("param", ENDS)
+def test_a_shared_scale_is_exact_to_the_ends_of_fp32(param):
+    """Finite where the exact gradient is, infinite where it is not, and 0 for no residual."""
+    s = torch.tensor(ENDS[param])
+    residuals = torch.tensor([0, 1e-30, 1e-10, 1, 1e10, 1e25, 3e38])
+    x = residuals[:, None].expand(-1, len(s)).contiguous()
+
+    def gradient(dtype):
+        mean = torch.zeros(x.shape, dtype=dtype, requires_grad=True)
+        nll = vae_fast.gaussian_nll(x.to(dtype), mean, s.to(dtype), param)
+        return torch.autograd.grad(nll.sum(), mean)[0]
+
+    got = gradient(torch.float32)
+    with vae_fast.use_backend("reference"):
+        expected = gradient(torch.float64).float()
+    torch.testing.assert_close(got, expected, rtol=5e-6, atol=1e-44)
+
+
 def test_a_scale_that_is_nan_is_within_every_bound():
     s = torch.zeros(1, 20)
     s[0, 3] = torch.nan
