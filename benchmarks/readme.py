@@ -78,8 +78,8 @@ def benchmark_table(path: Path) -> str:
         f"{speeds(whole_losses(groups), OURS, INPLACE)}\n\n"
         + (
             "The likelihood alone: `gaussian_nll`, which learns the rows' weights in its backward "
-            "pass and then reads everything once more, and the loss without a KL term, with a "
-            "clamped scale, a learned one per pixel, or another density:\n\n"
+            "pass and then reads everything once more, and the loss without a KL term with other "
+            "scales and densities:\n\n"
             f"{speeds(options, OURS, INPLACE)}\n\n"
             if options
             else ""
