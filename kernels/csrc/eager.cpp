@@ -136,6 +136,22 @@ bool is_shared(const Tensor& scale, const Tensor& mean) {
          (scale.size(0) == mean.size(0) &&
           std::all_of(event.begin(), event.end(), [](int64_t n) { return n == 1; }));
 }
+// A scale in a shape that the passes know, as vae_fast/functional.py makes it: of one value, or of the
+// event; of any other shape as it is.
+Tensor fitted(const Tensor& scale, const Tensor& mean) {
+  if (scale.dim() == 0 || scale.dim() > mean.dim() || scale.sizes() == mean.sizes()) return scale;
+  if (scale.numel() == 1) return scale.reshape({});
+  at::DimVector event(mean.sizes());
+  event[0] = 1;
+  // Of a single row it would have mean's shape, and not be the decoder's own.
+  const bool of_event = mean.size(0) != 1 && at::is_expandable_to(scale.sizes(), at::IntArrayRef(event));
+  return of_event && scale.sizes() != at::IntArrayRef(event) ? scale.expand(event) : scale;
+}
+// A mask in x's shape, if it broadcasts to that.
+Tensor spread(const Tensor& mask, const Tensor& x) {
+  const bool other = mask.sizes() != x.sizes() && at::is_expandable_to(mask.sizes(), x.sizes());
+  return other ? mask.expand(x.sizes()) : mask;
+}
 // Whether a likelihood's tensors are of dtypes and shapes that the passes know: but for the number of
 // mean's rows. The scale may be a number.
 bool fit(const Data& data, bool scaled, bool number) {
@@ -1103,7 +1119,11 @@ std::optional<Data> data_of(PyObject* const* objects) {
   const bool number = PyFloat_CheckExact(objects[2]), scaled = objects[3] == Py_True;
   const Tensor* scale = plain(number ? Py_None : objects[2]);
   if (!x || !mean || !scale || !mask || !unwatched()) return std::nullopt;
-  const Data data{*x, *mean, *scale, *mask};
+  Data data{*x, *mean, *scale, *mask};
+  if (x->defined() && mean->defined() && mean->dim() == x->dim()) {
+    if (scale->defined()) data.scale = fitted(*scale, *mean);
+    if (mask->defined()) data.mask = spread(*mask, *x);
+  }
   return fit(data, scaled, number) ? std::optional(data) : std::nullopt;
 }
 void complete(Data& data, PyObject* scale) {
