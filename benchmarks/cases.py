@@ -85,11 +85,9 @@ class Case:
         copies = 1
         if self._mean.nbytes >= LARGE:
             copies = max(1, math.ceil(2 * last_level_cache(device) / (5 * self._mean.nbytes)))
-        made = [
-            [x.clone(), *(torch.empty_like(t, requires_grad=True) for t in outputs)]
-            for outputs in [(self._mean, self._logvar_x)] * copies
-        ]
-        self._sets = itertools.cycle(made)
+        new = functools.partial(torch.empty_like, requires_grad=True)
+        sets = [(x.clone(), new(self._mean), new(self._logvar_x)) for _ in range(copies)]
+        self._sets = itertools.cycle(sets)
         self.reset()
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:

@@ -40,18 +40,17 @@ def key():
 
 
 class Calls:
-    """Stands in for the shortcut and counts what it did not refuse."""
+    """Stands in for the shortcut and counts what it did not refuse, and what it did."""
 
     def __init__(self):
         backends.backend_for("cpu")  # which at its first use puts the shortcut in its place
-        self.module, self.taken = eager.shortcut(), []
+        self.module, self.taken, self.refused = eager.shortcut(), [], []
         eager.use_shortcut(self)
 
     def __getattr__(self, name):
         def call(*args):
             result = getattr(self.module, name)(*args)
-            if result is not None:
-                self.taken.append(name)
+            (self.refused if result is None else self.taken).append(name)
             return result
 
         return call
@@ -284,7 +283,7 @@ def test_the_likelihood_alone_leaves_the_rest_to_the_long_way():
         assert torch.equal(each[row], alone)
 
 
-# What eager.cpp does not take as it stands, but in the shape that the checks give it.
+# What eager.cpp spreads itself; what the KL has, and whole numbers, it takes as the checks make it.
 BROADCAST = {
     "scale per element": lambda t: vae_fast.gaussian_nll(t.x, t.mean, t.element),
     "one scale": lambda t: vae_fast.gaussian_nll(t.x, t.mean, t.one),
@@ -332,6 +331,8 @@ def test_what_broadcasts_has_the_same_bits(name, dtype, fused):
 
     fast = results()
     assert len(calls.taken) == 1, "once, and not by the long way"
+    refused = ["gaussian_kl"] * name.startswith("KL") + ["nll"] * (name == "a whole number")
+    assert calls.refused == refused
     in_cpp = backends.backend_for(fused.type) == "cpp"
     same_bits_without_it(fast, results, in_cpp and name == "loss, scale per element")
 
@@ -353,9 +354,7 @@ def test_a_scale_that_rows_share(scale, learned, reduction, upstream, dtype, fus
         rows = torch.linspace(-1, 1, batch, dtype=acc, device=device)
         leaf.requires_grad_(), t.requires_grad_(learned)
         loss, nll = vae_fast.fused_elbo(x.to(device, dtype), leaf, t, rows, reduction=reduction)
-        total = 0
-        if "loss" in upstream:
-            total = loss.sum() * (1 if upstream == "loss" else 3)
+        total = loss.sum() * (1 if upstream == "loss" else 3)
         if "rows" in upstream:
             total = total + (nll * rows).sum()
         inputs = [leaf, t] if learned else [leaf]

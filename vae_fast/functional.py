@@ -701,8 +701,8 @@ def _fused_elbo(
             )
     fitted = _fit_scale(scale, mean, 1)
     # A scale that was expanded is not the decoder's, though one row may give it mean's shape.
-    kept = fitted is not scale and fitted.dim() > 0 and fitted.requires_grad
-    inplace = inplace and not kept and eager.writes(x, mean, scale)
+    expanded = fitted is not scale and fitted.dim() > 0 and fitted.requires_grad
+    inplace = inplace and not expanded and eager.writes(x, mean, scale)
     scale = fitted
     if _validate:
         _check_likelihood_values(x, mean, scale, mask, density)

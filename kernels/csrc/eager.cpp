@@ -143,9 +143,10 @@ Tensor fitted(const Tensor& scale, const Tensor& mean) {
   if (scale.numel() == 1) return scale.reshape({});
   at::DimVector event(mean.sizes());
   event[0] = 1;
+  const at::IntArrayRef to(event);
   // Of a single row it would have mean's shape, and not be the decoder's own.
-  const bool of_event = mean.size(0) != 1 && at::is_expandable_to(scale.sizes(), at::IntArrayRef(event));
-  return of_event && scale.sizes() != at::IntArrayRef(event) ? scale.expand(event) : scale;
+  const bool of_event = mean.size(0) != 1 && at::is_expandable_to(scale.sizes(), to);
+  return of_event && scale.sizes() != to ? scale.expand(to) : scale;
 }
 // A mask in x's shape, if it broadcasts to that.
 Tensor spread(const Tensor& mask, const Tensor& x) {
